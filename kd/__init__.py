@@ -1,0 +1,23 @@
+"""Knowledge distillation in stages: each network trained once, addressed by all that decides its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kd.models.normalized import Normalized
+
+
+def load(key: str, store: str | Path | None = None) -> Normalized:
+    """A finished stage's network in eval mode, on the CPU, its normalisation inside.
+
+    It takes images [batch, 3, height, width], uint8 or floating in [0, 1], and gives logits [batch, class].
+    `store` is the path of the store, by default the one in the repository (or $KD_STORE). Raises
+    kd.spec.KnownError where there is no such stage.
+    """
+    import os
+
+    from kd.store import ROOT, Store
+
+    return Store(Path(store or os.environ.get("KD_STORE") or ROOT / "store")).network(key)

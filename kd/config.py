@@ -1,0 +1,211 @@
+"""The configuration as typed objects: parse() once, before anything else; then plan() the stages it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, InstanceOf, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from kd.datasets import DATASETS, specify
+from kd.datasets.base import DatasetConfig, Facts
+from kd.hardware import cpu_count, resolve_device, resolve_precision
+from kd.methods import METHODS, Method
+from kd.models import MODELS, NetworkName
+from kd.recipes import RECIPES, recipe
+from kd.spec import Frozen, KnownError
+from kd.stage import DatasetSpec, Planner, Role, RuntimeSpec, Stage, TrainOverrides, TrainSpec
+from kd.store import ROOT
+from kd.tracking import TrackingSpec
+
+
+class ModelConfig(Frozen):
+    """The `model` section: the student's network, and what is special about its training."""
+
+    name: NetworkName
+    train: TrainOverrides
+
+
+class TeacherConfig(Frozen):
+    """The `teacher` section; the seed is the reference's too."""
+
+    name: NetworkName
+    seed: int = Field(ge=0)
+    train: TrainOverrides
+
+
+class TrainConfig(TrainOverrides):
+    """The `train` section: a recipe, and overrides for the whole chain."""
+
+    recipe: str
+
+
+class Config(Frozen):
+    """Everything that run.py is told, valid."""
+
+    model: ModelConfig
+    teacher: TeacherConfig
+    dataset: DatasetConfig
+    method: InstanceOf[Method]
+    mode: Literal["paper"]
+    train: TrainConfig
+    tracking: TrackingSpec
+    runtime: RuntimeSpec
+    seed: Annotated[int, Field(ge=0)]
+    replicates: Annotated[int, Field(ge=1)]
+    dry_run: bool
+
+    @property
+    def store_root(self) -> Path:
+        """Where finished stages lie."""
+        return Path(self.runtime.store).expanduser() if self.runtime.store else ROOT / "store"
+
+    @property
+    def data_root(self) -> Path:
+        """Where data sets lie."""
+        return Path(self.runtime.data).expanduser() if self.runtime.data else ROOT / "data"
+
+    @property
+    def workers(self) -> int:
+        """Threads that decode images."""
+        return self.runtime.workers or cpu_count()
+
+
+def parse(cfg: DictConfig) -> Config:
+    """The configuration, checked; nothing in it is changed.
+
+    Raises KnownError with every problem found, one a line.
+    """
+    tree = plain(cfg)
+    sections: dict[str, Any] = {}
+    problems = [f"{name}: unknown key" for name in tree.keys() - Config.model_fields.keys()]
+    for name, kind in get_type_hints(Config, include_extras=True).items():
+        if name not in Config.model_fields:
+            continue
+        try:
+            sections[name] = _method(tree[name]) if name == "method" else TypeAdapter(kind).validate_python(tree.get(name))
+        except ValidationError as error:
+            problems += [explain(details, name) for details in error.errors()]
+        except KnownError as error:
+            problems.append(str(error))
+    problems += [problem for rule in (_dataset, _training) for problem in rule(sections)]
+    if problems:
+        raise KnownError("\n".join(dict.fromkeys(problems)))
+    config = Config(**sections)
+    # Methods name networks too, and each needs a recipe. Planning asks nothing of the data but its place.
+    plan(config, specify(config.dataset, Facts(2, 1, (0, 0, 0), (1, 1, 1))))
+    return config
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as dictionaries with every interpolation resolved."""
+    try:
+        tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise KnownError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    return dict(tree)
+
+
+def train_spec(sections: Config, role: Role, model: str) -> TrainSpec:
+    """A network's training: its family's recipe, then `train`, then what the role overrides.
+
+    Raises KnownError where there is no recipe or its parts do not fit together.
+    """
+    settings = recipe(sections.mode, sections.train.recipe, MODELS[model].family)
+    own: dict[str, TrainOverrides] = {"student": sections.model.train, "teacher": sections.teacher.train}
+    for overrides in (sections.train, own.get(role, TrainOverrides())):
+        settings |= overrides.model_dump(exclude_none=True, exclude={"recipe"})
+    settings["precision"] = resolve_precision(settings["precision"], resolve_device(sections.runtime.device))
+    try:
+        return TrainSpec(**settings)
+    except ValidationError as error:
+        raise KnownError("\n".join(f"{role} {model}: {explain(e)}" for e in error.errors())) from error
+
+
+def plan(config: Config, dataset: DatasetSpec) -> list[Stage]:
+    """The student's stage for each replicate, at seeds seed, seed+1, …; all stand on one chain."""
+    students = []
+    for seed in range(config.seed, config.seed + config.replicates):
+        planner = Planner(
+            dataset=dataset,
+            train=lambda role, model: train_spec(config, role, model),
+            student_model=config.model.name,
+            teacher_model=config.teacher.name,
+            seed=seed,
+            teacher_seed=config.teacher.seed,
+        )
+        try:
+            students.append(config.method.plan(planner))
+        except ValidationError as error:
+            raise KnownError("\n".join(explain(details) for details in error.errors())) from error
+    return students
+
+
+def _method(tree: dict[str, Any]) -> Method:
+    name = tree.get("name")
+    if name not in METHODS:
+        raise KnownError(f"method.name: should be one of {', '.join(METHODS)} (got {name!r})")
+    return METHODS[name].model_validate(tree)
+
+
+def _dataset(sections: dict[str, Any]) -> Iterator[str]:
+    if "dataset" in sections:
+        dataset: DatasetConfig = sections["dataset"]
+        if dataset.name not in DATASETS:
+            yield f"dataset.name: should be one of {', '.join(DATASETS)} (got {dataset.name!r})"
+        elif DATASETS[dataset.name].facts is None and dataset.root is None:
+            yield f"dataset.root: dataset={dataset.name} needs the path of its images, root/{{train,test}}/<class>/"
+    if {"dataset", "train"} <= sections.keys():
+        chosen = sections["train"].select
+        if sections["dataset"].val_fraction == 0 and chosen in (None, "best_val"):
+            yield "dataset.val_fraction: should be above 0 for train.select=best_val; or choose train.select=last"
+
+
+def _training(sections: dict[str, Any]) -> Iterator[str]:
+    needed = {"mode", "train", "model", "teacher", "runtime"}
+    if not needed <= sections.keys():
+        return
+    if sections["train"].recipe not in RECIPES[sections["mode"]]:
+        yield f"train.recipe: should be one of {', '.join(RECIPES[sections['mode']])} (got {sections['train'].recipe!r})"
+        return
+    partial = Config.model_construct(**sections)
+    for role in ("student", "teacher"):
+        try:
+            train_spec(partial, role, sections["model" if role == "student" else role].name)
+        except KnownError as error:
+            yield str(error)
+
+
+_MESSAGES = {
+    "greater_than": "should be above {gt}",
+    "greater_than_equal": "should be at least {ge}",
+    "less_than": "should be below {lt}",
+    "less_than_equal": "should be at most {le}",
+    "literal_error": "should be {expected}",
+    "extra_forbidden": "unknown key",
+    "missing": "is missing",
+    "string_pattern_mismatch": "should match {pattern}",
+    "too_short": "should have at least {min_length} entries",
+    "finite_number": "should be a finite number",
+}
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text", "tuple": "a list", "model": "a group of keys"}
+
+
+def explain(details: ErrorDetails, section: str = "") -> str:
+    """One line of pydantic's verdict: the key as the command line has it, what would be right, what was given."""
+    key = ".".join(str(part) for part in (*([section] if section else []), *details["loc"]))
+    kind, context = details["type"], details.get("ctx", {})
+    if kind == "value_error":
+        text = str(context["error"])
+    elif kind in _MESSAGES:
+        text = _MESSAGES[kind].format(**context)
+    else:
+        expected = _TYPES.get(kind.split("_")[0])
+        text = f"should be {expected}" if expected else details["msg"]
+    given = details["input"]
+    shown = "" if isinstance(given, (dict, Frozen)) or kind == "missing" else f" (got {given!r})"
+    return f"{key}: {text}{shown}" if key else text

@@ -1,0 +1,86 @@
+"""What a data set is before any tensor: what the user asks for, its facts, and its images as arrays."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from kd.spec import Frozen
+from kd.stage import Channels
+
+
+class DatasetConfig(Frozen):
+    """The `dataset` section of the configuration."""
+
+    name: str
+    root: str | None = None  # where a folder of images lies
+    augment: Literal["none", "crop_flip"]
+    val_fraction: float = Field(ge=0, lt=1)
+    split_seed: int = Field(ge=0)
+    views: int | None = Field(None, ge=1)
+    label: str | None = None  # its name in tables; null is `name`
+
+    @property
+    def title(self) -> str:
+        """The name that tables print."""
+        return self.label or self.name
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set without opening it; mean and std are the training images', in [0, 1]."""
+
+    num_classes: int
+    image_size: int
+    mean: Channels
+    std: Channels
+    content: str | None = None
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images uint8 [sample, height, width, 3] and labels int64 [sample], for training and for testing."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    test_images: NDArray[np.uint8]
+    test_labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A data set of the table: the dotted path of its `read(data_root, content) -> Arrays`, and its facts.
+
+    A data set whose facts are not known beforehand has `prepare` instead: (root, data root, threads) -> Facts.
+    """
+
+    read: str
+    facts: Facts | None = None
+    prepare: str | None = None
+
+
+def statistics(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
+    """Mean and standard deviation of each channel of images [sample, height, width, 3], in [0, 1], to 5 digits."""
+    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)]
+    values = np.arange(256) / 255
+    means = [float(np.average(values, weights=n)) for n in counts]
+    stds = [float(np.average((values - m) ** 2, weights=n)) ** 0.5 for n, m in zip(counts, means, strict=True)]
+    return _channels(means), _channels(stds)
+
+
+def _channels(values: list[float]) -> Channels:
+    first, second, third = (round(v, 5) for v in values)
+    return first, second, third
+
+
+def grey_to_rgb(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[sample, height, width] repeated to [sample, height, width, 3]."""
+    return np.repeat(images[..., None], 3, axis=-1)
+
+
+Read = Callable[[Path, str | None], Arrays]
+Prepare = Callable[[Path, Path, int], Facts]

@@ -1,0 +1,82 @@
+"""What the machine can do, asked without importing torch (two seconds) unless there is a GPU to ask about."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86's two, and arm's
+
+
+@cache
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA driver is loaded; a GPU may still be hidden from torch."""
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware; False where the system does not tell (no /proc/cpuinfo)."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return False
+    return bool(words & _BF16_FLAGS)
+
+
+def resolve_device(device: str) -> str:
+    """`auto` becomes cuda where torch sees a GPU and cpu elsewhere; anything else stays."""
+    if device != "auto":
+        return device
+    if not has_nvidia_driver():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """`auto` becomes bf16 where the resolved device computes in it, fp32 elsewhere; anything else stays."""
+    if precision != "auto":
+        return precision
+    if device == "cpu":
+        return "bf16" if cpu_has_bf16() else "fp32"
+    import torch
+
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def cpu_count() -> int:
+    """The processors this process may use, which a container or taskset may have made fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe() -> str:
+    """One phrase for records: the system, the machine's kind and its processors."""
+    return f"{platform.system()} {platform.machine()}, {cpu_count()} processors"
+
+
+def autocast(precision: str, device: str) -> torch.autocast:
+    """The context in which every forward of a stage runs, student's and guide's alike."""
+    import torch
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.partition(":")[0], dtype, enabled=precision != "fp32")
+
+
+def prepare(threads: int | None) -> None:
+    """Deterministic algorithms, and a thread count that does not depend on who started the process.
+
+    Both move the last bits of a result: launchers set OMP_NUM_THREADS each in its own way.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's condition for deterministic matrix products
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(threads or cpu_count())

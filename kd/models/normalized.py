@@ -1,0 +1,26 @@
+"""A network with its data set's statistics in front of it, so that it takes images as they are stored."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalized(nn.Module):
+    """Takes images [batch, 3, height, width], uint8 in 0…255 or floating in [0, 1]; gives logits [batch, class].
+
+    Each network of a chain brings its own statistics, so that a guide trained under others still sees its own.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.network = network
+        # The statistics belong to the data set and are no weights: not saved.
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.float() / 255 if images.dtype == torch.uint8 else images
+        logits: Tensor = self.network((x - self.mean) / self.std)
+        return logits

@@ -1,0 +1,177 @@
+"""A run: every stage of its chain loaded or trained in order, and the result written down."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd import hardware
+from kd.datasets import load
+from kd.progress import StageProgress
+from kd.spec import Frozen
+from kd.stage import DatasetSpec, Role, RuntimeSpec, Stage
+from kd.statistics import summarize
+from kd.store import Store
+from kd.tracking import Tracker
+
+if TYPE_CHECKING:
+    from kd.datasets.data import Data
+
+
+class Outcome(Frozen):
+    """What became of one stage in a run; accuracies in percent."""
+
+    role: Role
+    model: str
+    key: str
+    params: int
+    val_acc: float | None
+    test_acc: float
+    epochs: int
+    seconds: float  # that its training took, whenever that was
+    reused: bool
+
+
+class Replicate(Frozen):
+    """One of several students that differ in their seed alone; accuracies in percent."""
+
+    seed: int
+    key: str
+    val_acc: float | None
+    test_acc: float
+
+
+class RunResult(Frozen):
+    """result.json of a run, which scripts read."""
+
+    chain: tuple[Outcome, ...]  # oldest first; the student is that of the first seed
+    objective: float | None  # mean validation accuracy of the students; null without a validation split
+    mode: str
+    method: str
+    dataset: str  # its name in tables
+    select: str  # how the student's epoch was chosen
+
+
+class ReplicatedResult(RunResult):
+    """result.json of a run of several students; mean, std and ci95 are of their test accuracies."""
+
+    replicates: tuple[Replicate, ...]
+    mean: float
+    std: float
+    n: int
+    ci95: tuple[float, float]  # what varies is the student's seed; the chain above it is one
+
+
+@dataclass
+class Pipeline:
+    """What the stages of a run share."""
+
+    store: Store
+    data_root: Path
+    dataset: DatasetSpec
+    runtime: RuntimeSpec
+    tracker: Tracker
+    _trained: set[str] = field(default_factory=set)
+
+    def run_chain(self, last: Stage) -> list[Outcome]:
+        """Load or train each stage, oldest first."""
+        if any(not self._reusable(stage) for stage in last.chain):
+            self._check_networks(last)
+        return [self._load_or_train(stage) for stage in last.chain]
+
+    def _load_or_train(self, stage: Stage) -> Outcome:
+        reused = self._reusable(stage)
+        if not reused:
+            with self.store.lock(stage.key):
+                reused = self._reusable(stage)  # by now another process may have finished it
+                if not reused:
+                    self._train(stage)
+        result = self.store.result(stage.key)
+        accuracies = {"val_acc": result.val_acc, "test_acc": result.test_acc}
+        self.tracker.finished(stage, accuracies)
+        return Outcome(
+            role=stage.role,
+            model=stage.model,
+            key=stage.key,
+            params=result.params,
+            epochs=result.epochs,
+            seconds=result.seconds,
+            reused=reused,
+            **accuracies,
+        )
+
+    def _reusable(self, stage: Stage) -> bool:
+        return self.store.has(stage.key) and (not self.runtime.retrain or stage.key in self._trained)
+
+    def _train(self, stage: Stage) -> None:
+        from kd.guide import Guide
+        from kd.train import train_stage
+
+        guide = stage.guide and Guide(self.store.network(stage.guide.key), self._data, stage.train.precision, self._device)
+        with StageProgress(stage, len(self._data.train), self.tracker.log) as watch:
+            trained = train_stage(stage, self._data, guide, self._device, watch)
+        self.store.save(stage, trained, self._made_with())
+        self._trained.add(stage.key)
+
+    @cached_property
+    def _device(self) -> str:
+        hardware.prepare(self.runtime.threads)
+        return hardware.resolve_device(self.runtime.device)
+
+    @cached_property
+    def _data(self) -> Data:
+        return load(self.dataset, self.data_root, self._device)
+
+    def _check_networks(self, last: Stage) -> None:
+        """Build every network without memory, so that one that cannot take the images says so before hours of training."""
+        import torch
+
+        from kd.models import build
+
+        with torch.device("meta"):
+            for stage in last.chain:
+                build(stage.model, num_classes=self.dataset.num_classes, image_size=self.dataset.image_size)
+
+    def _made_with(self) -> dict[str, Any]:
+        """What is no part of the key and may still move the last bits of a result, or tells where it came from."""
+        return {
+            "torch": version("torch"),
+            "python": platform.python_version(),
+            "device": self._device,
+            "threads": self.runtime.threads or hardware.cpu_count(),
+            "machine": hardware.describe(),
+        }
+
+
+def run(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -> RunResult:
+    """Train or load every student and the chain below it. `labels` are mode, method and dataset as tables name them."""
+    chains = [pipeline.run_chain(student) for student in students]
+    outcomes = [chain[-1] for chain in chains]
+    validated = [outcome.val_acc for outcome in outcomes if outcome.val_acc is not None]
+    common = {
+        "chain": chains[0],
+        "objective": round(sum(validated) / len(validated), 4) if validated else None,
+        "select": students[0].train.select,
+        **labels,
+    }
+    if len(students) == 1:
+        return RunResult.model_validate(common)
+    replicates = [
+        Replicate(seed=student.seed, key=outcome.key, val_acc=outcome.val_acc, test_acc=outcome.test_acc)
+        for student, outcome in zip(students, outcomes, strict=True)
+    ]
+    summary = summarize([outcome.test_acc for outcome in outcomes])
+    return ReplicatedResult.model_validate({**common, "replicates": replicates, **summary.model_dump()})
+
+
+def write_result(result: RunResult, folder: Path) -> None:
+    """result.json, there whole or not at all."""
+    partial = folder / f".result.{os.getpid()}"
+    partial.write_text(result.model_dump_json(indent=2))
+    partial.replace(folder / "result.json")

@@ -1,0 +1,111 @@
+"""What a person sees while stages train: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from kd.stage import Stage
+from kd.store import Metrics
+
+_LINE_EVERY = 10.0  # seconds between two plain lines
+_LONG = 600.0  # seconds; a stage expected to take longer is announced
+_WARM, _MEASURED = 3, 33  # steps: the first few compile kernels, the next ones tell the speed
+
+
+def console() -> Console:
+    """Where people read; wide enough for a table even when the output goes to a file."""
+    shown = Console()
+    return shown if shown.is_terminal else Console(width=140)
+
+
+class StageProgress:
+    """Follows one stage's training, shows it, and hands each epoch's row to `log`."""
+
+    def __init__(self, stage: Stage, samples: int, log: Callable[[Stage, Metrics], None]) -> None:
+        self._log = log
+        self._stage, self._samples, self._epochs = stage, samples, stage.train.epochs
+        self._name = f"{stage.role} {stage.model}"
+        self._console = console()
+        self._began = self._phase_began = self._last_line = time.monotonic()
+        self._epoch, self._done, self._guide_done = 0, 0, 0
+        self._status = ""
+        self._steps, self._guide_seconds, self._step_began = 0, 0.0, 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[status]}"))
+        self._bar = Progress(*columns, console=self._console, refresh_per_second=4, transient=True)
+        self._task = self._bar.add_task(self._name, total=self._epochs * samples, status="")
+
+    def __enter__(self) -> StageProgress:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def guided(self, images: int) -> None:
+        """So many more images have been seen by the guide."""
+        self._guide_done += images
+        self._show(f"guide {100 * self._guide_done // self._samples} %")
+        self._guide_seconds = time.monotonic() - self._phase_began
+
+    def stepped(self, images: int) -> None:
+        """One optimiser step more, of so many images."""
+        self._done += images
+        self._steps += 1
+        if self._steps == _WARM:
+            self._step_began = time.monotonic()
+        elif self._steps == _MEASURED:
+            self._announce((_MEASURED - _WARM) * images / (time.monotonic() - self._step_began))
+        self._show()
+
+    def epoch_ended(self, metrics: Metrics) -> None:
+        """An epoch is over."""
+        self._log(self._stage, metrics)
+        self._epoch += 1
+        self._guide_done, self._phase_began = 0, time.monotonic()
+        val = metrics["val_acc"]
+        self._status = f"loss {metrics['loss']:.4f}" + (f"  val {val:.2f} %" if val is not None else "")
+        self._show()
+        if not self._console.is_terminal:
+            self._line()
+
+    def _announce(self, speed: float) -> None:
+        expected = self._epochs * (self._guide_seconds + self._samples / speed)
+        if expected > _LONG:
+            guide = f" and the guide {self._samples / self._guide_seconds:,.0f}" if self._guide_seconds else ""
+            self._console.print(
+                f"{self._name}: {self._epochs} epochs of {self._samples:,} images; its first steps train {speed:,.0f} images/s"
+                f"{guide}, so it will take about {_duration(expected)}",
+                highlight=False,
+            )
+
+    def _text(self) -> str:
+        elapsed = max(time.monotonic() - self._began, 1e-6)
+        left = elapsed * (self._epochs * self._samples / max(self._done, 1) - 1)
+        speed = f"{self._done / elapsed:,.0f} images/s"
+        return f"epoch {min(self._epoch + 1, self._epochs)}/{self._epochs}  {self._status}  {speed}  {_duration(left)} left"
+
+    def _show(self, doing: str = "") -> None:
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=self._done, status=f"{self._text()}  {doing}")
+
+    def _line(self) -> None:
+        last = self._epoch == self._epochs
+        if last or time.monotonic() - self._last_line > _LINE_EVERY:
+            self._last_line = time.monotonic()
+            elapsed = self._last_line - self._began
+            text = f"epoch {self._epoch}/{self._epochs}  {self._status}  {self._done / elapsed:,.0f} images/s"
+            left = "" if last else f"  {_duration(elapsed / self._epoch * (self._epochs - self._epoch))} left"
+            print(f"{self._name}  {text}{left}", flush=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

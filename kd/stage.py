@@ -1,0 +1,179 @@
+"""The unit of the project: a stage, one network trained once, addressed by all that decides its weights."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from kd.losses import CrossEntropy, Loss
+from kd.spec import Frozen
+
+# The version of keys and weights: a change that moves either under unchanged settings raises it.
+FORMAT = 1
+
+Role = Literal["reference", "teacher", "assistant", "student"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Channels = tuple[float, float, float]
+
+# The settings of a training, each with its range; TrainSpec has all of them, TrainOverrides any.
+Epochs = Annotated[int, Field(ge=1)]
+BatchSize = Annotated[int, Field(ge=1)]
+Optimizer = Literal["sgd", "adam"]
+LearningRate = Annotated[float, Field(gt=0)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+WeightDecay = Annotated[float, Field(ge=0)]
+Schedule = Literal["constant", "step", "cosine"]
+Milestones = tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+Gamma = Annotated[float, Field(gt=0, le=1)]
+Warmup = Annotated[int, Field(ge=0)]
+Select = Literal["best_val", "last", "best_test"]
+
+
+class DatasetSpec(Frozen):
+    """Images as a stage sees them: which, how split, how augmented, how normalised. No path is part of it."""
+
+    name: str
+    content: str | None = None  # a folder's hash; the other data sets' names say it
+    num_classes: int = Field(ge=2)
+    image_size: int = Field(ge=1)  # pixels, height and width alike
+    mean: Channels  # of pixels in [0, 1]
+    std: Channels
+    augment: Literal["none", "crop_flip"] = "none"
+    views: int | None = Field(None, ge=1)  # each sample keeps to this many of its views; null is all
+    val_fraction: float = Field(0.1, ge=0, lt=1)
+    split_seed: int = Field(0, ge=0)
+
+
+class TrainSpec(Frozen):
+    """A training with everything resolved: recipe, overrides and `auto` are gone."""
+
+    epochs: Epochs
+    batch_size: BatchSize
+    optimizer: Optimizer
+    lr: LearningRate
+    momentum: Momentum
+    nesterov: bool
+    weight_decay: WeightDecay
+    schedule: Schedule
+    milestones: Milestones  # fractions of the epochs, for `step`
+    gamma: Gamma  # what each milestone multiplies the learning rate by
+    warmup: Warmup  # epochs of linear increase at the start
+    precision: Precision
+    select: Select  # which epoch's weights are kept
+    test_curve: bool  # record test accuracy every epoch, without selecting by it
+    ranks: Literal[1] = 1  # processes that share a batch, each with BatchNorm of its own
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainSpec":
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError("train.nesterov=true needs train.momentum above 0")
+        if self.schedule == "step" and not self.milestones:
+            raise ValueError("train.schedule=step needs train.milestones, e.g. [0.5,0.75]")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"train.milestones should increase (got {list(self.milestones)})")
+        if self.warmup >= self.epochs and self.warmup:
+            raise ValueError(f"train.warmup should be below train.epochs (got {self.warmup} of {self.epochs})")
+        return self
+
+
+class TrainOverrides(Frozen):
+    """What the configuration says about a training; null leaves it to the recipe."""
+
+    epochs: Epochs | None = None
+    batch_size: BatchSize | None = None
+    optimizer: Optimizer | None = None
+    lr: LearningRate | None = None
+    momentum: Momentum | None = None
+    nesterov: bool | None = None
+    weight_decay: WeightDecay | None = None
+    schedule: Schedule | None = None
+    milestones: Milestones | None = None
+    gamma: Gamma | None = None
+    warmup: Warmup | None = None
+    precision: Literal["auto"] | Precision | None = None
+    select: Select | None = None
+    test_curve: bool | None = None
+
+
+class Stage(Frozen):
+    """One network trained once, by a loss that may look at the logits of a guide: another stage's network."""
+
+    role: Role
+    model: str
+    loss: Loss
+    dataset: DatasetSpec
+    train: TrainSpec
+    seed: int = Field(ge=0)
+    guide: "Stage | None" = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Stage":
+        if self.train.select == "best_val" and self.dataset.val_fraction == 0:
+            raise ValueError("train.select=best_val needs dataset.val_fraction above 0, or choose train.select=last")
+        if (self.guide is None) != isinstance(self.loss, CrossEntropy):
+            raise ValueError(f"{self.loss.name} and a guide do not go together" if self.guide else "a guide is missing")
+        return self
+
+    @cached_property
+    def key(self) -> str:
+        """16 hex digits that two stages share if and only if they must end in the same weights.
+
+        The role is left out: trained_teacher's reference is scratch's student when all else agrees.
+        """
+        identity = {"format": FORMAT, **self.dump(), "guide": self.guide.key if self.guide else None}
+        del identity["role"]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def chain(self) -> list["Stage"]:
+        """This stage and those it stands on, oldest first."""
+        return [*(self.guide.chain if self.guide else []), self]
+
+
+class RuntimeSpec(Frozen):
+    """Where and how fast a stage is trained: no part of the experiment, and so in no key."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    threads: int | None = Field(None, ge=1)  # null: every processor this process may use
+    workers: int | None = Field(None, ge=1)  # threads that decode a folder of images; null as above
+    store: str | None = None  # null: store/ in the repository; a path is taken from the working directory
+    data: str | None = None  # null: data/ in the repository
+    retrain: bool = False
+
+
+@dataclass(frozen=True)
+class Planner:
+    """What a method needs to plan its chain; it fills in what all stages share.
+
+    `train` gives a role's network its resolved settings.
+    """
+
+    dataset: DatasetSpec
+    train: Callable[[Role, str], TrainSpec]
+    student_model: str
+    teacher_model: str
+    seed: int
+    teacher_seed: int
+
+    def stage(self, role: Role, model: str, loss: Loss, seed: int, guide: Stage | None = None) -> Stage:
+        """A stage of any role."""
+        train = self.train(role, model)
+        return Stage(role=role, model=model, loss=loss, dataset=self.dataset, train=train, seed=seed, guide=guide)
+
+    def reference(self, model: str) -> Stage:
+        """The small network that a teacher looks at while it learns to teach."""
+        return self.stage("reference", model, CrossEntropy(), self.teacher_seed)
+
+    def teacher(self, loss: Loss | None = None, guide: Stage | None = None) -> Stage:
+        """The configured teacher, by cross-entropy unless told otherwise."""
+        return self.stage("teacher", self.teacher_model, loss or CrossEntropy(), self.teacher_seed, guide)
+
+    def student(self, loss: Loss, guide: Stage | None = None) -> Stage:
+        """The configured student, at the run's seed."""
+        return self.stage("student", self.student_model, loss, self.seed, guide)
+
+

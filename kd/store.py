@@ -1,0 +1,156 @@
+"""Finished stages by key: each is complete or absent, and trained by one process at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from kd.spec import Frozen, KnownError
+from kd.stage import FORMAT, Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kd.models.normalized import Normalized
+
+ROOT = Path(__file__).resolve().parent.parent  # the repository, where store/ and data/ lie unless told otherwise
+
+Metrics = dict[str, float | int | None]
+
+
+class StageResult(Frozen):
+    """How a stage ended: accuracies of the kept weights in percent, time over all restarts."""
+
+    params: int
+    val_acc: float | None  # null where there is no validation split
+    test_acc: float
+    epochs: int
+    selected_epoch: int  # whose weights were kept, counted from 1
+    seconds: float
+
+
+@dataclass
+class Trained:
+    """What a stage's training leaves behind: weights by parameter name, a row an epoch, and how it ended."""
+
+    state: dict[str, Tensor]
+    metrics: list[Metrics]
+    result: StageResult
+
+
+class Store:
+    """`root`/<key>/{stage.json, model.safetensors, metrics.jsonl, result.json}."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def has(self, key: str) -> bool:
+        """Whether the stage is finished."""
+        return (self.root / key / "result.json").is_file()
+
+    def result(self, key: str) -> StageResult:
+        """The result of a finished stage. Raises KnownError where there is none to read."""
+        return StageResult.model_validate_json(self._read(key, "result.json"))
+
+    def stage(self, key: str) -> Stage:
+        """The spec that a finished stage was trained by. Raises KnownError where there is none to read."""
+        return Stage.model_validate(json.loads(self._read(key, "stage.json"))["stage"])
+
+    def network(self, key: str) -> Normalized:
+        """A finished stage's network on the CPU, in eval mode, its normalisation inside.
+
+        Raises KnownError where there is none, or its weights cannot be read.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from kd.models import build
+        from kd.models.normalized import Normalized
+
+        stage = self.stage(key)
+        data = stage.dataset
+        network = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
+        try:
+            network.load_state_dict(load_file(self.root / key / "model.safetensors"))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise self._damaged(key, error) from error
+        return Normalized(network, data.mean, data.std).eval()
+
+    def save(self, stage: Stage, trained: Trained, made_with: dict[str, Any]) -> None:
+        """Publish a finished stage, in place of an earlier one of the same key.
+
+        `made_with` records what is no part of the key but may move the last bits. Raises KnownError where
+        the store cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        partial = self.root / f".{stage.key}.{os.getpid()}"
+        record = {"format": FORMAT, "key": stage.key, "stage": stage.dump(), "made_with": made_with}
+        try:
+            partial.mkdir(parents=True)
+            (partial / "stage.json").write_text(json.dumps(record, indent=2))
+            save_file({name: tensor.contiguous() for name, tensor in trained.state.items()}, partial / "model.safetensors")
+            (partial / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trained.metrics))
+            (partial / "result.json").write_text(trained.result.model_dump_json(indent=2))
+            for path in (*partial.iterdir(), partial):
+                _sync(path)
+            self._publish(partial, self.root / stage.key)
+        except OSError as error:
+            raise KnownError(f"cannot write to the store: {error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _publish(self, partial: Path, place: Path) -> None:
+        old = partial.with_suffix(".old")
+        if place.exists():
+            place.rename(old)
+        partial.rename(place)
+        _sync(self.root)
+        shutil.rmtree(old, ignore_errors=True)
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Hold the stage's lock; where another process has it, say so and wait."""
+        path = self.root / ".locks" / f"{key}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                print(f"stage {key} is being trained by another process: waiting for it", flush=True)
+                lock.acquire()
+        except OSError as error:
+            raise KnownError(f"cannot lock a stage in the store: {error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _read(self, key: str, name: str) -> str:
+        try:
+            return (self.root / key / name).read_text()
+        except FileNotFoundError as error:
+            raise KnownError(f"no finished stage {key} in {self.root}") from error
+        except OSError as error:
+            raise self._damaged(key, error) from error
+
+    def _damaged(self, key: str, error: Exception) -> KnownError:
+        return KnownError(f"stage {key} cannot be read ({error}); remove {self.root / key} to train it again")
+
+
+def _sync(path: Path) -> None:
+    """Force a file's or a folder's entries to disk, so that a rename never publishes what is not yet there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

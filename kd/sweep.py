@@ -1,0 +1,93 @@
+"""What Hydra needs from us around a job and a multirun: failures kept apart, and a summary at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from kd.pipeline import RunResult
+from kd.report import print_jobs, read_result
+from kd.spec import KnownError
+
+
+class Multirun(Callback):
+    """Hydra tells it that a multirun starts; summarize() asks it where, however that multirun ends."""
+
+    folder: ClassVar[Path | None] = None
+    began: ClassVar[float] = 0.0
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember the multirun's folder."""
+        Multirun.folder, Multirun.began = Path(config.hydra.sweep.dir), time.time()
+
+
+@contextmanager
+def job(folder: Path) -> Iterator[None]:
+    """Around one job. A failure with a known reason is printed without a traceback.
+
+    A single run then exits with 2. In a multirun, where an exit would end the whole sweep, the job leaves
+    error.json in its folder and the sweep goes on. Of other failures Hydra shows the traceback.
+    """
+    for stale in ("result.json", "error.json"):
+        (folder / stale).unlink(missing_ok=True)
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    try:
+        yield
+    except KnownError as error:
+        print(error, file=sys.stderr, flush=True)
+        if not multirun:
+            sys.exit(2)
+        _record(folder, str(error))
+    except Exception as error:
+        if multirun:
+            _record(folder, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _record(folder: Path, reason: str) -> None:
+    (folder / "error.json").write_text(json.dumps({"error": reason.splitlines()}, indent=2))
+
+
+class Job(NamedTuple):
+    """One job of a multirun: its number, overrides, and its result or why there is none."""
+
+    number: str
+    overrides: str
+    result: RunResult | None
+    reason: str
+
+
+def jobs(folder: Path, since: float = 0.0) -> list[Job]:
+    """The jobs of a multirun's folder that started after `since`, in order; jobs of a dry run have nothing to tell."""
+    found = []
+    for hydra in folder.glob("*/.hydra/overrides.yaml"):
+        if hydra.stat().st_mtime < since or OmegaConf.load(hydra.parent / "config.yaml").get("dry_run"):
+            continue
+        place = hydra.parent.parent
+        reason, result = "unfinished", None
+        if (place / "result.json").exists():
+            reason, result = "", read_result(place / "result.json")
+        elif (place / "error.json").exists():
+            reason = "; ".join(json.loads((place / "error.json").read_text())["error"])
+        found.append(Job(place.name, " ".join(map(str, OmegaConf.load(hydra))), result, reason))
+    return sorted(found, key=lambda job: (len(job.number), job.number))
+
+
+def summarize() -> int:
+    """Print the multirun that this process has run, if any. Returns how many of its jobs failed or are unfinished."""
+    if Multirun.folder is None:
+        return 0
+    done = jobs(Multirun.folder, Multirun.began)
+    if done:
+        print_jobs([(job.number, job.overrides, job.result, job.reason) for job in done])
+    return sum(job.result is None for job in done)

@@ -1,0 +1,158 @@
+"""Records of a run while it goes: always a local metrics.jsonl, Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from kd.spec import Frozen, KnownError
+from kd.stage import Stage
+from kd.store import Metrics
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
+
+_PROBE_SECONDS = 3.0
+
+
+class TrackingSpec(Frozen):
+    """The `tracking` section of the configuration."""
+
+    name: Literal["wandb", "none"]
+    project: str
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    mode: Literal["auto", "online", "offline"] = "auto"
+
+
+class Tracker:
+    """Takes each epoch of each stage that is trained, and how the run ended."""
+
+    def __init__(self, folder: Path, stages: Sequence[Stage], run: Run | None) -> None:
+        self._file, self._run = folder / "metrics.jsonl", run
+        self._axes = axes(stages)
+        self._file.write_text("")
+        if run is not None:
+            for axis in self._axes.values():
+                run.define_metric(f"{axis}/*", step_metric=f"{axis}/epoch")
+
+    def log(self, stage: Stage, metrics: Metrics) -> None:
+        """One epoch of a stage."""
+        with self._file.open("a") as file:
+            file.write(json.dumps({"role": stage.role, "key": stage.key, **metrics}) + "\n")
+        if self._run is not None:
+            axis = self._axes[stage.key]
+            self._run.log({f"{axis}/{name}": value for name, value in metrics.items() if value is not None})
+
+    def summarize(self, values: dict[str, Any]) -> None:
+        """What the run comes to."""
+        if self._run is not None:
+            self._run.summary.update(values)
+
+    def finished(self, stage: Stage, values: dict[str, Any]) -> None:
+        """What one stage came to, trained now or before."""
+        self.summarize({f"{self._axes[stage.key]}/{name}": value for name, value in values.items()})
+
+
+def axes(stages: Sequence[Stage]) -> dict[str, str]:
+    """A name for each stage's key, unique in the run: its role, with network, seed or key only where needed."""
+    unique = {stage.key: stage for stage in stages}
+    names = {key: _candidates(stage) for key, stage in unique.items()}
+    taken = Counter(name for candidates in names.values() for name in candidates)
+    return {key: next(name for name in candidates if taken[name] == 1) for key, candidates in names.items()}
+
+
+def _candidates(stage: Stage) -> list[str]:
+    role = stage.role
+    return [role, f"{role}-{stage.model}", f"{role}-s{stage.seed}", f"{role}-{stage.key}"]
+
+
+@contextmanager
+def track(spec: TrackingSpec, folder: Path, stages: Sequence[Stage], config: dict[str, Any]) -> Iterator[Tracker]:
+    """A tracker for one run. An error that leaves the block ends its W&B run as failed."""
+    if spec.name == "none":
+        yield Tracker(folder, stages, None)
+        return
+    with _start_wandb(spec, folder, stages, config) as run:
+        yield Tracker(folder, stages, run)
+
+
+def _start_wandb(spec: TrackingSpec, folder: Path, stages: Sequence[Stage], config: dict[str, Any]) -> Run:
+    mode = _decide(spec.mode)
+    if mode == "offline":
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # otherwise an offline run still asks the network
+    import wandb
+
+    student = stages[-1]
+    try:
+        return wandb.init(
+            project=spec.project,
+            entity=spec.entity,
+            group=spec.group,
+            job_type=str(config["method"]["name"]),
+            tags=list(spec.tags),
+            name=" ← ".join(stage.model for stage in reversed(student.chain)) + f" · s{student.seed}",
+            config={**config, "stages": {name: key for key, name in axes(stages).items()}},
+            dir=folder,
+            mode=mode,
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        )
+    except (wandb.Error, OSError) as error:
+        raise KnownError(f"tracking: W&B did not start ({error}); tracking.mode=offline needs no server") from error
+
+
+@cache
+def _decide(mode: str) -> Literal["online", "offline", "disabled"]:
+    """`auto` becomes online where a key is configured and the server answers, once a process; says why if not."""
+    for asked in (mode, os.environ.get("WANDB_MODE")):
+        if asked == "online" or asked == "offline" or asked == "disabled":
+            return asked
+    import wandb
+
+    server = urlsplit(wandb.setup().settings.base_url)
+    host, port = server.hostname or "", server.port or (443 if server.scheme == "https" else 80)
+    later = "this run is recorded offline; `wandb sync <folder of the run>/wandb/offline-run-*` sends it later"
+    if not _has_key(host):
+        print(f"W&B: no key is configured (`wandb login`): {later}", flush=True)
+        return "offline"
+    if not _answers(host, port):
+        print(f"W&B: {host}:{port} did not answer within {_PROBE_SECONDS:.0f} s: {later}", flush=True)
+        return "offline"
+    return "online"
+
+
+def _has_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _answers(host: str, port: int) -> bool:
+    answered = []
+
+    def probe() -> None:
+        try:
+            socket.create_connection((host, port), _PROBE_SECONDS).close()
+            answered.append(True)
+        except OSError:
+            pass
+
+    # In a thread, because no timeout bounds the look-up of a name.
+    thread = Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS)
+    return bool(answered)

@@ -1,0 +1,207 @@
+"""One stage's training: everything that moves a weight, on one page."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from math import cos, pi
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kd.datasets.data import Data
+from kd.guide import Guide
+from kd.hardware import autocast
+from kd.models import build
+from kd.models.normalized import Normalized
+from kd.spec import KnownError
+from kd.stage import Stage, TrainSpec
+from kd.store import Metrics, StageResult, Trained
+
+# The streams of randomness. A seed names a sequence by (seed, epoch, purpose), never by a sum of them: an epoch
+# can be replayed alone, and seed 0's epoch 1 is not seed 1's epoch 0.
+INIT, ORDER, VIEW, DROPOUT = range(4)
+
+_EVAL_BATCH = 1000
+
+
+class Watch(Protocol):
+    """Whoever wants to know how far a training is."""
+
+    def guided(self, images: int) -> None:
+        """So many more images have been seen by the guide."""
+
+    def stepped(self, images: int) -> None:
+        """One optimiser step more, of so many images."""
+
+    def epoch_ended(self, metrics: Metrics) -> None:
+        """An epoch is over."""
+
+
+@dataclass
+class _Kept:
+    """The weights to keep, and whose they are."""
+
+    epoch: int = 0
+    score: float = -1.0
+    state: dict[str, Tensor] = field(default_factory=dict)
+    val_acc: float | None = None
+
+    def offer(self, network: nn.Module, epoch: int, score: float, val_acc: float | None) -> None:
+        if score > self.score:  # strictly: of equals, the first
+            state = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+            self.epoch, self.score, self.state, self.val_acc = epoch, score, state, val_acc
+
+
+def random_stream(seed: int, epoch: int, purpose: int) -> np.random.Generator:
+    """The generator of one purpose in one epoch of a seed."""
+    return np.random.default_rng(np.random.SeedSequence((seed, epoch, purpose)))
+
+
+def learning_rate(train: TrainSpec, epoch: int) -> float:
+    """The learning rate of an epoch counted from 0, after `warmup` epochs of linear increase."""
+    if epoch < train.warmup:
+        return train.lr * (epoch + 1) / (train.warmup + 1)
+    if train.schedule == "step":
+        passed = sum(epoch >= round(fraction * train.epochs) for fraction in train.milestones)
+        return train.lr * train.gamma**passed
+    if train.schedule == "cosine":
+        return train.lr * (1 + cos(pi * (epoch - train.warmup) / (train.epochs - train.warmup))) / 2
+    return train.lr
+
+
+def make_network(stage: Stage, device: str) -> Normalized:
+    """The stage's network as its seed initialises it; the global generator is left as it was."""
+    data = stage.dataset
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random_stream(stage.seed, 0, INIT).integers(2**63)))
+        network = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
+    return Normalized(network, data.mean, data.std).to(device, memory_format=torch.channels_last)
+
+
+def make_optimizer(network: nn.Module, train: TrainSpec) -> torch.optim.Optimizer:
+    """The optimiser over all parameters, weight decay on every one of them as in both papers' code."""
+    if train.optimizer == "adam":
+        return torch.optim.Adam(network.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
+    return torch.optim.SGD(
+        network.parameters(), train.lr, train.momentum, weight_decay=train.weight_decay, nesterov=train.nesterov, fused=True
+    )
+
+
+def train_stage(stage: Stage, data: Data, guide: Guide | None, device: str, watch: Watch) -> Trained:
+    """Train a stage from its seed to its kept weights.
+
+    Raises KnownError, with epoch, step and learning rate, as soon as a loss is not finite.
+    """
+    return _Training(stage, data, guide, device, watch).run()
+
+
+class _Training:
+    def __init__(self, stage: Stage, data: Data, guide: Guide | None, device: str, watch: Watch) -> None:
+        self.stage, self.train, self.data, self.guide, self.device, self.watch = stage, stage.train, data, guide, device, watch
+        self.network = make_network(stage, device)
+        self.optimizer = make_optimizer(self.network, self.train)
+        self.scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=self.train.precision == "fp16")
+
+    def run(self) -> Trained:
+        began, kept, history = time.perf_counter(), _Kept(), list[Metrics]()
+        for epoch in range(self.train.epochs):
+            row = self._epoch(epoch)
+            score = {"best_val": row["val_acc"], "best_test": row.get("test_acc"), "last": epoch}[self.train.select]
+            kept.offer(self.network.network, epoch + 1, float(score or 0), row["val_acc"])
+            history.append(row)
+            self.watch.epoch_ended(row)
+        self.network.network.load_state_dict(kept.state)
+        result = StageResult(
+            params=sum(p.numel() for p in self.network.parameters()),
+            val_acc=kept.val_acc,
+            test_acc=self._test(),
+            epochs=self.train.epochs,
+            selected_epoch=kept.epoch,
+            seconds=round(time.perf_counter() - began, 3),
+        )
+        return Trained(kept.state, history, result)
+
+    def _epoch(self, epoch: int) -> Metrics:
+        """Every training sample once. Returns the epoch's row: means over all samples, accuracies in percent."""
+        lr = learning_rate(self.train, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        sums = self._steps(epoch)
+        seen = sums.pop("samples")
+        row: Metrics = {"epoch": epoch + 1, "lr": lr, **{name: round(total / seen, 6) for name, total in sums.items()}}
+        row["val_acc"] = self._validate()
+        if self.train.test_curve or self.train.select == "best_test":
+            row["test_acc"] = self._test()
+        return row
+
+    def _steps(self, epoch: int) -> dict[str, float]:
+        """One optimiser step a batch. Returns sums over samples of the loss, its parts and the hits, and the samples."""
+        device, seed = self.data.labels.device, self.stage.seed
+        order = random_stream(seed, epoch, ORDER).permutation(self.data.train)
+        views = self.data.draw_views(random_stream(seed, epoch, VIEW))[order]
+        guide_logits = self.guide.logits(order, views, self.watch.guided) if self.guide else None
+        samples, view = torch.from_numpy(order).to(device), torch.from_numpy(views).to(device)
+        sums: dict[str, Tensor] = {}
+        self.network.train()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(random_stream(seed, epoch, DROPOUT).integers(2**63)))
+            for step, batch in enumerate(batches(len(order), self.train.batch_size)):
+                images, labels = self.data.show(samples[batch], view[batch]), self.data.labels[samples[batch]]
+                parts = self._step(images, labels, None if guide_logits is None else guide_logits[batch].float())
+                self._check(parts["loss"], epoch, step)
+                for name, value in parts.items():
+                    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=device)) + value
+                self.watch.stepped(len(labels))
+        return {name: total.item() for name, total in sums.items()}
+
+    def _step(self, images: Tensor, labels: Tensor, guide_logits: Tensor | None) -> dict[str, Tensor]:
+        with autocast(self.train.precision, self.device):
+            logits = self.network(images)
+        logits = logits.float()  # the loss is computed in fp32 whatever the network computes in
+        parts = self.stage.loss(logits, labels, guide_logits)
+        self.optimizer.zero_grad()
+        self.scaler.scale(parts["loss"]).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        hits = (logits.detach().argmax(1) == labels).sum()
+        weighted = {name: part.detach() * len(labels) for name, part in parts.items()}
+        return {**weighted, "train_acc": 100 * hits, "samples": torch.tensor(len(labels), device=labels.device)}
+
+    def _check(self, loss: Tensor, epoch: int, step: int) -> None:
+        if not torch.isfinite(loss):
+            raise KnownError(
+                f"{self.stage.role} {self.stage.model}: the loss is {loss.item()} at epoch {epoch + 1}, step {step + 1}, "
+                f"learning rate {learning_rate(self.train, epoch):g}; a lower train.lr, train.warmup or "
+                "train.precision=fp32 may help"
+            )
+
+    def _validate(self) -> float | None:
+        if not len(self.data.val):
+            return None
+        return evaluate(self.network, self.data.val_images, self.data.val_labels, self.train.precision)
+
+    def _test(self) -> float:
+        return evaluate(self.network, self.data.test_images, self.data.test_labels, self.train.precision)
+
+
+def batches(samples: int, size: int) -> list[slice]:
+    """Consecutive batches of an epoch; the last may be smaller, and a lone last sample is left out.
+
+    BatchNorm cannot normalise one value, which is what one sample on 1×1 maps is.
+    """
+    slices = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+    return slices[:-1] if len(slices) > 1 and samples % size == 1 and size > 1 else slices
+
+
+def evaluate(network: nn.Module, images: Tensor, labels: Tensor, precision: str) -> float:
+    """Top-1 accuracy in percent of uint8 images [sample, height, width, 3], counted exactly; leaves eval mode on."""
+    network.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
+    with torch.inference_mode(), autocast(precision, labels.device.type):
+        for start in range(0, len(labels), _EVAL_BATCH):
+            logits = network(images[start : start + _EVAL_BATCH].permute(0, 3, 1, 2))
+            correct += (logits.argmax(1) == labels[start : start + _EVAL_BATCH]).sum()
+    return round(100 * correct.item() / len(labels), 4)

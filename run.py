@@ -1,0 +1,49 @@
+"""The one entry: compose → parse → resolve data → plan → run the chain → return the objective."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from kd import report, sweep
+from kd.config import parse, plain, plan
+from kd.datasets import resolve
+from kd.pipeline import Pipeline, run, write_result
+from kd.store import Store
+from kd.tracking import track
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """One job: the mean validation accuracy of its students in percent, which a search maximises."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with sweep.job(folder):
+        config = parse(cfg)
+        dataset = resolve(config.dataset, config.data_root, config.workers)
+        students = plan(config, dataset)
+        store = Store(config.store_root)
+        if config.dry_run:
+            report.print_plan(students, store)
+            return None
+        stages = [stage for student in students for stage in student.chain]
+        with track(config.tracking, folder, stages, plain(cfg)) as tracker:
+            pipeline = Pipeline(store, config.data_root, dataset, config.runtime, tracker)
+            labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
+            result = run(pipeline, students, labels)
+            tracker.summarize(result.model_dump(mode="json", exclude={"chain"}))
+        write_result(result, folder)
+        report.print_run(result)
+        return result.objective
+    return None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    finally:
+        failed = sweep.summarize()
+    sys.exit(1 if failed else 0)
