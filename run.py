@@ -21,29 +21,33 @@ from kd.tracking import track
 def main(cfg: DictConfig) -> float | None:
     """One job: the mean validation accuracy of its students in percent, which a search maximises."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with sweep.job(folder):
-        config = parse(cfg)
-        dataset = resolve(config.dataset, config.data_root, config.workers)
-        students = plan(config, dataset)
-        store = Store(config.store_root)
-        if config.dry_run:
-            report.print_plan(students, store)
-            return None
-        stages = [stage for student in students for stage in student.chain]
-        with track(config.tracking, folder, stages, plain(cfg)) as tracker:
-            pipeline = Pipeline(store, config.data_root, dataset, config.runtime, tracker)
-            labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
-            result = run(pipeline, students, labels)
-            tracker.summarize(result.model_dump(mode="json", exclude={"chain"}))
-        write_result(result, folder)
-        report.print_run(result)
-        return result.objective
-    return None
+    return sweep.job(folder, lambda: _job(cfg, folder))
+
+
+def _job(cfg: DictConfig, folder: Path) -> float | None:
+    config = parse(cfg)
+    dataset = resolve(config.dataset, config.data_root, config.workers)
+    students = plan(config, dataset)
+    store = Store(config.store_root)
+    if config.dry_run:
+        report.print_plan(students, store)
+        return None
+    stages = [stage for student in students for stage in student.chain]
+    with track(config.tracking, folder, stages, plain(cfg)) as tracker:
+        pipeline = Pipeline(store, config.data_root, dataset, config.runtime, tracker)
+        labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
+        result = run(pipeline, students, labels)
+        tracker.summarize(result.model_dump(mode="json", exclude={"chain"}))
+    write_result(result, folder)
+    report.print_run(result)
+    return result.objective
 
 
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: finished stages are kept, and the same command goes on after them")
     finally:
         failed = sweep.summarize()
     sys.exit(1 if failed else 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -14,7 +14,8 @@ from pydantic_core import ErrorDetails
 from kd.datasets import DATASETS, specify
 from kd.datasets.base import DatasetConfig, Facts
 from kd.hardware import cpu_count, resolve_device, resolve_precision
-from kd.methods import METHODS, Method
+from kd.methods import METHODS
+from kd.methods.base import Method
 from kd.models import MODELS, NetworkName
 from kd.recipes import RECIPES, recipe
 from kd.spec import Frozen, KnownError
@@ -87,9 +88,10 @@ def parse(cfg: DictConfig) -> Config:
         if name not in Config.model_fields:
             continue
         try:
-            sections[name] = _method(tree[name]) if name == "method" else TypeAdapter(kind).validate_python(tree.get(name))
+            check = _method if name == "method" else TypeAdapter(kind).validate_python
+            sections[name] = check(tree.get(name))
         except ValidationError as error:
-            problems += [explain(details, name) for details in error.errors()]
+            problems += explain(error, name)
         except KnownError as error:
             problems.append(str(error))
     problems += [problem for rule in (_dataset, _training) for problem in rule(sections)]
@@ -123,7 +125,7 @@ def train_spec(sections: Config, role: Role, model: str) -> TrainSpec:
     try:
         return TrainSpec(**settings)
     except ValidationError as error:
-        raise KnownError("\n".join(f"{role} {model}: {explain(e)}" for e in error.errors())) from error
+        raise KnownError("\n".join(f"{role} {model}: {problem}" for problem in explain(error))) from error
 
 
 def plan(config: Config, dataset: DatasetSpec) -> list[Stage]:
@@ -141,12 +143,12 @@ def plan(config: Config, dataset: DatasetSpec) -> list[Stage]:
         try:
             students.append(config.method.plan(planner))
         except ValidationError as error:
-            raise KnownError("\n".join(explain(details) for details in error.errors())) from error
+            raise KnownError("\n".join(explain(error))) from error
     return students
 
 
-def _method(tree: dict[str, Any]) -> Method:
-    name = tree.get("name")
+def _method(tree: Any) -> Method:
+    name = tree.get("name") if isinstance(tree, dict) else tree
     if name not in METHODS:
         raise KnownError(f"method.name: should be one of {', '.join(METHODS)} (got {name!r})")
     return METHODS[name].model_validate(tree)
@@ -170,7 +172,8 @@ def _training(sections: dict[str, Any]) -> Iterator[str]:
     if not needed <= sections.keys():
         return
     if sections["train"].recipe not in RECIPES[sections["mode"]]:
-        yield f"train.recipe: should be one of {', '.join(RECIPES[sections['mode']])} (got {sections['train'].recipe!r})"
+        known = ", ".join(RECIPES[sections["mode"]])
+        yield f"train.recipe: should be one of {known} (got {sections['train'].recipe!r})"
         return
     partial = Config.model_construct(**sections)
     for role in ("student", "teacher"):
@@ -192,12 +195,29 @@ _MESSAGES = {
     "too_short": "should have at least {min_length} entries",
     "finite_number": "should be a finite number",
 }
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text", "tuple": "a list", "model": "a group of keys"}
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text",
+    "tuple": "a list",
+    "model": "a group of keys",
+}
 
 
-def explain(details: ErrorDetails, section: str = "") -> str:
-    """One line of pydantic's verdict: the key as the command line has it, what would be right, what was given."""
-    key = ".".join(str(part) for part in (*([section] if section else []), *details["loc"]))
+def explain(error: ValidationError, section: str = "") -> list[str]:
+    """pydantic's verdict, a line a problem: the key as the command line has it, what would be right, what was given."""
+    found = error.errors()
+    places = [details["loc"] for details in found]
+
+    def is_consequence(place: tuple[int | str, ...]) -> bool:  # a list is too short where its entries are wrong
+        return any(other != place and other[: len(place)] == place for other in places)
+
+    return [_line(details, section) for details in found if not is_consequence(details["loc"])]
+
+
+def _line(details: ErrorDetails, section: str) -> str:
+    key = section + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"])
     kind, context = details["type"], details.get("ctx", {})
     if kind == "value_error":
         text = str(context["error"])
@@ -208,4 +228,4 @@ def explain(details: ErrorDetails, section: str = "") -> str:
         text = f"should be {expected}" if expected else details["msg"]
     given = details["input"]
     shown = "" if isinstance(given, (dict, Frozen)) or kind == "missing" else f" (got {given!r})"
-    return f"{key}: {text}{shown}" if key else text
+    return f"{key.lstrip('.')}: {text}{shown}" if key else text

@@ -30,7 +30,7 @@ class Guide:
         network.eval()
         folded = Normalized(fuse(network.network), (0.0,), (1.0,))
         folded.mean, folded.std = network.mean, network.std
-        self._network = folded.to(device, memory_format=torch.channels_last).eval()
+        self._network = folded.to(memory_format=torch.channels_last).to(device).eval()
         self._data, self._precision, self._device = data, precision, device
         self._dtype = torch.float32 if precision == "fp32" else torch.float16
 

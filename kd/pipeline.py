@@ -93,17 +93,17 @@ class Pipeline:
                 if not reused:
                     self._train(stage)
         result = self.store.result(stage.key)
-        accuracies = {"val_acc": result.val_acc, "test_acc": result.test_acc}
-        self.tracker.finished(stage, accuracies)
+        self.tracker.finished(stage, {"val_acc": result.val_acc, "test_acc": result.test_acc})
         return Outcome(
             role=stage.role,
             model=stage.model,
             key=stage.key,
             params=result.params,
+            val_acc=result.val_acc,
+            test_acc=result.test_acc,
             epochs=result.epochs,
             seconds=result.seconds,
             reused=reused,
-            **accuracies,
         )
 
     def _reusable(self, stage: Stage) -> bool:
@@ -113,7 +113,9 @@ class Pipeline:
         from kd.guide import Guide
         from kd.train import train_stage
 
-        guide = stage.guide and Guide(self.store.network(stage.guide.key), self._data, stage.train.precision, self._device)
+        guide = None
+        if stage.guide is not None:
+            guide = Guide(self.store.network(stage.guide.key), self._data, stage.train.precision, self._device)
         with StageProgress(stage, len(self._data.train), self.tracker.log) as watch:
             trained = train_stage(stage, self._data, guide, self._device, watch)
         self.store.save(stage, trained, self._made_with())
@@ -129,7 +131,7 @@ class Pipeline:
         return load(self.dataset, self.data_root, self._device)
 
     def _check_networks(self, last: Stage) -> None:
-        """Build every network without memory, so that one that cannot take the images says so before hours of training."""
+        """Build every network without memory: one that cannot take the images says so now, not after hours."""
         import torch
 
         from kd.models import build

@@ -44,7 +44,9 @@ class StageProgress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._console.is_terminal:
             self._bar.stop()
 
@@ -80,8 +82,8 @@ class StageProgress:
         if expected > _LONG:
             guide = f" and the guide {self._samples / self._guide_seconds:,.0f}" if self._guide_seconds else ""
             self._console.print(
-                f"{self._name}: {self._epochs} epochs of {self._samples:,} images; its first steps train {speed:,.0f} images/s"
-                f"{guide}, so it will take about {_duration(expected)}",
+                f"{self._name}: {self._epochs} epochs of {self._samples:,} images; its first steps train {speed:,.0f} "
+                f"images/s{guide}, so it will take about {_duration(expected)}",
                 highlight=False,
             )
 
@@ -89,7 +91,8 @@ class StageProgress:
         elapsed = max(time.monotonic() - self._began, 1e-6)
         left = elapsed * (self._epochs * self._samples / max(self._done, 1) - 1)
         speed = f"{self._done / elapsed:,.0f} images/s"
-        return f"epoch {min(self._epoch + 1, self._epochs)}/{self._epochs}  {self._status}  {speed}  {_duration(left)} left"
+        epoch = min(self._epoch + 1, self._epochs)
+        return f"epoch {epoch}/{self._epochs}  {self._status}  {speed}  {_duration(left)} left"
 
     def _show(self, doing: str = "") -> None:
         if self._console.is_terminal:

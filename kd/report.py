@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -42,7 +41,8 @@ def percent(value: float | None) -> str:
 def print_run(result: RunResult) -> None:
     """The table of one run, and the line that loads its student."""
     out = console()
-    table = Table(title=f"{result.method} on {escape(result.dataset)}, mode {result.mode}: {_SELECTED[result.select]}", title_justify="left")
+    title = f"{result.method} on {escape(result.dataset)}, mode {result.mode}: {_SELECTED[result.select]}"
+    table = Table(title=title, title_justify="left")
     for heading in ("role", "network"):
         table.add_column(heading)
     table.add_column("parameters", justify="right")
@@ -56,8 +56,8 @@ def print_run(result: RunResult) -> None:
     if isinstance(result, ReplicatedResult):
         low, high = result.ci95
         out.print(
-            f"{result.n} students, seeds {result.replicates[0].seed}–{result.replicates[-1].seed}, one chain above them: test "
-            f"{result.mean:.2f} ± {result.std:.2f} %, 95 % interval {low:.2f} to {high:.2f}",
+            f"{result.n} students, seeds {result.replicates[0].seed}–{result.replicates[-1].seed}, one chain above "
+            f"them: test {result.mean:.2f} ± {result.std:.2f} %, 95 % interval {low:.2f} to {high:.2f}",
             highlight=False,
         )
     out.print(f'the student: kd.load("{result.chain[-1].key}")', highlight=False)
@@ -79,7 +79,7 @@ def _cells(outcome: Outcome) -> list[str]:
 
 
 def print_jobs(jobs: Sequence[tuple[str, str, RunResult | None, str]]) -> None:
-    """The table of a multirun: (number, overrides, result, reason) a job; failed and unfinished ones are named below."""
+    """The table of a multirun, (number, overrides, result, reason) a job; what has no result is named below it."""
     out = console()
     table = Table(title=f"{len(jobs)} jobs", title_justify="left")
     for heading in ("job", "overrides", "method", "chain"):
@@ -112,9 +112,98 @@ def print_plan(students: Sequence[Stage], store: Store) -> None:
     for stage in stages.values():
         loss = ", ".join(f"{k}={v:g}" for k, v in stage.loss.dump().items() if isinstance(v, float))
         state = "in the store" if store.has(stage.key) else "to train"
-        row = (stage.role, stage.model, stage.seed, f"{stage.loss.name} {loss}", stage.train.epochs, stage.train.precision)
+        row = (
+            stage.role,
+            stage.model,
+            stage.seed,
+            f"{stage.loss.name} {loss}",
+            stage.train.epochs,
+            stage.train.precision,
+        )
         table.add_row(*map(str, row), stage.key, state)
     console().print(table)
     out = Console(width=console().width)
     missing = sum(not store.has(key) for key in stages)
     out.print(f"{missing} of {len(stages)} stages to train", highlight=False)
+
+
+def compare(folder: Path) -> None:
+    """Write comparison.{md,png} into a multirun's folder: the students of its finished jobs side by side.
+
+    Raises KnownError where there are none.
+    """
+    results = [read_result(path) for path in sorted(folder.glob("*/result.json"))]
+    if not results:
+        raise KnownError(f"{folder} has no finished jobs (no */result.json)")
+    (folder / "comparison.md").write_text(_markdown(results))
+    _draw(results, folder / "comparison.png")
+    print(f"{folder / 'comparison.md'} and {folder / 'comparison.png'} are written")
+
+
+def _students(result: RunResult) -> list[float]:
+    if isinstance(result, ReplicatedResult):
+        return [replicate.test_acc for replicate in result.replicates]
+    return [result.chain[-1].test_acc]
+
+
+def _markdown(results: Sequence[RunResult]) -> str:
+    lines = [
+        "| dataset | method | chain | test % (mean ± std) | n | 95 % interval | epoch | stages |",
+        "|---" * 8 + "|",
+    ]
+    for result in results:
+        method, chain, _, test, n = _summary(result)
+        low, high = result.ci95 if isinstance(result, ReplicatedResult) else (None, None)
+        interval = f"{low:.2f} to {high:.2f}" if low is not None else "n/a (one seed)"
+        keys = " ".join(f"`{outcome.key}`" for outcome in result.chain)
+        cells = (result.dataset, method, chain, test, n, interval, _SELECTED[result.select], keys)
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "What varies is the student's seed; the networks above it are trained once. The interval is Student's t.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_INTERVAL = "mean, 95 % interval"
+
+
+def _draw(results: Sequence[RunResult], path: Path) -> None:
+    """Each student's test accuracy as a dot, with mean and 95 % interval, over the teacher's."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.55 * len(results)), layout="constrained")
+    rows = range(len(results))
+    for row, result in zip(rows, results, strict=True):
+        students = _students(result)
+        axes.plot(students, [row] * len(students), "o", color="#0072b2", alpha=0.6, label="a student", zorder=3)
+        if isinstance(result, ReplicatedResult):
+            error = [[result.mean - result.ci95[0]], [result.ci95[1] - result.mean]]
+            axes.errorbar(
+                [result.mean], [row], xerr=error, fmt="|", color="black", markersize=14, capsize=3, label=_INTERVAL
+            )
+        for outcome in result.chain:
+            if outcome.role == "teacher":
+                axes.plot([outcome.test_acc], [row], "D", color="#d55e00", markersize=6, label="its teacher")
+    axes.set_yticks(rows, [f"{r.method}\n{' → '.join(o.model for o in r.chain)}" for r in results], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(right=min(axes.get_xlim()[1], 100.4))  # no accuracy is higher, whatever the interval says
+    axes.set_xlabel(f"test accuracy on {results[0].dataset}, %")
+    axes.grid(axis="x", alpha=0.3)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m kd.report <folder of a multirun>")
+    try:
+        compare(Path(sys.argv[1]))
+    except KnownError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -175,5 +175,3 @@ class Planner:
     def student(self, loss: Loss, guide: Stage | None = None) -> Stage:
         """The configured student, at the run's seed."""
         return self.stage("student", self.student_model, loss, self.seed, guide)
-
-

@@ -97,7 +97,9 @@ class Store:
         try:
             partial.mkdir(parents=True)
             (partial / "stage.json").write_text(json.dumps(record, indent=2))
-            save_file({name: tensor.contiguous() for name, tensor in trained.state.items()}, partial / "model.safetensors")
+            save_file(
+                {name: tensor.contiguous() for name, tensor in trained.state.items()}, partial / "model.safetensors"
+            )
             (partial / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trained.metrics))
             (partial / "result.json").write_text(trained.result.model_dump_json(indent=2))
             for path in (*partial.iterdir(), partial):

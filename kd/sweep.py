@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,23 +30,23 @@ class Multirun(Callback):
         Multirun.folder, Multirun.began = Path(config.hydra.sweep.dir), time.time()
 
 
-@contextmanager
-def job(folder: Path) -> Iterator[None]:
-    """Around one job. A failure with a known reason is printed without a traceback.
+def job(folder: Path, work: Callable[[], float | None]) -> float | None:
+    """Do the work of one job. A failure with a known reason is printed without a traceback.
 
     A single run then exits with 2. In a multirun, where an exit would end the whole sweep, the job leaves
-    error.json in its folder and the sweep goes on. Of other failures Hydra shows the traceback.
+    error.json in its folder and returns None, and the sweep goes on. Of other failures Hydra shows the traceback.
     """
     for stale in ("result.json", "error.json"):
         (folder / stale).unlink(missing_ok=True)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        yield
+        return work()
     except KnownError as error:
         print(error, file=sys.stderr, flush=True)
         if not multirun:
             sys.exit(2)
         _record(folder, str(error))
+        return None
     except Exception as error:
         if multirun:
             _record(folder, f"{type(error).__name__}: {error}")
@@ -71,7 +70,8 @@ def jobs(folder: Path, since: float = 0.0) -> list[Job]:
     """The jobs of a multirun's folder that started after `since`, in order; jobs of a dry run have nothing to tell."""
     found = []
     for hydra in folder.glob("*/.hydra/overrides.yaml"):
-        if hydra.stat().st_mtime < since or OmegaConf.load(hydra.parent / "config.yaml").get("dry_run"):
+        config = OmegaConf.load(hydra.parent / "config.yaml")
+        if hydra.stat().st_mtime < since or OmegaConf.select(config, "dry_run"):
             continue
         place = hydra.parent.parent
         reason, result = "unfinished", None

@@ -115,8 +115,9 @@ def _start_wandb(spec: TrackingSpec, folder: Path, stages: Sequence[Stage], conf
 @cache
 def _decide(mode: str) -> Literal["online", "offline", "disabled"]:
     """`auto` becomes online where a key is configured and the server answers, once a process; says why if not."""
-    for asked in (mode, os.environ.get("WANDB_MODE")):
-        if asked == "online" or asked == "offline" or asked == "disabled":
+    asked = os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
+    match asked:
+        case "online" | "offline" | "disabled":
             return asked
     import wandb
 

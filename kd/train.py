@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from math import cos, pi
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ def make_network(stage: Stage, device: str) -> Normalized:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random_stream(stage.seed, 0, INIT).integers(2**63)))
         network = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
-    return Normalized(network, data.mean, data.std).to(device, memory_format=torch.channels_last)
+    return Normalized(network, data.mean, data.std).to(memory_format=torch.channels_last).to(device)
 
 
 def make_optimizer(network: nn.Module, train: TrainSpec) -> torch.optim.Optimizer:
@@ -86,7 +86,12 @@ def make_optimizer(network: nn.Module, train: TrainSpec) -> torch.optim.Optimize
     if train.optimizer == "adam":
         return torch.optim.Adam(network.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
     return torch.optim.SGD(
-        network.parameters(), train.lr, train.momentum, weight_decay=train.weight_decay, nesterov=train.nesterov, fused=True
+        network.parameters(),
+        train.lr,
+        train.momentum,
+        weight_decay=train.weight_decay,
+        nesterov=train.nesterov,
+        fused=True,
     )
 
 
@@ -100,7 +105,14 @@ def train_stage(stage: Stage, data: Data, guide: Guide | None, device: str, watc
 
 class _Training:
     def __init__(self, stage: Stage, data: Data, guide: Guide | None, device: str, watch: Watch) -> None:
-        self.stage, self.train, self.data, self.guide, self.device, self.watch = stage, stage.train, data, guide, device, watch
+        self.stage, self.train, self.data, self.guide, self.device, self.watch = (
+            stage,
+            stage.train,
+            data,
+            guide,
+            device,
+            watch,
+        )
         self.network = make_network(stage, device)
         self.optimizer = make_optimizer(self.network, self.train)
         self.scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=self.train.precision == "fp16")
@@ -138,7 +150,7 @@ class _Training:
         return row
 
     def _steps(self, epoch: int) -> dict[str, float]:
-        """One optimiser step a batch. Returns sums over samples of the loss, its parts and the hits, and the samples."""
+        """One optimiser step a batch. Returns sums over samples: the loss, its parts, hits, samples."""
         device, seed = self.data.labels.device, self.stage.seed
         order = random_stream(seed, epoch, ORDER).permutation(self.data.train)
         views = self.data.draw_views(random_stream(seed, epoch, VIEW))[order]
@@ -161,9 +173,10 @@ class _Training:
         with autocast(self.train.precision, self.device):
             logits = self.network(images)
         logits = logits.float()  # the loss is computed in fp32 whatever the network computes in
-        parts = self.stage.loss(logits, labels, guide_logits)
+        # Stage sees to it that a loss which reads a guide has one.
+        parts = self.stage.loss(logits, labels, cast(Tensor, guide_logits))
         self.optimizer.zero_grad()
-        self.scaler.scale(parts["loss"]).backward()
+        self.scaler.scale(parts["loss"]).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         hits = (logits.detach().argmax(1) == labels).sum()
@@ -172,9 +185,10 @@ class _Training:
 
     def _check(self, loss: Tensor, epoch: int, step: int) -> None:
         if not torch.isfinite(loss):
+            lr = learning_rate(self.train, epoch)
             raise KnownError(
-                f"{self.stage.role} {self.stage.model}: the loss is {loss.item()} at epoch {epoch + 1}, step {step + 1}, "
-                f"learning rate {learning_rate(self.train, epoch):g}; a lower train.lr, train.warmup or "
+                f"{self.stage.role} {self.stage.model}: the loss is {loss.item()} at epoch {epoch + 1}, "
+                f"step {step + 1}, learning rate {lr:g}; a lower train.lr, train.warmup or "
                 "train.precision=fp32 may help"
             )
 

@@ -50,7 +50,8 @@ class Data:
         if self.allowed_views is None:
             return rng.integers(0, views.COUNT[self.spec.augment], len(self.labels))
         samples, choices = self.allowed_views.shape
-        return self.allowed_views[np.arange(samples), rng.integers(0, choices, samples)]
+        chosen: NDArray[np.int64] = self.allowed_views[np.arange(samples), rng.integers(0, choices, samples)]
+        return chosen
 
     def show(self, samples: Tensor, view: Tensor) -> Tensor:
         """The given views [batch] of samples [batch]: uint8 [batch, 3, height, width], channels_last."""

@@ -54,12 +54,14 @@ def read(data_root: Path, content: str | None) -> Arrays:
 def _classes(root: Path) -> list[str]:
     for split in ("train", "test"):
         if not (root / split).is_dir():
-            raise KnownError(f"dataset.root: {root / split} is no folder; images should lie in {root}/{{train,test}}/<class>/")
+            place = f"{root}/{{train,test}}/<class>/"
+            raise KnownError(f"dataset.root: {root / split} is no folder; images should lie in {place}")
     train, test = ({e.name for e in os.scandir(root / s) if e.is_dir()} for s in ("train", "test"))
     if len(train) < 2:
-        raise KnownError(f"dataset.root: {root / 'train'} should have a folder for each of two or more classes (got {len(train)})")
+        raise KnownError(f"dataset.root: {root / 'train'} should have a folder a class, two or more (got {len(train)})")
     if train != test:
-        raise KnownError(f"dataset.root: these classes of {root} are not in both train and test: {', '.join(sorted(train ^ test))}")
+        odd = ", ".join(sorted(train ^ test))
+        raise KnownError(f"dataset.root: these classes of {root} are not in both train and test: {odd}")
     return sorted(train)
 
 

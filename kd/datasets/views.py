@@ -43,4 +43,3 @@ def allowed(augment: str, samples: int, views: int | None, seed: int) -> NDArray
         return None
     rng = np.random.default_rng(np.random.SeedSequence((seed, _VIEWS)))
     return rng.random((samples, count)).argpartition(views, axis=1)[:, :views].astype(np.int64)
-

@@ -22,7 +22,10 @@ class Entry(NamedTuple):
 
 MODELS: dict[str, Entry] = {
     **{f"plane{d}": Entry("kd.models.plane.Plane", "plane", d) for d in (2, 4, 6, 8, 10)},
-    **{f"resnet{d}": Entry("kd.models.cifar_resnet.CifarResNet", "cifar_resnet", d) for d in (8, 14, 20, 26, 32, 44, 56, 110)},
+    **{
+        f"resnet{d}": Entry("kd.models.cifar_resnet.CifarResNet", "cifar_resnet", d)
+        for d in (8, 14, 20, 26, 32, 44, 56, 110)
+    },
 }
 
 

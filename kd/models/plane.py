@@ -1,5 +1,7 @@
 """The plane networks of TAKD: plain stacks of 3×3 convolutions, named by their number of convolutions."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from kd.spec import KnownError
@@ -36,7 +38,10 @@ class Plane(nn.Module):
         pools = convolutions.count(_POOL)
         side = image_size >> pools
         if side == 0:
-            raise KnownError(f"plane{depth} halves its input {pools} times: images should be at least {2**pools} pixels wide (got {image_size})")
+            raise KnownError(
+                f"plane{depth} halves its input {pools} times: images should be at least {2**pools} pixels wide "
+                f"(got {image_size})"
+            )
         layers: list[nn.Module] = []
         channels = in_channels
         for width in convolutions:
@@ -48,7 +53,7 @@ class Plane(nn.Module):
         self.conv_layers = nn.Sequential(*layers)
         widths = [channels * side * side, *hidden, num_classes]
         linear: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
-        for before, after in zip(widths[1:], widths[2:], strict=False):
+        for before, after in pairwise(widths[1:]):
             linear += [nn.ReLU(inplace=True), nn.Linear(before, after)]
         self.fc_layers = nn.Sequential(*linear)
 

@@ -1,0 +1,29 @@
+# The interpreter that makes .venv; any Python from 3.10 on.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python run.py
+
+.PHONY: help setup demo test test-slow
+
+help: ## print this
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: .venv/.installed ## make .venv and install everything; does nothing when nothing changed
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: setup ## compare the four methods on real digits, three students each
+	$(RUN) -m method=scratch,kd,ta,trained_teacher replicates=3 hydra.sweep.dir=outputs/demo
+	$(BIN)/python -m kd.report outputs/demo
+
+test: setup ## ruff, mypy --strict and the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict kd run.py
+	$(BIN)/pytest
+
+test-slow: setup ## the tests on real images and long trainings
+	$(BIN)/pytest -m slow
