@@ -184,10 +184,10 @@ def _training(sections: dict[str, Any]) -> Iterator[str]:
 
 
 _MESSAGES = {
-    "greater_than": "should be above {gt}",
-    "greater_than_equal": "should be at least {ge}",
-    "less_than": "should be below {lt}",
-    "less_than_equal": "should be at most {le}",
+    "greater_than": "should be above {gt:g}",
+    "greater_than_equal": "should be at least {ge:g}",
+    "less_than": "should be below {lt:g}",
+    "less_than_equal": "should be at most {le:g}",
     "literal_error": "should be {expected}",
     "extra_forbidden": "unknown key",
     "missing": "is missing",

@@ -94,7 +94,7 @@ class TrainOverrides(Frozen):
     milestones: Milestones | None = None
     gamma: Gamma | None = None
     warmup: Warmup | None = None
-    precision: Literal["auto"] | Precision | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     select: Select | None = None
     test_curve: bool | None = None
 

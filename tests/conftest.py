@@ -1,0 +1,76 @@
+"""What tests share: the composed configuration, jobs in this process, and places of their own for store and data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for run.py, which is no part of the package
+
+# A job of about a second: tiny networks, two epochs, fp32 so that no key depends on the CPU.
+QUICK = (
+    "model=plane2",
+    "teacher=plane4",
+    "train.epochs=2",
+    "train.precision=fp32",
+    "runtime.threads=1",
+    "tracking=none",
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test touches the repository's store or data, the network, or the tester's W&B account."""
+    monkeypatch.setenv("KD_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("KD_DATA", str(tmp_path / "data"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    yield
+    GlobalHydra.instance().clear()
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The configuration as run.py would get it."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs run.py's main in this process; returns result.json (of a multirun: the list of its jobs')."""
+    import run
+
+    def start(*overrides: str, multirun: bool = False, folder: str = "out") -> Any:
+        GlobalHydra.instance().clear()
+        place = tmp_path / folder
+        where = f"hydra.sweep.dir={place}" if multirun else f"hydra.run.dir={place}"
+        flags = ["-m"] if multirun else []
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *flags, where, *QUICK, *overrides])
+        run.main()
+        if not multirun:
+            return json.loads((place / "result.json").read_text())
+        return [json.loads((p / "result.json").read_text()) for p in sorted(place.glob("[0-9]*"), key=lambda p: int(p.name))]
+
+    return start
+
+
+def run_py(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """run.py in a process of its own, started in `cwd`."""
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=280
+    )

@@ -1,0 +1,104 @@
+"""The structure that docs/design.md promises: who may import whom, and where each library stays."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# From the bottom up. A module imports only from rows below its own; within a row, nobody.
+ROWS = [
+    ["kd.spec"],
+    ["kd.losses", "kd.recipes", "kd.hardware", "kd.statistics"],
+    ["kd.stage"],
+    ["kd.models", "kd.datasets"],
+    ["kd.methods"],
+    ["kd.store"],
+    ["kd.guide", "kd.tracking", "kd.progress"],
+    ["kd.train", "kd.config"],
+    ["kd.pipeline"],
+    ["kd.report"],
+    ["kd.sweep"],
+    ["run", "kd"],
+]
+HOMES = {
+    "hydra": {"run", "kd.config", "kd.sweep"},
+    "omegaconf": {"run", "kd.config", "kd.sweep"},
+    "optuna": {"kd.sweep"},
+    "wandb": {"kd.tracking"},
+}
+WITHOUT_TORCH = ("kd.losses", "kd.recipes", "kd.stage", "kd.methods", "kd.config", "kd.store", "kd.pipeline", "kd.report")
+
+FILES = [*sorted((ROOT / "kd").rglob("*.py")), ROOT / "run.py"]
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def row(name: str) -> int:
+    """The row of a module, by itself or by its package."""
+    owner = max((m for r in ROWS for m in r if name == m or name.startswith(m + ".")), key=len)
+    return next(i for i, r in enumerate(ROWS) if owner in r)
+
+
+def imports(tree: ast.AST, *, top_only: bool = False) -> set[str]:
+    """Modules imported anywhere in a file, but for those that only type checkers see."""
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    nodes = tree.body if top_only and isinstance(tree, ast.Module) else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_imports_only_from_rows_below(path: Path) -> None:
+    name = module(path)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for other in imports(ast.parse(path.read_text())):
+        inside = package not in ("", "kd") and other.startswith(package + ".")
+        if other.split(".")[0] == "kd" and not inside:
+            assert row(other) < row(name), f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_libraries_stay_at_home(path: Path) -> None:
+    used = {other.split(".")[0] for other in imports(ast.parse(path.read_text()))}
+    for library, homes in HOMES.items():
+        assert library not in used or module(path) in homes, f"{module(path)} imports {library}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_torch_is_imported_late_where_help_and_dry_run_pass(path: Path) -> None:
+    name = module(path)
+    if path.name == "__init__.py" or name.startswith(WITHOUT_TORCH) or name == "run":
+        top = {other.split(".")[0] for other in imports(ast.parse(path.read_text()), top_only=True)}
+        assert not top & {"torch", "torchvision", "sklearn", "matplotlib", "wandb"}
+
+
+def test_sizes() -> None:
+    for path in FILES:
+        text = path.read_text()
+        assert text.count("\n") <= 300 or "models" in path.parts, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 50, f"{path}:{node.name}"
+
+
+def test_the_rules_can_fail() -> None:
+    assert row("kd.losses.kl") < row("kd.train")
+    assert imports(ast.parse("def f():\n import torch\n from kd.train import x")) == {"torch", "kd.train.x"}
+    assert imports(ast.parse("if TYPE_CHECKING:\n import torch")) == set()
+    assert imports(ast.parse("def f():\n import torch"), top_only=True) == set()

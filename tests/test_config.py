@@ -1,0 +1,140 @@
+"""The configuration: every yaml is alive, every bad value becomes one line, all of them at once."""
+
+import pytest
+import yaml
+from hydra.errors import ConfigCompositionException
+
+from kd.config import parse, plan
+from kd.datasets import DATASETS, specify
+from kd.datasets.base import Facts
+from kd.methods import METHODS
+from kd.models import MODELS
+from kd.recipes import RECIPES, recipe
+from kd.spec import KnownError
+from tests.conftest import ROOT, composed
+
+CONF = ROOT / "conf"
+GROUPS = {
+    "model": set(MODELS),
+    "teacher": set(MODELS),
+    "dataset": set(DATASETS),
+    "method": set(METHODS),
+    "mode": set(RECIPES),
+    "train": set(RECIPES["paper"]),
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_folders_equal_tables(group: str) -> None:
+    assert {path.stem for path in (CONF / group).glob("*.yaml")} == GROUPS[group]
+
+
+def options() -> list[str]:
+    files = sorted(path for path in CONF.glob("*/**/*.yaml"))
+    return [f"{path.relative_to(CONF).parent.as_posix()}={path.stem}" for path in files]
+
+
+@pytest.mark.parametrize("option", options())
+def test_every_yaml_composes_parses_and_plans(option: str) -> None:
+    extra = ["dataset.root=/nowhere"] if option == "dataset=folder" else []
+    config = parse(composed(option, *extra))
+    chain = plan(config, specify(config.dataset, DATASETS[config.dataset.name].facts or Facts(2, 32, (0,) * 3, (1,) * 3)))
+    assert chain[0].role == "student"
+
+
+def test_every_family_has_every_recipe() -> None:
+    for mode, recipes in RECIPES.items():
+        for name in recipes:
+            for family in {entry.family for entry in MODELS.values()}:
+                assert recipe(mode, name, family)["epochs"] >= 1
+
+
+def test_defaults() -> None:
+    config = parse(composed())
+    assert (config.model.name, config.teacher.name, config.method.name) == ("resnet8", "resnet20", "kd")
+    assert config.dataset.name == "digits"
+    assert list(parse(composed("method=ta")).method.model_dump()["assistants"]) == ["resnet14"]
+
+
+def test_the_recipe_follows_the_data_set_unless_named() -> None:
+    assert composed("dataset=cifar100").train.recipe == "cifar100"
+    assert composed("dataset=folder", "train=cifar10").train.recipe == "cifar10"
+
+
+def test_experiments_and_sweeps_come_last() -> None:
+    defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
+    assert defaults[-3:] == ["_self_", {"experiment": None}, {"sweep": None}]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.lambda=1.5", "method.lambda: should be at most 1 (got 1.5)"),
+        ("method.T=0", "method.T: should be above 0 (got 0)"),
+        ("method.T=hot", "method.T: should be a number (got 'hot')"),
+        ("method.T=nan", "method.T: should be a finite number"),
+        ("+method.foo=1", "method.foo: unknown key (got 1)"),
+        ("+foo=1", "foo: unknown key"),
+        ("~method", "method.name: should be one of scratch, kd, ta, trained_teacher (got None)"),
+        ("seed=-1", "seed: should be at least 0 (got -1)"),
+        ("seed=0.5", "seed: should be a whole number (got 0.5)"),
+        ("replicates=0", "replicates: should be at least 1 (got 0)"),
+        ("dry_run=maybe", "dry_run: should be true or false (got 'maybe')"),
+        ("model.name=resnet9", "model.name: should be a network: resnet8 or"),
+        ("teacher.train.epochs=0", "teacher.train.epochs: should be at least 1 (got 0)"),
+        ("train.precision=fp8", "train.precision: should be 'auto', 'fp32', 'bf16' or 'fp16' (got 'fp8')"),
+        ("train.milestones=[0.7,0.5]", "train.milestones should increase (got [0.7, 0.5])"),
+        ("train.milestones=[2]", "train.milestones[0]: should be below 1 (got 2)"),
+        ("train.recipe=imagenet", "train.recipe: should be one of digits, fashion_mnist"),
+        ("model.train.momentum=0", "student resnet8: train.nesterov=true needs train.momentum above 0"),
+        ("dataset.name=mnist", "dataset.name: should be one of digits"),
+        ("dataset.val_fraction=0", "should be above 0 for train.select=best_val"),
+        ("dataset=folder", "dataset.root: dataset=folder needs the path of its images"),
+        ("runtime.device=tpu", "runtime.device: should match"),
+        ("tracking.mode=sometimes", "tracking.mode: should be 'auto', 'online' or 'offline'"),
+        ("~model", "model.name: is missing"),
+        ("train.epochs=${nothing}", "train.epochs: Interpolation key 'nothing' not found"),
+    ],
+)
+def test_bad_values(override: str, message: str) -> None:
+    with pytest.raises(KnownError) as caught:
+        parse(composed(override))
+    lines = str(caught.value).splitlines()
+    assert any(message in line for line in lines), lines
+
+
+def test_all_problems_at_once() -> None:
+    bad = ("method.lambda=2", "seed=-1", "train.lr=0", "dataset.val_fraction=0", "runtime.threads=0", "train.select=best_val")
+    with pytest.raises(KnownError) as caught:
+        parse(composed(*bad))
+    keys = {line.split(":")[0] for line in str(caught.value).splitlines()}
+    assert {"method.lambda", "seed", "train.lr", "runtime.threads"} <= keys
+
+
+def test_problems_between_groups_are_found_beside_others() -> None:
+    with pytest.raises(KnownError) as caught:
+        parse(composed("method.lambda=2", "dataset.val_fraction=0", "train.momentum=0"))
+    text = str(caught.value)
+    assert "method.lambda" in text
+    assert "dataset.val_fraction" in text
+    assert "teacher resnet20: train.nesterov" in text
+
+
+def test_a_wrong_assistant_is_one_problem() -> None:
+    with pytest.raises(KnownError) as caught:
+        parse(composed("method=ta", "method.assistants=[resnet9]"))
+    assert str(caught.value).startswith("method.assistants[0]: should be a network: resnet8")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_parse_changes_nothing() -> None:
+    cfg = composed("method=ta")
+    before = cfg.copy()
+    parse(cfg)
+    assert cfg == before
+
+
+@pytest.mark.parametrize("override", ["model=resnet9", "method.temprature=3"])
+def test_unknown_groups_and_keys_are_hydras_to_refuse(override: str) -> None:
+    with pytest.raises(ConfigCompositionException):
+        composed(override)
