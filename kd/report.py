@@ -92,7 +92,9 @@ def print_jobs(jobs: Sequence[tuple[str, str, RunResult | None, str]]) -> None:
     out.print(table)
     for number, overrides, result, reason in jobs:
         if result is None:
-            out.print(f"job {number} ({overrides}): {reason}", style="red", highlight=False, markup=False)
+            out.print(
+                f"job {number} ({overrides}): {reason}", style="red", highlight=False, markup=False, soft_wrap=True
+            )
 
 
 def _summary(result: RunResult) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,6 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # for run.py, which is no part of the package
 
 # A job of about a second: tiny networks, two epochs, fp32 so that no key depends on the CPU.
 QUICK = (
@@ -50,20 +50,23 @@ def composed(*overrides: str) -> DictConfig:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """Runs run.py's main in this process; returns result.json (of a multirun: the list of its jobs')."""
-    import run
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs run.py in this process, which is quick; returns result.json (of a multirun: the list of its jobs')."""
+    from kd.sweep import Multirun
 
-    def start(*overrides: str, multirun: bool = False, folder: str = "out") -> Any:
+    def start(*overrides: str, multirun: bool = False, folder: str = "out", code: int = 0) -> Any:
         GlobalHydra.instance().clear()
+        monkeypatch.setattr(Multirun, "folder", None)
         place = tmp_path / folder
-        where = f"hydra.sweep.dir={place}" if multirun else f"hydra.run.dir={place}"
-        flags = ["-m"] if multirun else []
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *flags, where, *QUICK, *overrides])
-        run.main()
+        where = ["-m", f"hydra.sweep.dir={place}"] if multirun else [f"hydra.run.dir={place}"]
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *where, *QUICK, *overrides])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+        assert ended.value.code == code
         if not multirun:
             return json.loads((place / "result.json").read_text())
-        return [json.loads((p / "result.json").read_text()) for p in sorted(place.glob("[0-9]*"), key=lambda p: int(p.name))]
+        results = sorted(place.glob("*/result.json"), key=lambda path: int(path.parent.name))
+        return [json.loads(path.read_text()) for path in results]
 
     return start
 

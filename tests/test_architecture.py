@@ -28,7 +28,16 @@ HOMES = {
     "optuna": {"kd.sweep"},
     "wandb": {"kd.tracking"},
 }
-WITHOUT_TORCH = ("kd.losses", "kd.recipes", "kd.stage", "kd.methods", "kd.config", "kd.store", "kd.pipeline", "kd.report")
+WITHOUT_TORCH = (
+    "kd.losses",
+    "kd.recipes",
+    "kd.stage",
+    "kd.methods",
+    "kd.config",
+    "kd.store",
+    "kd.pipeline",
+    "kd.report",
+)
 
 FILES = [*sorted((ROOT / "kd").rglob("*.py")), ROOT / "run.py"]
 

@@ -38,7 +38,9 @@ def options() -> list[str]:
 def test_every_yaml_composes_parses_and_plans(option: str) -> None:
     extra = ["dataset.root=/nowhere"] if option == "dataset=folder" else []
     config = parse(composed(option, *extra))
-    chain = plan(config, specify(config.dataset, DATASETS[config.dataset.name].facts or Facts(2, 32, (0,) * 3, (1,) * 3)))
+    chain = plan(
+        config, specify(config.dataset, DATASETS[config.dataset.name].facts or Facts(2, 32, (0,) * 3, (1,) * 3))
+    )
     assert chain[0].role == "student"
 
 
@@ -104,7 +106,14 @@ def test_bad_values(override: str, message: str) -> None:
 
 
 def test_all_problems_at_once() -> None:
-    bad = ("method.lambda=2", "seed=-1", "train.lr=0", "dataset.val_fraction=0", "runtime.threads=0", "train.select=best_val")
+    bad = (
+        "method.lambda=2",
+        "seed=-1",
+        "train.lr=0",
+        "dataset.val_fraction=0",
+        "runtime.threads=0",
+        "train.select=best_val",
+    )
     with pytest.raises(KnownError) as caught:
         parse(composed(*bad))
     keys = {line.split(":")[0] for line in str(caught.value).splitlines()}

@@ -32,7 +32,9 @@ def test_kd() -> None:
 
 
 def test_ta_of_any_length() -> None:
-    student = planned("method=ta", "method.assistants=[resnet56,plane6]", "method.assistant.seed=2", "method.assistant.T=3")
+    student = planned(
+        "method=ta", "method.assistants=[resnet56,plane6]", "method.assistant.seed=2", "method.assistant.T=3"
+    )
     assert shape(student) == [
         ("teacher", "resnet20", "cross_entropy", 0),
         ("assistant", "resnet56", "distill", 2),
@@ -43,7 +45,9 @@ def test_ta_of_any_length() -> None:
 
 
 def test_trained_teacher_and_its_nasty_sign() -> None:
-    student = planned("method=trained_teacher", "method.assistants=[resnet14]", "method.teacher.weight=-0.04", "teacher.seed=1")
+    student = planned(
+        "method=trained_teacher", "method.assistants=[resnet14]", "method.teacher.weight=-0.04", "teacher.seed=1"
+    )
     assert shape(student) == [
         ("reference", "resnet8", "cross_entropy", 1),
         ("teacher", "resnet20", "teachable_teacher", 1),
@@ -71,7 +75,9 @@ def test_kd_and_ta_share_the_teacher() -> None:
 
 
 def test_each_network_has_its_own_familys_recipe() -> None:
-    chain = planned("method=ta", "model=plane2", "teacher=resnet20", "method.assistants=[plane4]", "dataset=cifar10").chain
+    chain = planned(
+        "method=ta", "model=plane2", "teacher=resnet20", "method.assistants=[plane4]", "dataset=cifar10"
+    ).chain
     assert [(s.model, s.train.lr, s.train.schedule, s.train.epochs) for s in chain] == [
         ("resnet20", 0.1, "step", 160),
         ("plane4", 0.01, "constant", 160),

@@ -48,7 +48,11 @@ def names(name: str, classes: int = 10) -> set[str]:
 
 def test_names_of_the_cifar_resnet() -> None:
     first = {f"layer1.0.{part}" for part in ("conv1", "bn1", "conv2", "bn2")}
-    rest = {f"layer{i}.0.{part}" for i in (2, 3) for part in ("conv1", "bn1", "conv2", "bn2", "downsample.0", "downsample.1")}
+    rest = {
+        f"layer{i}.0.{part}"
+        for i in (2, 3)
+        for part in ("conv1", "bn1", "conv2", "bn2", "downsample.0", "downsample.1")
+    }
     assert names("resnet8") == {"conv1", "bn1", "fc"} | first | rest
     assert "layer3.17.bn2" in names("resnet110")
     assert "layer3.18.bn2" not in names("resnet110")

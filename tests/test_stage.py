@@ -100,7 +100,12 @@ trainings = st.builds(
 )
 guides = st.builds(stage, role=st.just("teacher"), train=trainings, seed=st.integers(0, 2))
 stages = st.builds(
-    stage, loss=losses, guide=guides, train=trainings, seed=st.integers(0, 2), model=st.sampled_from(["resnet8", "plane2"])
+    stage,
+    loss=losses,
+    guide=guides,
+    train=trainings,
+    seed=st.integers(0, 2),
+    model=st.sampled_from(["resnet8", "plane2"]),
 )
 
 
@@ -157,6 +162,6 @@ def test_best_val_needs_a_validation_split() -> None:
 def test_specs_are_frozen_and_strict() -> None:
     with pytest.raises(ValidationError):
         DATASET.name = "cifar10"
-    with pytest.raises(ValidationError, match="unknown|extra|Extra"):
+    with pytest.raises(ValidationError, match="Extra inputs"):
         DatasetSpec(**DATASET.model_dump(), colour="blue")
     assert [s.role for s in distilled().chain] == ["teacher", "student"]

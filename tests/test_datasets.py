@@ -1,0 +1,224 @@
+"""The data sets: facts, splits, views, folders, and the files of torchvision's readers."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as tv
+
+from kd.datasets import DATASETS, load, resolve, specify, views
+from kd.datasets.base import Arrays, DatasetConfig, Facts, statistics
+from kd.datasets.data import Data, split
+from kd.spec import KnownError
+
+
+def config(name: str = "digits", augment: str = "none", **changes: object) -> DatasetConfig:
+    return DatasetConfig.model_validate(
+        {"name": name, "augment": augment, "val_fraction": 0.1, "split_seed": 0, **changes}
+    )
+
+
+def facts(arrays: Arrays) -> Facts:
+    return Facts(len(np.unique(arrays.labels)), arrays.images.shape[1], *statistics(arrays.images))
+
+
+def random_images(count: int, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3)).astype(np.uint8)
+
+
+def arrays(count: int = 60, classes: int = 3, size: int = 32) -> Arrays:
+    labels = np.arange(count, dtype=np.int64) % classes
+    return Arrays(random_images(count, size), labels, random_images(6, size), labels[:6])
+
+
+def test_digits_are_what_the_table_says() -> None:
+    spec = resolve(config(), Path("/nowhere"))
+    data = load(spec, Path("/nowhere"), "cpu")
+    assert (len(data.labels), len(data.test_labels)) == (1437, 360)
+    assert data.test_images.shape[1:] == (16, 16, 3)
+    mean, std = statistics(data.padded.numpy())
+    assert (spec.mean, spec.std) == (mean, std)
+    assert len(data.labels.unique()) == spec.num_classes
+
+
+def test_the_split_is_stratified_and_a_function_of_its_seed() -> None:
+    labels = np.repeat(np.arange(5), [100, 50, 20, 10, 10])
+    train, val = split(labels, 0.1, 0)
+    assert np.bincount(labels[val]).tolist() == [10, 5, 2, 1, 1]
+    assert sorted([*train, *val]) == list(range(190))
+    assert np.array_equal(val, split(labels, 0.1, 0)[1])
+    assert not np.array_equal(val, split(labels, 0.1, 1)[1])
+    assert len(split(labels, 0.0, 0)[1]) == 0
+
+
+def test_crop_flip_is_torchvisions_crop_and_flip() -> None:
+    images = torch.from_numpy(random_images(162))
+    every = torch.arange(162)
+    shown = views.show(views.pad(images, "crop_flip"), every, every, "crop_flip")
+    assert shown.is_contiguous(memory_format=torch.channels_last)
+    for view in range(162):
+        top, left = divmod(view // 2, 9)
+        crop = tv.crop(tv.pad(images[view].permute(2, 0, 1), [4]), top, left, 32, 32)
+        assert torch.equal(shown[view], tv.hflip(crop) if view % 2 else crop)
+
+
+def test_every_view_is_drawn_and_none_beyond() -> None:
+    data = Data.of(specify(config(augment="crop_flip"), facts(arrays())), arrays(), "cpu")
+    drawn = np.concatenate([data.draw_views(np.random.default_rng(s)) for s in range(100)])
+    assert set(drawn) == set(range(162))
+
+
+def test_restricted_views() -> None:
+    spec = specify(config(augment="crop_flip", views=5), facts(arrays()))
+    data, again = Data.of(spec, arrays(), "cpu"), Data.of(spec, arrays(), "cpu")
+    drawn = np.stack([data.draw_views(np.random.default_rng(s)) for s in range(200)])
+    assert all(len(set(column)) == 5 for column in drawn.T)
+    assert len({tuple(sorted(set(column))) for column in drawn.T}) > 50  # each sample has its own
+    assert data.allowed_views is not None
+    assert np.array_equal(data.allowed_views, again.allowed_views)
+    assert Data.of(specify(config(views=5), facts(arrays())), arrays(), "cpu").allowed_views is None  # `none` has one
+
+
+def test_validation_images_are_shown_as_they_are() -> None:
+    data = Data.of(specify(config(augment="crop_flip"), facts(arrays())), arrays(), "cpu")
+    assert torch.equal(data.val_images, torch.from_numpy(arrays().images[data.val]))
+    assert torch.equal(data.val_labels, torch.from_numpy(arrays().labels[data.val]))
+
+
+# folder -----------------------------------------------------------------------------------------------------------
+
+
+def write_folder(root: Path, size: tuple[int, int] = (8, 8), per_class: int = 4) -> Path:
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = rng.integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.{'png' if i % 2 else 'bmp'}")
+    return root
+
+
+def folder(root: Path, **changes: object) -> DatasetConfig:
+    return config("folder", root=str(root), **changes)
+
+
+def test_a_folder_is_decoded_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, places = write_folder(tmp_path / "pets"), tmp_path / "data"
+    spec = resolve(folder(root), places)
+    assert "decoding 16 images" in capsys.readouterr().out
+    assert resolve(folder(root), places) == spec
+    assert capsys.readouterr().out == ""
+    data = load(spec, places, "cpu")
+    assert (spec.num_classes, spec.image_size, len(data.labels)) == (2, 8, 8)
+    pixels = np.asarray(Image.open(root / "train" / "dog" / "1.png"))
+    assert np.array_equal(data.padded[5], pixels)
+    assert data.labels[5] == 1
+
+
+def test_a_copy_of_a_folder_is_the_same_data_and_a_change_is_not(tmp_path: Path) -> None:
+    one, other = write_folder(tmp_path / "a"), write_folder(tmp_path / "b")
+    spec = resolve(folder(one), tmp_path / "data")
+    assert resolve(folder(other), tmp_path / "data") == spec
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(other / "train" / "cat" / "1.png")
+    assert resolve(folder(other), tmp_path / "data").content != spec.content
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda root: (root / "test").rename(root / "tset"), "test is no folder"),
+        (lambda root: (root / "test" / "dog").rename(root / "test" / "fox"), "not in both train and test: dog, fox"),
+        (lambda root: [f.unlink() for f in (root / "train" / "cat").iterdir()], "has no images"),
+        (
+            lambda root: (root / "train" / "cat" / "1.png").write_bytes(b"no image"),
+            "1 files cannot be read as images: .*1.png",
+        ),
+        (
+            lambda root: Image.new("RGB", (8, 9)).save(root / "train" / "dog" / "1.png"),
+            "are not 8×8 pixels .*dog/1.png: 8×9",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_as_it_should_be(tmp_path: Path, harm: object, message: str) -> None:
+    root = write_folder(tmp_path / "pets")
+    harm(root)  # type: ignore[operator]
+    with pytest.raises(KnownError, match=message):
+        resolve(folder(root), tmp_path / "data")
+
+
+def test_images_should_be_square(tmp_path: Path) -> None:
+    with pytest.raises(KnownError, match=r"should be square .*8×6"):
+        resolve(folder(write_folder(tmp_path / "wide", size=(8, 6))), tmp_path / "data")
+
+
+# torchvision's files ----------------------------------------------------------------------------------------------
+
+
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist"])
+def test_without_network_one_line_says_what_to_do(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_network(monkeypatch)
+    with pytest.raises(KnownError) as caught:
+        load(resolve(config(name), tmp_path), tmp_path, "cpu")
+    text = str(caught.value)
+    assert "could not be downloaded" in text
+    assert "runtime.data" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_files(name: str, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets as tvd
+
+    reader = {"cifar10": tvd.CIFAR10, "cifar100": tvd.CIFAR100}[name]
+    monkeypatch.setattr(reader, "_check_integrity", lambda self: True)  # the fake files have other checksums
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    place = tmp_path / reader.base_folder
+    place.mkdir()
+    for file, _ in [*reader.train_list, *reader.test_list]:
+        pixels = random_images(classes).transpose(0, 3, 1, 2).reshape(classes, -1)
+        labels = list(range(classes))
+        (place / file).write_bytes(pickle.dumps({"data": pixels, "labels": labels, "fine_labels": labels}))
+    (place / reader.meta["filename"]).write_bytes(pickle.dumps({reader.meta["key"]: [str(i) for i in range(classes)]}))
+    data = load(specify(config(name), DATASETS[name].facts or pytest.fail("no facts")), tmp_path, "cpu")
+    assert np.array_equal(data.test_images, random_images(classes))
+    assert data.test_labels.tolist() == list(range(classes))
+    assert data.spec.num_classes == classes
+
+
+def test_fashion_mnist_is_padded(tmp_path: Path) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28)).astype(np.uint8)
+    for part in ("train", "t10k"):
+        header = b"".join(n.to_bytes(4, "big") for n in (2051, 20, 28, 28))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        header = b"".join(n.to_bytes(4, "big") for n in (2049, 20))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + bytes(range(10)) * 2)
+    data = load(resolve(config("fashion_mnist"), tmp_path), tmp_path, "cpu")
+    assert data.padded.shape == (20, 32, 32, 3)
+    assert np.array_equal(data.padded[:, 2:30, 2:30, 1], pixels)
+    assert data.padded[:, :2].sum() == 0
+
+
+def test_fashion_mnist_statistics_are_of_the_padded_images() -> None:
+    # From the published mean .2860 and std .3530 of 28×28 images: a share of 28²/32² of the pixels, the rest black.
+    share = (28 / 32) ** 2
+    mean = 0.2860 * share
+    std = ((0.3530**2 + 0.2860**2) * share - mean**2) ** 0.5
+    known = DATASETS["fashion_mnist"].facts
+    assert known is not None
+    assert known.mean[0] == pytest.approx(mean, abs=5e-4)
+    assert known.std[0] == pytest.approx(std, abs=5e-4)

@@ -1,0 +1,228 @@
+"""run.py as people use it: results, reuse, sweeps, failures and their exit codes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd import report
+from kd.methods import METHODS
+from kd.statistics import summarize
+from tests.conftest import QUICK, run_py
+
+Job = Callable[..., Any]
+
+
+def test_result_json(job: Job) -> None:
+    result = job()
+    assert set(result) == {"chain", "objective", "mode", "method", "dataset", "select"}
+    teacher, student = result["chain"]
+    assert set(student) == {"role", "model", "key", "params", "val_acc", "test_acc", "epochs", "seconds", "reused"}
+    assert (teacher["role"], student["role"]) == ("teacher", "student")
+    assert result["objective"] == student["val_acc"]
+    assert 10 < student["test_acc"] <= 100
+    assert re.fullmatch("[0-9a-f]{16}", student["key"])
+
+
+def test_a_second_run_trains_nothing_and_says_the_same(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    first = job()
+    capsys.readouterr()
+    second = job(folder="second")
+    assert [s.pop("reused") for s in first["chain"]] == [False, False]
+    assert [s.pop("reused") for s in second["chain"]] == [True, True]
+    assert first == second
+    printed = capsys.readouterr().out
+    assert "trained" not in printed
+    assert f'kd.load("{first["chain"][1]["key"]}")' in printed
+
+
+def test_cold_and_warm_stores_end_in_the_same_bits(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student's file is the same whether its teacher was just trained or lay in the store."""
+    job("method.T=7", folder="teacher")  # leaves the teacher
+    warm = job(folder="warm")
+    monkeypatch.setenv("KD_STORE", str(tmp_path / "other"))
+    cold = job(folder="cold")
+    assert [s["reused"] for s in warm["chain"]] == [True, False]
+    assert [s["reused"] for s in cold["chain"]] == [False, False]
+    for stage in cold["chain"]:
+        for file in ("model.safetensors", "metrics.jsonl"):
+            one, other = ((tmp_path / store / stage["key"] / file).read_bytes() for store in ("store", "other"))
+            assert one == other
+
+
+def test_retrain_trains_again_and_ends_in_the_same_bits(job: Job, tmp_path: Path) -> None:
+    key = job()["chain"][1]["key"]
+    before = (tmp_path / "store" / key / "model.safetensors").read_bytes()
+    again = job("runtime.retrain=true", "replicates=2", folder="again")
+    assert [s["reused"] for s in again["chain"]] == [False, False]
+    assert (tmp_path / "store" / key / "model.safetensors").read_bytes() == before
+    rows = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row["role"] == "teacher" for row in rows) == 2  # once for both replicates
+
+
+def test_replicates(job: Job) -> None:
+    result = job("replicates=3", "seed=5")
+    accuracies = [r["test_acc"] for r in result["replicates"]]
+    assert [r["seed"] for r in result["replicates"]] == [5, 6, 7]
+    assert len({r["key"] for r in result["replicates"]}) == 3
+    assert result["chain"][-1]["key"] == result["replicates"][0]["key"]
+    assert result["n"] == 3
+    assert result["mean"] == pytest.approx(sum(accuracies) / 3, abs=1e-3)
+    assert result["ci95"][0] <= result["mean"] <= result["ci95"][1]
+    assert result["objective"] == pytest.approx(sum(r["val_acc"] for r in result["replicates"]) / 3, abs=1e-3)
+
+
+def test_the_t_interval_by_hand() -> None:
+    summary = summarize([1.0, 2.0, 3.0])
+    assert (summary.mean, summary.std, summary.n) == (2.0, 1.0, 3)
+    half = 4.302652729911275 / 3**0.5  # Student's t at .975 with two degrees of freedom
+    assert summary.ci95 == pytest.approx((2 - half, 2 + half), abs=1e-4)
+
+
+def test_without_a_validation_split_there_is_no_objective(job: Job) -> None:
+    result = job("dataset.val_fraction=0", "train.select=last")
+    assert result["objective"] is None
+    assert result["chain"][0]["val_acc"] is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_runs(job: Job, method: str) -> None:
+    extra = ["method.assistants=[plane4]"] if method == "ta" else []
+    roles = [s["role"] for s in job(f"method={method}", *extra)["chain"]]
+    middle = {
+        "scratch": [],
+        "kd": ["teacher"],
+        "ta": ["teacher", "assistant"],
+        "trained_teacher": ["reference", "teacher"],
+    }
+    assert roles == [*middle[method], "student"]
+
+
+def test_a_sweep_trains_what_jobs_share_once(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = ("method=kd,ta", "seed=0,1", "method.T=1,5", "model=plane2", "teacher=plane2", "train.epochs=1")
+    results = job(*jobs, multirun=True)
+    assert len(results) == 8
+    trained = [s["key"] for r in results for s in r["chain"] if not s["reused"]]
+    assert len(trained) == len(set(trained)) == 1 + 1 + 8  # one teacher, one assistant, eight students
+    assert {(s["role"], s["model"]) for r in results for s in r["chain"]} == {
+        ("teacher", "plane2"),
+        ("assistant", "resnet14"),
+        ("student", "plane2"),
+    }
+
+
+def test_the_four_methods_need_no_other_change(tmp_path: Path) -> None:
+    done = run_py(
+        "-m", "method=scratch,kd,ta,trained_teacher", "dry_run=true", f"hydra.sweep.dir={tmp_path}", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("stages to train") == 4
+
+
+def test_dry_run_and_help_answer_at_once(tmp_path: Path) -> None:
+    """Under two seconds; a loaded machine is given the best of three."""
+    for command in (["--help"], ["dry_run=true", "method=ta", "hydra.run.dir=out"]):
+        seconds = []
+        for _ in range(3):
+            began = time.monotonic()
+            done = run_py(*command, cwd=tmp_path)
+            seconds.append(time.monotonic() - began)
+            assert done.returncode == 0, done.stderr
+        assert min(seconds) < 2, command
+    assert "resnet14" in done.stdout
+    assert "3 of 3 stages to train" in done.stdout
+    assert not (tmp_path / "store").exists()
+
+
+def test_dry_run_tells_what_is_there(job: Job, tmp_path: Path) -> None:
+    keys = [s["key"] for s in job()["chain"]]
+    done = run_py(*QUICK, "method.T=9", "dry_run=true", "hydra.run.dir=dry", cwd=tmp_path)
+    assert "1 of 2 stages to train" in done.stdout
+    assert re.search(f"{keys[0]}.*in the store", done.stdout)
+
+
+# failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_value_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = run_py("method.lambda=1.5", "seed=-1", "hydra.run.dir=out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "method.lambda: should be at most 1 (got 1.5)",
+        "seed: should be at least 0 (got -1)",
+    ]
+    assert done.stdout == ""
+
+
+def test_a_failing_job_does_not_stop_the_sweep(tmp_path: Path) -> None:
+    lr = "train.lr=0.01,1e30,-1,0.02"
+    done = run_py("-m", *QUICK, "method=scratch", lr, "hydra.sweep.dir=sweep", cwd=tmp_path, COLUMNS="200")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    finished = {p.parent.name for p in tmp_path.glob("sweep/*/result.json")}
+    failed = {p.parent.name: json.loads(p.read_text())["error"] for p in tmp_path.glob("sweep/*/error.json")}
+    assert finished == {"0", "3"}
+    assert failed.keys() == {"1", "2"}
+    assert re.match(r"student plane2: the loss is (nan|inf)", failed["1"][0])
+    assert failed["2"] == ["train.lr: should be above 0 (got -1)"]
+    summary = done.stdout[done.stdout.rindex("4 jobs") :]
+    assert re.search(r"job 1 \(.*lr=1e\+?30.*\): student plane2: the loss is", summary)
+    assert re.search(r"job 2 \(.*\): train.lr: should be above 0", summary)
+    assert not [p for p in (tmp_path / "store").iterdir() if p.name.startswith(".") and p.name != ".locks"]
+
+
+def test_a_failed_stage_is_not_in_the_store(tmp_path: Path) -> None:
+    done = run_py(*QUICK, "method=scratch", "train.lr=1e30", "hydra.run.dir=out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"student plane2: the loss is \w+ at epoch 1, step \d+, learning rate 1e\+30; .*\n", done.stderr
+    )
+    assert not list((tmp_path / "store").glob("[0-9a-f]*"))
+
+
+def test_an_unfinished_job_counts(job: Job, tmp_path: Path) -> None:
+    from kd import sweep
+
+    job("seed=0,1", multirun=True, folder="sweep")
+    (tmp_path / "sweep" / "1" / "result.json").unlink()
+    found = sweep.jobs(tmp_path / "sweep")
+    assert [(j.number, j.result is None, j.reason) for j in found] == [("0", False, ""), ("1", True, "unfinished")]
+
+
+def test_a_student_too_deep_for_its_images_fails_before_its_teacher_is_trained(tmp_path: Path, job: Job) -> None:
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for name in "ab":
+            (tmp_path / "tiny" / part / name).mkdir(parents=True)
+            for i in range(20):
+                Image.new("RGB", (8, 8), (i, i, 60 * (name == "a"))).save(tmp_path / "tiny" / part / name / f"{i}.png")
+    data = ("dataset=folder", f"dataset.root={tmp_path / 'tiny'}", "train=cifar10", "hydra.run.dir=out")
+    done = run_py(*QUICK, *data, "model=plane10", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "plane10 halves its input 4 times: images should be at least 16 pixels wide (got 8)" in done.stderr
+    assert not list((tmp_path / "store").glob("[0-9a-f]*"))
+
+
+# reports ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_comparison(job: Job, tmp_path: Path) -> None:
+    job("method=scratch,kd", "replicates=2", multirun=True)
+    report.compare(tmp_path / "out")
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    rows = [row for row in csv.reader(text.splitlines(), delimiter="|") if len(row) > 8]
+    assert [row[2].strip() for row in rows[2:]] == ["scratch", "kd"]
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_protocol_that_looks_at_the_test_set_is_printed_as_such(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job("train.select=best_test")
+    assert "EPOCH CHOSEN ON THE TEST SET" in capsys.readouterr().out

@@ -1,0 +1,244 @@
+"""Records of a run: the local file, and W&B read back offline and from a stand-in server."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd import tracking
+from kd.spec import KnownError
+from kd.tracking import axes, track
+from tests.conftest import QUICK, run_py
+from tests.test_stage import TEACHER, distilled, stage
+
+Job = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _forget_the_decision() -> Iterator[None]:
+    tracking._decide.cache_clear()
+    yield
+    tracking._decide.cache_clear()
+
+
+def test_axes_are_as_short_as_they_can_be() -> None:
+    assert axes(distilled().chain) == {TEACHER.key: "teacher", distilled().key: "student"}
+    seeds = [distilled(seed=s) for s in (0, 1)]
+    assert list(axes(seeds).values()) == ["student-s0", "student-s1"]
+    assistants = [stage(role="assistant", model=m) for m in ("resnet14", "resnet8")]
+    assert list(axes(assistants).values()) == ["assistant-resnet14", "assistant-resnet8"]
+    twins = [distilled(T=t) for t in (1, 2)]
+    assert len(set(axes(twins).values())) == 2
+
+
+def test_the_local_record(job: Job, tmp_path: Path) -> None:
+    chain = job()["chain"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["role"], r["key"], r["epoch"]) for r in rows] == [
+        (s["role"], s["key"], e) for s in chain for e in (1, 2)
+    ]
+    job(folder="again")
+    assert (tmp_path / "again" / "metrics.jsonl").read_text() == ""  # a reused stage's lines are not replayed
+    kept = (tmp_path / "store" / chain[1]["key"] / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in kept] == [r["loss"] for r in rows if r["role"] == "student"]
+
+
+def inspect(folder: Path, *flags: str) -> str:
+    (run,) = folder.glob("wandb/offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", *flags, "--json", str(run)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in inspect(folder).splitlines() if line.startswith("{")]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    text = inspect(folder, "--summary")
+    parsed: dict[str, Any] = json.loads(text[text.index("{") :])
+    return parsed
+
+
+def test_offline_run_read_back(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = job("tracking=wandb", "replicates=2", "tracking.tags=[a,b]", "tracking.group=g")
+    assert "no key is configured" in capsys.readouterr().out
+    written = records(tmp_path / "out")
+    (started,) = [r["run"] for r in written if r["type"] == "run"]
+    config = started["config"]["update"]
+    assert config["method"]["lambda"] == 0.5
+    assert config["mode"] == "paper"
+    assert config["stages"]["teacher"] == result["chain"][0]["key"]
+    assert {started["run_group"], started["job_type"], *started["tags"]} == {"g", "kd", "a", "b"}
+    history = [r["history"]["item"] for r in written if r["type"] == "history"]
+    assert [row["teacher/epoch"] for row in history if "teacher/epoch" in row] == [1, 2]
+    assert [row["student-s1/epoch"] for row in history if "student-s1/epoch" in row] == [1, 2]
+    ended = summary(tmp_path / "out")
+    assert ended["exit_code"] == 0
+    assert ended["summary"]["objective"] == result["objective"]
+    assert ended["summary"]["student-s0/test_acc"] == result["chain"][1]["test_acc"]
+
+
+def test_a_failed_job_ends_as_failed_and_does_not_leak(job: Job, tmp_path: Path) -> None:
+    jobs = ("tracking=wandb", "train.lr=1e30,0.01")
+    assert len(job(*jobs, multirun=True, code=1)) == 1
+    failed, fine = summary(tmp_path / "out" / "0"), summary(tmp_path / "out" / "1")
+    assert (failed["exit_code"], fine["exit_code"]) == (1, 0)
+    assert fine["config"]["train"]["lr"] == 0.01
+    assert "student/epoch" in fine["summary"]
+    assert "student/epoch" not in failed["summary"]
+
+
+class Server:
+    """A loopback stand-in for W&B's backend: it takes whatever is sent and remembers it."""
+
+    def __init__(self) -> None:
+        self.runs: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []
+        self.exits: list[int] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def handle(self) -> None:
+                with suppress(ConnectionError):  # the client hangs up when it has what it wants
+                    super().handle()
+
+            def reply(self, body: dict[str, Any]) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def do_GET(self) -> None:
+                self.reply({})
+
+            def do_PUT(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                self.reply({})
+
+            def do_POST(self) -> None:
+                data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    data = gzip.decompress(data)
+                self.reply(outer.answer(self.path, data))
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def answer(self, path: str, data: bytes) -> dict[str, Any]:
+        """What a request is answered with, by its path and GraphQL operation."""
+        if "file_stream" in path:
+            sent = json.loads(data)
+            rows = sent.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            self.history += [json.loads(row) for row in rows]
+            if sent.get("exitcode") is not None:
+                self.exits.append(sent["exitcode"])
+            return {"exitcode": None, "limits": {}}
+        if not path.endswith("/graphql"):
+            return {}
+        query = json.loads(data)
+        variables = query.get("variables") or {}
+        viewer = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+        if "mutation UpsertBucket" in query["query"]:
+            self.runs.append(variables)
+            project = {"id": "p", "name": variables.get("project"), "entity": {"id": "e", "name": "me"}}
+            bucket = {"id": "r", "name": variables.get("name"), "displayName": "d", "config": "{}", "project": project}
+            return {"data": {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": True}}}
+        if "CreateRunFiles" in query["query"]:
+            files = [{"name": name, "uploadUrl": f"{self.url}/up/{name}"} for name in variables.get("files", [])]
+            return {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}}
+        info = {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None}
+        return {"data": {"viewer": viewer, "serverInfo": info, "model": None, "project": None}}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    started = Server()
+    yield started
+    started.http.shutdown()
+    started.http.server_close()
+
+
+def test_online_run_reaches_the_server(server: Server, tmp_path: Path) -> None:
+    account = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
+    done = run_py(
+        *QUICK, "tracking=wandb", "tracking.project=mine", f"hydra.run.dir={tmp_path / 'out'}", cwd=tmp_path, **account
+    )
+    assert done.returncode == 0, done.stderr
+    assert "W&B" not in done.stdout  # nothing to explain
+    assert {run["project"] for run in server.runs if run.get("project")} == {"mine"}
+    names = {run["displayName"] for run in server.runs if run.get("displayName")}
+    assert names == {"plane2 ← plane4 · s0"}
+    assert {row["student/epoch"] for row in server.history if "student/epoch" in row} == {1, 2}
+    assert server.exits == [0]
+    assert not list((tmp_path / "out").glob("wandb/offline-*"))
+
+
+def test_an_unreachable_server_means_offline_and_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = Server()
+    closed.http.server_close()
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setattr("wandb.setup", lambda: type("Setup", (), {"settings": type("S", (), {"base_url": closed.url})}))
+    began = time.monotonic()
+    assert tracking._decide("auto") == "offline"
+    assert tracking._decide("auto") == "offline"
+    assert time.monotonic() - began < 4
+    said = capsys.readouterr().out
+    assert said.count("did not answer within 3 s") == 1  # once a process
+    assert "wandb sync" in said
+
+
+def _hang(*args: object) -> None:
+    time.sleep(1)
+    raise OSError
+
+
+def test_a_look_up_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("socket.create_connection", _hang)
+    began = time.monotonic()
+    assert not tracking._answers("example.invalid", 443)
+    assert time.monotonic() - began < 0.8
+
+
+def test_a_key_in_netrc_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not tracking._has_key("api.wandb.ai")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "a" * 40)
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert tracking._has_key("api.wandb.ai")
+    assert not tracking._has_key("elsewhere.example")
+
+
+@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+def test_wandb_mode_is_respected(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert tracking._decide("auto") == mode
+    assert tracking._decide("offline") == "offline"
+
+
+def test_online_without_a_key_is_one_line(tmp_path: Path) -> None:
+    spec = tracking.TrackingSpec(name="wandb", project="p", mode="online")
+    refusal = pytest.raises(KnownError, match=r"tracking: W&B did not start .*tracking\.mode=offline")
+    with refusal, track(spec, tmp_path, distilled().chain, {"method": {"name": "kd"}}):
+        pytest.fail("it started")

@@ -1,0 +1,289 @@
+"""Training: its schedule, its randomness, its guide, and that the same stage always ends in the same bits."""
+
+from __future__ import annotations
+
+from math import cos, pi
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kd import train as training
+from kd.datasets import load, resolve
+from kd.datasets.base import DatasetConfig
+from kd.datasets.data import Data
+from kd.guide import CHUNK, Guide
+from kd.losses import CrossEntropy, Distill
+from kd.models import build
+from kd.models.normalized import Normalized
+from kd.spec import KnownError
+from kd.stage import Stage, TrainSpec
+from kd.store import Metrics, Trained
+from kd.train import batches, evaluate, learning_rate, make_network, random_stream, train_stage
+from tests.conftest import ROOT
+from tests.test_stage import TRAIN
+
+
+class Silent:
+    """Watches and only counts."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.rows: list[Metrics] = []
+
+    def guided(self, images: int) -> None:
+        self.images += images
+
+    def stepped(self, images: int) -> None:
+        self.images += images
+
+    def epoch_ended(self, metrics: Metrics) -> None:
+        self.rows.append(metrics)
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    config = DatasetConfig(name="digits", augment="crop_flip", val_fraction=0.1, split_seed=0)
+    return load(resolve(config, ROOT), ROOT, "cpu")
+
+
+def spec(**changes: Any) -> TrainSpec:
+    return TrainSpec(**{**TRAIN.model_dump(), "lr": 0.01, **changes})
+
+
+def a_stage(data: Data, *, model: str = "plane2", guide: Stage | None = None, seed: int = 0, **changes: Any) -> Stage:
+    loss = Distill(T=4, lam=0.5) if guide else CrossEntropy()
+    return Stage(
+        role="student", model=model, loss=loss, dataset=data.spec, train=spec(**changes), seed=seed, guide=guide
+    )
+
+
+def train(stage: Stage, data: Data, network: Normalized | None = None) -> Trained:
+    guide = network and Guide(network, data, stage.train.precision, "cpu")
+    return train_stage(stage, data, guide, "cpu", Silent())
+
+
+def teacher_of(data: Data) -> tuple[Stage, Normalized]:
+    stage = a_stage(data, model="plane4", seed=9)
+    network = make_network(stage, "cpu")
+    network.train()
+    with torch.no_grad():  # statistics of its own, so that folding them matters
+        network(data.show(torch.arange(200), torch.full((200,), 80)))
+    return stage, network.eval()
+
+
+def same(one: Trained, other: Trained) -> bool:
+    return one.metrics == other.metrics and all(torch.equal(one.state[k], other.state[k]) for k in one.state)
+
+
+# schedule ---------------------------------------------------------------------------------------------------------
+
+
+def test_step_schedule_of_the_paper() -> None:
+    paper = spec(lr=0.1, epochs=160, milestones=(0.5, 0.75))
+    rates = [learning_rate(paper, epoch) for epoch in (0, 79, 80, 119, 120, 159)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_milestones_are_rounded() -> None:
+    short = spec(lr=1.0, epochs=5, milestones=(0.5, 0.75))  # round(2.5) = 2, round(3.75) = 4
+    assert [learning_rate(short, epoch) for epoch in range(5)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_constant_cosine_and_warmup() -> None:
+    assert {learning_rate(spec(schedule="constant", lr=0.3, epochs=9), e) for e in range(9)} == {0.3}
+    cosine = spec(schedule="cosine", lr=1.0, epochs=10, warmup=2)
+    expected = [1 / 3, 2 / 3] + [(1 + cos(pi * e / 8)) / 2 for e in range(8)]
+    assert [learning_rate(cosine, e) for e in range(10)] == pytest.approx(expected)
+
+
+# randomness -------------------------------------------------------------------------------------------------------
+
+
+def test_streams_are_named_by_seed_epoch_and_purpose() -> None:
+    names = [(s, e, p) for s in range(4) for e in range(4) for p in range(4)]
+    draws = {random_stream(*name).integers(2**62) for name in names}
+    assert len(draws) == len(names)
+    assert random_stream(1, 2, 3).integers(2**62) == random_stream(1, 2, 3).integers(2**62)
+
+
+def test_initial_weights_depend_on_the_seed_alone(data: Data) -> None:
+    torch.manual_seed(123)
+    before = torch.random.get_rng_state()
+    one, other = (make_network(a_stage(data, epochs=e), "cpu").state_dict() for e in (2, 5))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    third = make_network(a_stage(data, seed=1), "cpu").state_dict()
+    assert not torch.equal(one["network.fc_layers.0.weight"], third["network.fc_layers.0.weight"])
+
+
+def test_batches_keep_the_last_one_but_not_a_lone_sample() -> None:
+    assert [b.stop - b.start for b in batches(300, 128)] == [128, 128, 44]
+    assert [b.stop - b.start for b in batches(257, 128)] == [128, 128]
+    assert len(batches(1, 128)) == 1
+    assert len(batches(50_000, 128)) == 391
+
+
+def test_the_same_stage_ends_in_the_same_bits(data: Data) -> None:
+    teacher, network = teacher_of(data)
+    stage = a_stage(data, guide=teacher)
+    first = train(stage, data, network)
+    torch.rand(7)  # the global generator has no say
+    assert same(first, train(stage, data, network))
+    assert not same(first, train(a_stage(data, guide=teacher, seed=1), data, network))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_precisions_and_optimizers_learn(data: Data, precision: str, optimizer: str) -> None:
+    lr = 0.01 if optimizer == "sgd" else 0.001
+    result = train(a_stage(data, precision=precision, optimizer=optimizer, lr=lr, epochs=1, schedule="constant"), data)
+    assert result.result.test_acc > 20  # chance is 10
+
+
+def test_three_steps_of_sgd_by_hand(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights after three Nesterov steps with weight decay equal an independent computation."""
+    monkeypatch.setattr(training, "batches", lambda samples, size: [slice(i * 64, (i + 1) * 64) for i in range(3)])
+    stage = a_stage(data, epochs=1, schedule="constant", lr=0.05, select="last")
+    trained = train(stage, data)
+    network = make_network(stage, "cpu")
+    order = random_stream(0, 0, training.ORDER).permutation(data.train)
+    drawn = data.draw_views(random_stream(0, 0, training.VIEW))[order]
+    velocity = [torch.zeros_like(p) for p in network.parameters()]
+    for i in range(3):
+        rows = slice(i * 64, (i + 1) * 64)
+        images = data.show(torch.from_numpy(order[rows]), torch.from_numpy(drawn[rows]))
+        loss = nn.functional.cross_entropy(network(images), data.labels[torch.from_numpy(order[rows])])
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        with torch.no_grad():
+            for p, g, v in zip(network.parameters(), gradients, velocity, strict=True):
+                decayed = g + 1e-4 * p
+                v.mul_(0.9).add_(decayed)
+                p.sub_(0.05 * (decayed + 0.9 * v))
+    for name, value in network.network.named_parameters():
+        torch.testing.assert_close(trained.state[name], value.detach(), rtol=1e-4, atol=1e-6)
+
+
+# what is kept -----------------------------------------------------------------------------------------------------
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
+    """Makes evaluate() return the scores in the order in which it is asked."""
+    remaining = iter(scores)
+    monkeypatch.setattr(training, "evaluate", lambda *args: next(remaining))
+
+
+@pytest.mark.parametrize(
+    ("select", "scores", "epoch"),
+    [
+        ("best_val", [50, 80, 80, 70, 42], 2),  # four validations, then the one look at the test set
+        ("last", [50, 80, 80, 70, 42], 4),
+        ("best_test", [50, 10, 60, 90, 70, 90, 80, 20, 42], 2),  # validation and test in turn
+    ],
+)
+def test_selection(data: Data, monkeypatch: pytest.MonkeyPatch, select: str, scores: list[float], epoch: int) -> None:
+    scripted(monkeypatch, scores)
+    result = train(a_stage(data, epochs=4, select=select), data).result
+    assert (result.selected_epoch, result.test_acc) == (epoch, 42)
+
+
+def test_the_test_set_is_read_once(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> float:
+        asked.append(images.data_ptr() == data.test_images.data_ptr())
+        return 1.0
+
+    monkeypatch.setattr(training, "evaluate", counted)
+    train(a_stage(data, epochs=3), data)
+    assert sum(asked) == 1
+    asked.clear()
+    curve = train(a_stage(data, epochs=3, test_curve=True), data)
+    assert sum(asked) == 4
+    assert [row["test_acc"] for row in curve.metrics] == [1.0] * 3
+
+
+def test_kept_weights_give_the_recorded_accuracy(data: Data) -> None:
+    stage = a_stage(data, epochs=4, lr=0.05)
+    trained = train(stage, data)
+    network = make_network(stage, "cpu")
+    network.network.load_state_dict(trained.state)
+    assert evaluate(network, data.val_images, data.val_labels, "fp32") == trained.result.val_acc
+    assert evaluate(network, data.test_images, data.test_labels, "fp32") == trained.result.test_acc
+
+
+def test_accuracy_is_counted_over_samples_not_batches() -> None:
+    labels = torch.zeros(1001, dtype=torch.int64)
+    labels[-1] = 1  # alone in its batch
+    network = Normalized(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), (0.0,) * 3, (1.0,) * 3)
+    images = torch.zeros(1001, 4, 4, 3, dtype=torch.uint8)
+    images[..., 0] = 9
+    assert evaluate(network, images, labels, "fp32") == pytest.approx(100 * 1000 / 1001, abs=1e-4)
+
+
+def test_metrics_hold_no_clock_and_add_up(data: Data) -> None:
+    teacher, network = teacher_of(data)
+    row = train(a_stage(data, guide=teacher, epochs=1), data, network).metrics[0]
+    assert row.keys() == {"epoch", "lr", "loss", "ce", "kl", "train_acc", "val_acc"}
+    assert row["loss"] == pytest.approx(0.5 * float(row["ce"] or 0) + 0.5 * 16 * float(row["kl"] or 0), abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_at_once(data: Data) -> None:
+    watch = Silent()
+    stage = a_stage(data, lr=1e30, schedule="constant")
+    with pytest.raises(
+        KnownError, match=r"student plane2: the loss is (nan|inf) at epoch 1, step \d, learning rate 1e\+30"
+    ):
+        train_stage(stage, data, None, "cpu", watch)
+    assert watch.rows == []
+    assert watch.images < len(data.train)
+
+
+# the guide --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_row_of_logits_depends_on_its_view_alone(data: Data, precision: str) -> None:
+    _, network = teacher_of(data)
+    guide = Guide(network, data, precision, "cpu")
+    samples, views = np.arange(CHUNK + 50), np.arange(CHUNK + 50) % 162
+    logits = guide.logits(samples, views, lambda n: None)
+    shuffled = np.random.default_rng(0).permutation(len(samples))
+    assert torch.equal(guide.logits(samples[shuffled], views[shuffled], lambda n: None), logits[shuffled])
+    assert torch.equal(guide.logits(samples[:1], views[:1], lambda n: None), logits[:1])
+
+
+@pytest.mark.parametrize("name", ["plane6", "resnet20"])
+def test_folded_shifted_and_rounded_logits_are_the_networks(data: Data, name: str) -> None:
+    stage = a_stage(data, model=name)
+    network = make_network(stage, "cpu").train()
+    samples, views = torch.arange(100), torch.full((100,), 80)
+    with torch.no_grad():
+        network(data.show(samples, views))
+        raw = network.eval()(data.show(samples, views))
+    exact = Guide(network, data, "fp32", "cpu").logits(samples.numpy(), views.numpy(), lambda n: None)
+    torch.testing.assert_close(exact, raw - raw.amax(1, keepdim=True), rtol=1e-4, atol=1e-4)
+    rounded = Guide(network, data, "bf16", "cpu").logits(samples.numpy(), views.numpy(), lambda n: None)
+    assert rounded.dtype == torch.float16
+    assert rounded.amax(1).eq(0).all()
+
+
+def test_a_guide_is_left_as_it_was(data: Data) -> None:
+    teacher, network = teacher_of(data)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    train(a_stage(data, guide=teacher), data, network)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(p.grad is None for p in network.parameters())
+    assert not network.training
+
+
+def test_every_network_of_the_table_can_guide(data: Data) -> None:
+    from kd.models import MODELS
+
+    for name in MODELS:
+        network = Normalized(build(name, num_classes=10, image_size=16), data.spec.mean, data.spec.std)
+        logits = Guide(network, data, "fp32", "cpu").logits(np.arange(3), np.full(3, 80), lambda n: None)
+        assert logits.shape == (3, 10), name
+        assert torch.isfinite(logits).all()
