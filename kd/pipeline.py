@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd import hardware
 from kd.datasets import load
+from kd.partial import Partial
 from kd.progress import StageProgress
 from kd.spec import Frozen
 from kd.stage import DatasetSpec, Role, RuntimeSpec, Stage
@@ -116,9 +117,12 @@ class Pipeline:
         guide = None
         if stage.guide is not None:
             guide = Guide(self.store.network(stage.guide.key), self._data, stage.train.precision, self._device)
+        made_with = self._made_with()
+        partial = Partial(self.store.partial(stage.key), stage, made_with, self.runtime.checkpoint_every)
         with StageProgress(stage, len(self._data.train), self.tracker.log) as watch:
-            trained = train_stage(stage, self._data, guide, self._device, watch)
-        self.store.save(stage, trained, self._made_with())
+            trained = train_stage(stage, self._data, guide, self._device, watch, partial)
+        self.store.save(stage, trained, made_with)
+        partial.remove()
         self._trained.add(stage.key)
 
     @cached_property

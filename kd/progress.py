@@ -32,7 +32,7 @@ class StageProgress:
         self._name = f"{stage.role} {stage.model}"
         self._console = console()
         self._began = self._phase_began = self._last_line = time.monotonic()
-        self._epoch, self._done, self._guide_done = 0, 0, 0
+        self._epoch, self._done, self._before, self._guide_done = 0, 0, 0, 0
         self._status = ""
         self._steps, self._guide_seconds, self._step_began = 0, 0.0, 0.0
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[status]}"))
@@ -49,6 +49,13 @@ class StageProgress:
     ) -> None:
         if self._console.is_terminal:
             self._bar.stop()
+
+    def resumed(self, history: list[Metrics]) -> None:
+        """So many epochs were done before; their rows are part of this run's record too."""
+        for row in history:
+            self._log(self._stage, row)
+        self._epoch = len(history)
+        self._done = self._before = self._epoch * self._samples
 
     def guided(self, images: int) -> None:
         """So many more images have been seen by the guide."""
@@ -88,11 +95,15 @@ class StageProgress:
             )
 
     def _text(self) -> str:
-        elapsed = max(time.monotonic() - self._began, 1e-6)
-        left = elapsed * (self._epochs * self._samples / max(self._done, 1) - 1)
-        speed = f"{self._done / elapsed:,.0f} images/s"
+        speed, left = self._pace()
         epoch = min(self._epoch + 1, self._epochs)
-        return f"epoch {epoch}/{self._epochs}  {self._status}  {speed}  {_duration(left)} left"
+        return f"epoch {epoch}/{self._epochs}  {self._status}  {speed:,.0f} images/s  {_duration(left)} left"
+
+    def _pace(self) -> tuple[float, float]:
+        """Images a second so far, the guide's share counted, and the seconds left at that pace."""
+        done = self._done - self._before
+        speed = max(done, 1) / max(time.monotonic() - self._began, 1e-6)
+        return speed, (self._epochs * self._samples - self._done) / speed
 
     def _show(self, doing: str = "") -> None:
         if self._console.is_terminal:
@@ -102,10 +113,9 @@ class StageProgress:
         last = self._epoch == self._epochs
         if last or time.monotonic() - self._last_line > _LINE_EVERY:
             self._last_line = time.monotonic()
-            elapsed = self._last_line - self._began
-            text = f"epoch {self._epoch}/{self._epochs}  {self._status}  {self._done / elapsed:,.0f} images/s"
-            left = "" if last else f"  {_duration(elapsed / self._epoch * (self._epochs - self._epoch))} left"
-            print(f"{self._name}  {text}{left}", flush=True)
+            speed, left = self._pace()
+            text = f"epoch {self._epoch}/{self._epochs}  {self._status}  {speed:,.0f} images/s"
+            print(f"{self._name}  {text}" + ("" if last else f"  {_duration(left)} left"), flush=True)
 
 
 def _duration(seconds: float) -> str:

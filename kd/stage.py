@@ -142,6 +142,7 @@ class RuntimeSpec(Frozen):
     workers: int | None = Field(None, ge=1)  # threads that decode a folder of images; null as above
     store: str | None = None  # null: store/ in the repository; a path is taken from the working directory
     data: str | None = None  # null: data/ in the repository
+    checkpoint_every: int = Field(10, ge=1)  # epochs between two checkpoints of an unfinished stage
     retrain: bool = False
 
 

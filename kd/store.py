@@ -47,7 +47,7 @@ class Trained:
 
 
 class Store:
-    """`root`/<key>/{stage.json, model.safetensors, metrics.jsonl, result.json}."""
+    """`root`/<key>/{stage.json, model.safetensors, metrics.jsonl, result.json}; partial/<key>/ while training."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -117,6 +117,10 @@ class Store:
         partial.rename(place)
         _sync(self.root)
         shutil.rmtree(old, ignore_errors=True)
+
+    def partial(self, key: str) -> Path:
+        """The folder of an unfinished stage's checkpoint."""
+        return self.root / "partial" / key
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:

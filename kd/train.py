@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from math import cos, pi
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from kd.guide import Guide
 from kd.hardware import autocast
 from kd.models import build
 from kd.models.normalized import Normalized
+from kd.partial import Partial
 from kd.spec import KnownError
 from kd.stage import Stage, TrainSpec
 from kd.store import Metrics, StageResult, Trained
@@ -29,6 +30,9 @@ _EVAL_BATCH = 1000
 
 class Watch(Protocol):
     """Whoever wants to know how far a training is."""
+
+    def resumed(self, history: list[Metrics]) -> None:
+        """So many epochs were done before."""
 
     def guided(self, images: int) -> None:
         """So many more images have been seen by the guide."""
@@ -95,12 +99,17 @@ def make_optimizer(network: nn.Module, train: TrainSpec) -> torch.optim.Optimize
     )
 
 
-def train_stage(stage: Stage, data: Data, guide: Guide | None, device: str, watch: Watch) -> Trained:
-    """Train a stage from its seed to its kept weights.
+def train_stage(
+    stage: Stage, data: Data, guide: Guide | None, device: str, watch: Watch, partial: Partial | None = None
+) -> Trained:
+    """Train a stage from its seed, or from its checkpoint in `partial`, to its kept weights.
 
     Raises KnownError, with epoch, step and learning rate, as soon as a loss is not finite.
     """
-    return _Training(stage, data, guide, device, watch).run()
+    training = _Training(stage, data, guide, device, watch)
+    if partial is not None and (state := partial.load()) is not None:
+        training.restore(state)
+    return training.run(partial)
 
 
 class _Training:
@@ -116,25 +125,49 @@ class _Training:
         self.network = make_network(stage, device)
         self.optimizer = make_optimizer(self.network, self.train)
         self.scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=self.train.precision == "fp16")
+        self.kept, self.history = _Kept(), list[Metrics]()
+        self.began = time.perf_counter()
 
-    def run(self) -> Trained:
-        began, kept, history = time.perf_counter(), _Kept(), list[Metrics]()
-        for epoch in range(self.train.epochs):
+    def run(self, partial: Partial | None) -> Trained:
+        for epoch in range(len(self.history), self.train.epochs):
             row = self._epoch(epoch)
             score = {"best_val": row["val_acc"], "best_test": row.get("test_acc"), "last": epoch}[self.train.select]
-            kept.offer(self.network.network, epoch + 1, float(score or 0), row["val_acc"])
-            history.append(row)
+            self.kept.offer(self.network.network, epoch + 1, float(score or 0), row["val_acc"])
+            self.history.append(row)
             self.watch.epoch_ended(row)
-        self.network.network.load_state_dict(kept.state)
+            if partial is not None and (epoch + 1) % partial.every == 0 and epoch + 1 < self.train.epochs:
+                partial.save(self.state())
+        self.network.network.load_state_dict(self.kept.state)
         result = StageResult(
             params=sum(p.numel() for p in self.network.parameters()),
-            val_acc=kept.val_acc,
+            val_acc=self.kept.val_acc,
             test_acc=self._test(),
             epochs=self.train.epochs,
-            selected_epoch=kept.epoch,
-            seconds=round(time.perf_counter() - began, 3),
+            selected_epoch=self.kept.epoch,
+            seconds=round(time.perf_counter() - self.began, 3),
         )
-        return Trained(kept.state, history, result)
+        return Trained(self.kept.state, self.history, result)
+
+    def state(self) -> dict[str, Any]:
+        """All that the next epoch depends on; its randomness is none of it, being named by seed and epoch."""
+        return {
+            "epoch": len(self.history),
+            "history": self.history,
+            "network": self.network.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "kept": vars(self.kept),
+            "seconds": time.perf_counter() - self.began,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what state() gave."""
+        self.network.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.kept, self.history = _Kept(**state["kept"]), state["history"]
+        self.began = time.perf_counter() - state["seconds"]
+        self.watch.resumed(self.history)
 
     def _epoch(self, epoch: int) -> Metrics:
         """Every training sample once. Returns the epoch's row: means over all samples, accuracies in percent."""

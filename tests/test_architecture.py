@@ -14,7 +14,7 @@ ROWS = [
     ["kd.stage"],
     ["kd.models", "kd.datasets"],
     ["kd.methods"],
-    ["kd.store"],
+    ["kd.store", "kd.partial"],
     ["kd.guide", "kd.tracking", "kd.progress"],
     ["kd.train", "kd.config"],
     ["kd.pipeline"],

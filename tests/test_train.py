@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import cos, pi
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from kd.guide import CHUNK, Guide
 from kd.losses import CrossEntropy, Distill
 from kd.models import build
 from kd.models.normalized import Normalized
+from kd.partial import Partial
 from kd.spec import KnownError
 from kd.stage import Stage, TrainSpec
 from kd.store import Metrics, Trained
@@ -32,6 +34,9 @@ class Silent:
     def __init__(self) -> None:
         self.images = 0
         self.rows: list[Metrics] = []
+
+    def resumed(self, history: list[Metrics]) -> None:
+        self.rows += history
 
     def guided(self, images: int) -> None:
         self.images += images
@@ -133,6 +138,53 @@ def test_the_same_stage_ends_in_the_same_bits(data: Data) -> None:
     torch.rand(7)  # the global generator has no say
     assert same(first, train(stage, data, network))
     assert not same(first, train(a_stage(data, guide=teacher, seed=1), data, network))
+
+
+class Interrupted(Silent):
+    """Pulls the plug at the end of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.last = epoch
+
+    def epoch_ended(self, metrics: Metrics) -> None:
+        if metrics["epoch"] == self.last:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_an_interrupted_stage_goes_on_to_the_same_bits(data: Data, tmp_path: Path, precision: str) -> None:
+    teacher, network = teacher_of(data)
+    stage = a_stage(data, guide=teacher, epochs=5, precision=precision)
+    guide = Guide(network, data, precision, "cpu")
+    unbroken = train_stage(stage, data, guide, "cpu", Silent())
+    partial = Partial(tmp_path / "partial", stage, {"threads": 1}, every=2)
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(stage, data, guide, "cpu", Interrupted(4), partial)
+    watch = Silent()
+    resumed = train_stage(stage, data, guide, "cpu", watch, partial)
+    assert same(unbroken, resumed)
+    assert watch.rows == unbroken.metrics
+    assert watch.images < 4 * 2 * len(data.train)  # two epochs were not done again
+    partial.remove()
+    assert not partial.folder.exists()
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_used(
+    data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = a_stage(data, epochs=3)
+    partial = Partial(tmp_path, stage, {"threads": 1}, every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(stage, data, None, "cpu", Interrupted(3), partial)
+    other = Partial(tmp_path, stage, {"threads": 2}, every=1)
+    assert other.load() is None
+    assert "under another runtime; it is trained from the start" in capsys.readouterr().out
+    assert Partial(tmp_path, a_stage(data, epochs=4), {"threads": 1}, every=1).load() is None
+    assert partial.load() is not None
+    (tmp_path / "state.pt").write_bytes(b"half of a")
+    assert partial.load() is None
+    assert "cannot be read" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
