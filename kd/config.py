@@ -112,16 +112,16 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return dict(tree)
 
 
-def train_spec(sections: Config, role: Role, model: str) -> TrainSpec:
+def train_spec(config: Config, role: Role, model: str) -> TrainSpec:
     """A network's training: its family's recipe, then `train`, then what the role overrides.
 
     Raises KnownError where there is no recipe or its parts do not fit together.
     """
-    settings = recipe(sections.mode, sections.train.recipe, MODELS[model].family)
-    own: dict[str, TrainOverrides] = {"student": sections.model.train, "teacher": sections.teacher.train}
-    for overrides in (sections.train, own.get(role, TrainOverrides())):
+    settings = recipe(config.mode, config.train.recipe, MODELS[model].family)
+    own: dict[str, TrainOverrides] = {"student": config.model.train, "teacher": config.teacher.train}
+    for overrides in (config.train, own.get(role, TrainOverrides())):
         settings |= overrides.model_dump(exclude_none=True, exclude={"recipe"})
-    settings["precision"] = resolve_precision(settings["precision"], resolve_device(sections.runtime.device))
+    settings["precision"] = resolve_precision(settings["precision"], resolve_device(config.runtime.device))
     try:
         return TrainSpec(**settings)
     except ValidationError as error:

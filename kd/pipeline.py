@@ -17,7 +17,7 @@ from kd.partial import Partial
 from kd.progress import StageProgress
 from kd.spec import Frozen
 from kd.stage import DatasetSpec, Role, RuntimeSpec, Stage
-from kd.statistics import summarize
+from kd.statistics import spread
 from kd.store import Store
 from kd.tracking import Tracker
 
@@ -172,8 +172,8 @@ def run(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -
         Replicate(seed=student.seed, key=outcome.key, val_acc=outcome.val_acc, test_acc=outcome.test_acc)
         for student, outcome in zip(students, outcomes, strict=True)
     ]
-    summary = summarize([outcome.test_acc for outcome in outcomes])
-    return ReplicatedResult.model_validate({**common, "replicates": replicates, **summary.model_dump()})
+    statistics = spread([outcome.test_acc for outcome in outcomes]).model_dump()
+    return ReplicatedResult.model_validate({**common, "replicates": replicates, **statistics})
 
 
 def write_result(result: RunResult, folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +23,15 @@ _SELECTED = {
     "last": "last epoch",
     "best_test": "EPOCH CHOSEN ON THE TEST SET, as the papers did",
 }
+
+
+class Job(NamedTuple):
+    """One job of a multirun: its number, overrides, and its result or why there is none."""
+
+    number: str
+    overrides: str
+    result: RunResult | None
+    reason: str
 
 
 def read_result(path: Path) -> RunResult:
@@ -78,8 +88,8 @@ def _cells(outcome: Outcome) -> list[str]:
     ]
 
 
-def print_jobs(jobs: Sequence[tuple[str, str, RunResult | None, str]]) -> None:
-    """The table of a multirun, (number, overrides, result, reason) a job; what has no result is named below it."""
+def print_jobs(jobs: Sequence[Job]) -> None:
+    """The table of a multirun; jobs without a result are named below it, with their reason."""
     out = console()
     table = Table(title=f"{len(jobs)} jobs", title_justify="left")
     for heading in ("job", "overrides", "method", "chain"):

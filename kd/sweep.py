@@ -7,15 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd.pipeline import RunResult
-from kd.report import print_jobs, read_result
+from kd.report import Job, print_jobs, read_result
 from kd.spec import KnownError
 
 
@@ -27,7 +26,7 @@ class Multirun(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Remember the multirun's folder."""
-        Multirun.folder, Multirun.began = Path(config.hydra.sweep.dir), time.time()
+        Multirun.folder, Multirun.began = Path(config.hydra.sweep.dir), time.time() - 1  # files' clocks are coarse
 
 
 def job(folder: Path, work: Callable[[], float | None]) -> float | None:
@@ -57,15 +56,6 @@ def _record(folder: Path, reason: str) -> None:
     (folder / "error.json").write_text(json.dumps({"error": reason.splitlines()}, indent=2))
 
 
-class Job(NamedTuple):
-    """One job of a multirun: its number, overrides, and its result or why there is none."""
-
-    number: str
-    overrides: str
-    result: RunResult | None
-    reason: str
-
-
 def jobs(folder: Path, since: float = 0.0) -> list[Job]:
     """The jobs of a multirun's folder that started after `since`, in order; jobs of a dry run have nothing to tell."""
     found = []
@@ -89,5 +79,5 @@ def summarize() -> int:
         return 0
     done = jobs(Multirun.folder, Multirun.began)
     if done:
-        print_jobs([(job.number, job.overrides, job.result, job.reason) for job in done])
+        print_jobs(done)
     return sum(job.result is None for job in done)

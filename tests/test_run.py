@@ -14,7 +14,7 @@ import pytest
 
 from kd import report
 from kd.methods import METHODS
-from kd.statistics import summarize
+from kd.statistics import spread
 from tests.conftest import QUICK, run_py
 
 Job = Callable[..., Any]
@@ -80,10 +80,10 @@ def test_replicates(job: Job) -> None:
 
 
 def test_the_t_interval_by_hand() -> None:
-    summary = summarize([1.0, 2.0, 3.0])
-    assert (summary.mean, summary.std, summary.n) == (2.0, 1.0, 3)
+    found = spread([1.0, 2.0, 3.0])
+    assert (found.mean, found.std, found.n) == (2.0, 1.0, 3)
     half = 4.302652729911275 / 3**0.5  # Student's t at .975 with two degrees of freedom
-    assert summary.ci95 == pytest.approx((2 - half, 2 + half), abs=1e-4)
+    assert found.ci95 == pytest.approx((2 - half, 2 + half), abs=1e-4)
 
 
 def test_without_a_validation_split_there_is_no_objective(job: Job) -> None:

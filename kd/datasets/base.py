@@ -1,8 +1,6 @@
 """What a data set is before any tensor: what the user asks for, its facts, and its images as arrays."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -80,7 +78,3 @@ def _channels(values: list[float]) -> Channels:
 def grey_to_rgb(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[sample, height, width] repeated to [sample, height, width, 3]."""
     return np.repeat(images[..., None], 3, axis=-1)
-
-
-Read = Callable[[Path, str | None], Arrays]
-Prepare = Callable[[Path, Path, int], Facts]
