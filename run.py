@@ -30,15 +30,15 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     students = plan(config, dataset)
     store = Store(config.store_root)
     if config.dry_run:
-        report.print_plan(students, store)
+        report.print_plan(students, store, config.runtime.retrain)
         return None
     stages = [stage for student in students for stage in student.chain]
     with track(config.tracking, folder, stages, plain(cfg)) as tracker:
         pipeline = Pipeline(store, config.data_root, dataset, config.runtime, tracker)
         labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
         result = run(pipeline, students, labels)
+        write_result(result, folder)
         tracker.summarize(result.model_dump(mode="json", exclude={"chain"}))
-    write_result(result, folder)
     report.print_run(result)
     return result.objective
 

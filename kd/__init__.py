@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,6 @@ def load(key: str, store: str | Path | None = None) -> Normalized:
     `store` is the path of the store, by default the one in the repository (or $KD_STORE). Raises
     kd.spec.KnownError where there is no such stage.
     """
-    import os
+    from kd.store import Store, place
 
-    from kd.store import ROOT, Store
-
-    return Store(Path(store or os.environ.get("KD_STORE") or ROOT / "store")).network(key)
+    return Store(place(str(store) if store else os.environ.get("KD_STORE"), "store")).network(key)

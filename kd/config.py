@@ -17,10 +17,10 @@ from kd.hardware import cpu_count, resolve_device, resolve_precision
 from kd.methods import METHODS
 from kd.methods.base import Method
 from kd.models import MODELS, NetworkName
-from kd.recipes import RECIPES, recipe
+from kd.recipes import GAMMA, RECIPES, recipe
 from kd.spec import Frozen, KnownError
 from kd.stage import DatasetSpec, Planner, Role, RuntimeSpec, Stage, TrainOverrides, TrainSpec
-from kd.store import ROOT
+from kd.store import place
 from kd.tracking import TrackingSpec
 
 
@@ -63,12 +63,12 @@ class Config(Frozen):
     @property
     def store_root(self) -> Path:
         """Where finished stages lie."""
-        return Path(self.runtime.store).expanduser() if self.runtime.store else ROOT / "store"
+        return place(self.runtime.store, "store")
 
     @property
     def data_root(self) -> Path:
         """Where data sets lie."""
-        return Path(self.runtime.data).expanduser() if self.runtime.data else ROOT / "data"
+        return place(self.runtime.data, "data")
 
     @property
     def workers(self) -> int:
@@ -94,13 +94,10 @@ def parse(cfg: DictConfig) -> Config:
             problems += explain(error, name)
         except KnownError as error:
             problems.append(str(error))
-    problems += [problem for rule in (_dataset, _training) for problem in rule(sections)]
+    problems += [problem for rule in (_dataset, _training, _planning) for problem in rule(sections)]
     if problems:
         raise KnownError("\n".join(dict.fromkeys(problems)))
-    config = Config(**sections)
-    # Methods name networks too, and each needs a recipe. Planning asks nothing of the data but its place.
-    plan(config, specify(config.dataset, Facts(2, 1, (0, 0, 0), (1, 1, 1))))
-    return config
+    return Config(**sections)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -118,9 +115,20 @@ def train_spec(config: Config, role: Role, model: str) -> TrainSpec:
     Raises KnownError where there is no recipe or its parts do not fit together.
     """
     settings = recipe(config.mode, config.train.recipe, MODELS[model].family)
+    known = dict(settings)
     own: dict[str, TrainOverrides] = {"student": config.model.train, "teacher": config.teacher.train}
     for overrides in (config.train, own.get(role, TrainOverrides())):
         settings |= overrides.model_dump(exclude_none=True, exclude={"recipe"})
+    if settings["optimizer"] != known["optimizer"] and settings["lr"] == known["lr"]:
+        raise KnownError(
+            f"{role} {model}: train.optimizer={settings['optimizer']} needs a train.lr of its own "
+            f"(the recipe's {known['lr']:g} is for {known['optimizer']})"
+        )
+    # What the optimiser or the schedule does not read is no difference, and must not make one in the key.
+    if settings["optimizer"] == "adam":
+        settings |= {"momentum": 0.0, "nesterov": False}
+    if settings["schedule"] != "step":
+        settings |= {"milestones": (), "gamma": GAMMA}
     settings["precision"] = resolve_precision(settings["precision"], resolve_device(config.runtime.device))
     try:
         return TrainSpec(**settings)
@@ -161,10 +169,6 @@ def _dataset(sections: dict[str, Any]) -> Iterator[str]:
             yield f"dataset.name: should be one of {', '.join(DATASETS)} (got {dataset.name!r})"
         elif DATASETS[dataset.name].facts is None and dataset.root is None:
             yield f"dataset.root: dataset={dataset.name} needs the path of its images, root/{{train,test}}/<class>/"
-    if {"dataset", "train"} <= sections.keys():
-        chosen = sections["train"].select
-        if sections["dataset"].val_fraction == 0 and chosen in (None, "best_val"):
-            yield "dataset.val_fraction: should be above 0 for train.select=best_val; or choose train.select=last"
 
 
 def _training(sections: dict[str, Any]) -> Iterator[str]:
@@ -179,6 +183,16 @@ def _training(sections: dict[str, Any]) -> Iterator[str]:
     for role in ("student", "teacher"):
         try:
             train_spec(partial, role, sections["model" if role == "student" else role].name)
+        except KnownError as error:
+            yield str(error)
+
+
+def _planning(sections: dict[str, Any]) -> Iterator[str]:
+    """Methods name networks too, and each needs a recipe; planning asks nothing of the data but its place."""
+    if sections.keys() == Config.model_fields.keys() and not any(_training(sections)):
+        config = Config(**sections)
+        try:
+            plan(config, specify(config.dataset, Facts(2, 1, (0, 0, 0), (1, 1, 1))))
         except KnownError as error:
             yield str(error)
 

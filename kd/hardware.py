@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kd.spec import KnownError
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,14 +33,27 @@ def cpu_has_bf16() -> bool:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` becomes cuda where torch sees a GPU and cpu elsewhere; anything else stays."""
-    if device != "auto":
-        return device
+    """`auto` becomes cuda where torch sees a GPU and cpu elsewhere; anything else stays.
+
+    Raises KnownError for a GPU that is not there.
+    """
+    gpus = _gpus() if device != "cpu" else 0
+    if device == "auto":
+        return "cuda" if gpus else "cpu"
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= gpus:
+        raise KnownError(
+            f"runtime.device: torch sees {gpus} NVIDIA GPUs here; cpu and auto always work (got {device!r})"
+        )
+    return device
+
+
+@cache
+def _gpus() -> int:
     if not has_nvidia_driver():
-        return "cpu"
+        return 0
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def resolve_precision(precision: str, device: str) -> str:

@@ -15,15 +15,15 @@ from kd.stage import Stage
 
 @dataclass(frozen=True)
 class Partial:
-    """`folder`/state.pt, written every `every` epochs and taken up only under the spec and runtime it began with.
+    """`folder`/state.pt, written every `every` epochs and taken up only under the key and runtime it began with.
 
-    `made_with` is that runtime: device, threads and versions move the last bits of a result, so a state that
-    began under others is not continued.
+    `runtime` is device, threads and torch's version: they move the last bits of a result, so a state that began
+    under others is not continued.
     """
 
     folder: Path
     stage: Stage
-    made_with: dict[str, Any]
+    runtime: dict[str, Any]
     every: int
 
     def load(self) -> dict[str, Any] | None:
@@ -35,12 +35,12 @@ class Partial:
             return None
         try:
             record = torch.load(path, map_location="cpu", weights_only=True)
-            fits = record["stage"] == self.stage.dump() and record["made_with"] == self.made_with
+            fits = record["key"] == self.stage.key and record["runtime"] == self.runtime
         except (OSError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
             self._start_again(f"its checkpoint cannot be read ({type(error).__name__})")
             return None
         if not fits:
-            self._start_again("its checkpoint was made under another runtime")
+            self._start_again("its checkpoint was made under another device, number of threads or torch")
             return None
         state: dict[str, Any] = record["state"]
         print(f"{self.stage.role} {self.stage.model}: going on after epoch {state['epoch']}", flush=True)
@@ -52,7 +52,7 @@ class Partial:
 
         path = self.folder / "state.pt"
         partial = path.with_suffix(f".{os.getpid()}")
-        record = {"stage": self.stage.dump(), "made_with": self.made_with, "state": state}
+        record = {"key": self.stage.key, "runtime": self.runtime, "state": state}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:

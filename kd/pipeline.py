@@ -16,7 +16,7 @@ from kd.datasets import load
 from kd.partial import Partial
 from kd.progress import StageProgress
 from kd.spec import Frozen
-from kd.stage import DatasetSpec, Role, RuntimeSpec, Stage
+from kd.stage import DatasetSpec, Role, RuntimeSpec, Select, Stage
 from kd.statistics import spread
 from kd.store import Store
 from kd.tracking import Tracker
@@ -36,6 +36,7 @@ class Outcome(Frozen):
     test_acc: float
     epochs: int
     seconds: float  # that its training took, whenever that was
+    select: Select  # how its epoch was chosen
     reused: bool
 
 
@@ -56,7 +57,6 @@ class RunResult(Frozen):
     mode: str
     method: str
     dataset: str  # its name in tables
-    select: str  # how the student's epoch was chosen
 
 
 class ReplicatedResult(RunResult):
@@ -95,16 +95,9 @@ class Pipeline:
                     self._train(stage)
         result = self.store.result(stage.key)
         self.tracker.finished(stage, {"val_acc": result.val_acc, "test_acc": result.test_acc})
+        known = result.model_dump(exclude={"selected_epoch"})
         return Outcome(
-            role=stage.role,
-            model=stage.model,
-            key=stage.key,
-            params=result.params,
-            val_acc=result.val_acc,
-            test_acc=result.test_acc,
-            epochs=result.epochs,
-            seconds=result.seconds,
-            reused=reused,
+            role=stage.role, model=stage.model, key=stage.key, select=stage.train.select, reused=reused, **known
         )
 
     def _reusable(self, stage: Stage) -> bool:
@@ -117,10 +110,13 @@ class Pipeline:
         guide = None
         if stage.guide is not None:
             guide = Guide(self.store.network(stage.guide.key), self._data, stage.train.precision, self._device)
-        made_with = self._made_with()
-        partial = Partial(self.store.partial(stage.key), stage, made_with, self.runtime.checkpoint_every)
+        runtime = self._runtime()
+        partial = Partial(self.store.partial(stage.key), stage, runtime, self.runtime.checkpoint_every)
+        if self.runtime.retrain:
+            partial.remove()
         with StageProgress(stage, len(self._data.train), self.tracker.log) as watch:
             trained = train_stage(stage, self._data, guide, self._device, watch, partial)
+        made_with = {**runtime, "python": platform.python_version(), "machine": hardware.describe()}
         self.store.save(stage, trained, made_with)
         partial.remove()
         self._trained.add(stage.key)
@@ -144,15 +140,10 @@ class Pipeline:
             for stage in last.chain:
                 build(stage.model, num_classes=self.dataset.num_classes, image_size=self.dataset.image_size)
 
-    def _made_with(self) -> dict[str, Any]:
-        """What is no part of the key and may still move the last bits of a result, or tells where it came from."""
-        return {
-            "torch": version("torch"),
-            "python": platform.python_version(),
-            "device": self._device,
-            "threads": self.runtime.threads or hardware.cpu_count(),
-            "machine": hardware.describe(),
-        }
+    def _runtime(self) -> dict[str, Any]:
+        """What is no part of the key and still moves the last bits of a result."""
+        threads = self.runtime.threads or hardware.cpu_count()
+        return {"torch": version("torch"), "device": self._device, "threads": threads}
 
 
 def run(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -> RunResult:
@@ -163,7 +154,6 @@ def run(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -
     common = {
         "chain": chains[0],
         "objective": round(sum(validated) / len(validated), 4) if validated else None,
-        "select": students[0].train.select,
         **labels,
     }
     if len(students) == 1:

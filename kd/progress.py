@@ -34,7 +34,8 @@ class StageProgress:
         self._began = self._phase_began = self._last_line = time.monotonic()
         self._epoch, self._done, self._before, self._guide_done = 0, 0, 0, 0
         self._status = ""
-        self._steps, self._guide_seconds, self._step_began = 0, 0.0, 0.0
+        self._steps, self._guide_seconds = 0, 0.0
+        self._measured_from: tuple[float, int] | None = None
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[status]}"))
         self._bar = Progress(*columns, console=self._console, refresh_per_second=4, transient=True)
         self._task = self._bar.add_task(self._name, total=self._epochs * samples, status="")
@@ -68,9 +69,12 @@ class StageProgress:
         self._done += images
         self._steps += 1
         if self._steps == _WARM:
-            self._step_began = time.monotonic()
-        elif self._steps == _MEASURED:
-            self._announce((_MEASURED - _WARM) * images / (time.monotonic() - self._step_began))
+            self._measured_from = time.monotonic(), self._done
+        # All within the first epoch, so that no validation and no second pass of the guide is among it.
+        elif self._measured_from and (self._steps == _MEASURED or self._done - self._before >= self._samples):
+            began, done = self._measured_from
+            self._announce((self._done - done) / max(time.monotonic() - began, 1e-6))
+            self._measured_from = None
         self._show()
 
     def epoch_ended(self, metrics: Metrics) -> None:
@@ -85,11 +89,12 @@ class StageProgress:
             self._line()
 
     def _announce(self, speed: float) -> None:
-        expected = self._epochs * (self._guide_seconds + self._samples / speed)
+        epochs = self._epochs - self._epoch
+        expected = epochs * (self._guide_seconds + self._samples / speed)
         if expected > _LONG:
             guide = f" and the guide {self._samples / self._guide_seconds:,.0f}" if self._guide_seconds else ""
             self._console.print(
-                f"{self._name}: {self._epochs} epochs of {self._samples:,} images; its first steps train {speed:,.0f} "
+                f"{self._name}: {epochs} epochs of {self._samples:,} images; its first steps train {speed:,.0f} "
                 f"images/s{guide}, so it will take about {_duration(expected)}",
                 highlight=False,
             )

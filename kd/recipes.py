@@ -6,6 +6,8 @@ from kd.spec import KnownError
 
 Recipe = dict[str, Any]
 
+GAMMA = 0.1  # what a milestone multiplies the learning rate by
+
 # What all recipes share unless they say otherwise.
 _COMMON: Recipe = {
     "batch_size": 128,
@@ -15,7 +17,7 @@ _COMMON: Recipe = {
     "weight_decay": 1e-4,
     "schedule": "constant",
     "milestones": (),
-    "gamma": 0.1,
+    "gamma": GAMMA,
     "warmup": 0,
     "precision": "auto",
     "select": "best_val",
@@ -53,7 +55,7 @@ RECIPES: dict[str, dict[str, dict[str, Recipe]]] = {"paper": _PAPER}
 
 
 def recipe(mode: str, name: str, family: str) -> Recipe:
-    """The settings of a family's training under recipe `name`, complete but for nothing.
+    """Every setting of a family's training under recipe `name`.
 
     Raises KnownError where the recipe does not know the family.
     """

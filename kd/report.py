@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from kd.pipeline import Outcome, ReplicatedResult, RunResult
 from kd.progress import console
@@ -29,18 +30,23 @@ class Job(NamedTuple):
     """One job of a multirun: its number, overrides, and its result or why there is none."""
 
     number: str
-    overrides: str
+    overrides: list[str]
     result: RunResult | None
     reason: str
+
+
+def job_order(number: str) -> tuple[int, str]:
+    """Sorts the names of jobs' folders: 2 before 10."""
+    return len(number), number
 
 
 def read_result(path: Path) -> RunResult:
     """A run's result.json. Raises KnownError where there is none."""
     try:
         tree = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise KnownError(f"{path} is no result of a run ({error})") from error
-    return (ReplicatedResult if "replicates" in tree else RunResult).model_validate(tree)
+        return (ReplicatedResult if "replicates" in tree else RunResult).model_validate(tree)
+    except (OSError, ValueError, TypeError) as error:  # ValueError is pydantic's and json's too
+        raise KnownError(f"{path} is no result of a run ({str(error).splitlines()[0]})") from error
 
 
 def percent(value: float | None) -> str:
@@ -50,19 +56,15 @@ def percent(value: float | None) -> str:
 
 def print_run(result: RunResult) -> None:
     """The table of one run, and the line that loads its student."""
-    out = console()
-    title = f"{result.method} on {escape(result.dataset)}, mode {result.mode}: {_SELECTED[result.select]}"
-    table = Table(title=title, title_justify="left")
-    for heading in ("role", "network"):
-        table.add_column(heading)
-    table.add_column("parameters", justify="right")
-    table.add_column("stage")
-    for heading in ("val %", "test %", "epochs", "seconds"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+    out, student = console(), result.chain[-1]
+    out.print(_title(f"{result.method} on {result.dataset}, mode {result.mode}: {_SELECTED[student.select]}"))
+    table = _table("role", "network", "parameters>", "stage", "val %>", "test %>", "epochs>", "s>", "")
     for outcome in result.chain:
         table.add_row(*_cells(outcome))
     out.print(table)
+    for outcome in result.chain[:-1]:
+        if outcome.select != student.select:
+            out.print(f"{outcome.role} {outcome.model}: {_SELECTED[outcome.select]}", highlight=False)
     if isinstance(result, ReplicatedResult):
         low, high = result.ci95
         out.print(
@@ -70,73 +72,79 @@ def print_run(result: RunResult) -> None:
             f"them: test {result.mean:.2f} ± {result.std:.2f} %, 95 % interval {low:.2f} to {high:.2f}",
             highlight=False,
         )
-    out.print(f'the student: kd.load("{result.chain[-1].key}")', highlight=False)
+    out.print(f'the student: kd.load("{student.key}")', highlight=False)
+
+
+def _table(*headings: str) -> Table:
+    """A table narrow enough for 80 columns; a heading that ends in > is a column of numbers, keys never break."""
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    for heading in headings:
+        name = heading.removesuffix(">")
+        justify: Literal["right", "left"] = "right" if heading != name else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name == "stage")
+    return table
+
+
+def _title(text: str) -> Text:
+    return Text(text, style="bold")
 
 
 def _cells(outcome: Outcome) -> list[str]:
     done = "reused" if outcome.reused else "trained"
+    accuracies = percent(outcome.val_acc), percent(outcome.test_acc)
     return [
         outcome.role,
         outcome.model,
         f"{outcome.params:,}",
         outcome.key,
-        percent(outcome.val_acc),
-        percent(outcome.test_acc),
+        *accuracies,
         str(outcome.epochs),
-        f"{outcome.seconds:.1f}",
+        f"{outcome.seconds:.0f}",
         done,
     ]
 
 
 def print_jobs(jobs: Sequence[Job]) -> None:
-    """The table of a multirun; jobs without a result are named below it, with their reason."""
+    """The table of a multirun: what differs between its jobs, and what came of it; failures are named below it."""
     out = console()
-    table = Table(title=f"{len(jobs)} jobs", title_justify="left")
-    for heading in ("job", "overrides", "method", "chain"):
-        table.add_column(heading)
-    for heading in ("val %", "test %", "n"):
-        table.add_column(heading, justify="right")
-    for number, overrides, result, _ in jobs:
-        if result is not None:
-            table.add_row(number, escape(overrides), *_summary(result))
+    shared = set.intersection(*(set(job.overrides) for job in jobs))
+    common = " ".join(override for override in jobs[0].overrides if override in shared)
+    out.print(_title(f"{len(jobs)} jobs{', all with ' if common else ''}{common}"))
+    table = _table("job", "", "val %>", "test %>", "n>")
+    for job in jobs:
+        if job.result is not None:
+            own = " ".join(override for override in job.overrides if override not in shared)
+            table.add_row(job.number, escape(own), percent(job.result.objective), *_test(job.result))
     out.print(table)
-    for number, overrides, result, reason in jobs:
-        if result is None:
-            out.print(
-                f"job {number} ({overrides}): {reason}", style="red", highlight=False, markup=False, soft_wrap=True
-            )
+    peeked = [job.number for job in jobs if job.result and any(o.select == "best_test" for o in job.result.chain)]
+    if peeked:
+        out.print(f"jobs {', '.join(peeked)}: {_SELECTED['best_test']}", highlight=False)
+    for job in jobs:
+        if job.result is None:
+            line = f"job {job.number} ({' '.join(job.overrides)}): {job.reason}"
+            out.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
 
 
-def _summary(result: RunResult) -> list[str]:
-    chain = " → ".join(outcome.model for outcome in result.chain)
-    test, n = percent(result.chain[-1].test_acc), "1"
+def _test(result: RunResult) -> tuple[str, str]:
+    """Test accuracy, with its spread if there is one, and the number of students."""
     if isinstance(result, ReplicatedResult):
-        test, n = f"{result.mean:.2f} ± {result.std:.2f}", str(result.n)
-    return [result.method, chain, percent(result.objective), test, n]
+        return f"{result.mean:.2f} ± {result.std:.2f}", str(result.n)
+    return percent(result.chain[-1].test_acc), "1"
 
 
-def print_plan(students: Sequence[Stage], store: Store) -> None:
-    """What a run would do, for dry_run: each stage, its key, and whether it is in the store."""
-    table = Table(title=f"planned; finished stages are in {escape(str(store.root))}", title_justify="left")
-    for heading in ("role", "network", "seed", "loss", "epochs", "precision", "stage", ""):
-        table.add_column(heading)
+def print_plan(students: Sequence[Stage], store: Store, retrain: bool) -> None:
+    """What a run would do, for dry_run: each stage, its key, and whether it is there already."""
+    out = console()
+    out.print(_title(f"planned; finished stages are in {store.root}"))
+    table = _table("role", "network", "seed>", "loss", "epochs>", "stage", "")
     stages = {stage.key: stage for student in students for stage in student.chain}
+    there = {key for key in stages if store.has(key) and not retrain}
     for stage in stages.values():
-        loss = ", ".join(f"{k}={v:g}" for k, v in stage.loss.dump().items() if isinstance(v, float))
-        state = "in the store" if store.has(stage.key) else "to train"
-        row = (
-            stage.role,
-            stage.model,
-            stage.seed,
-            f"{stage.loss.name} {loss}",
-            stage.train.epochs,
-            stage.train.precision,
-        )
-        table.add_row(*map(str, row), stage.key, state)
-    console().print(table)
-    out = Console(width=console().width)
-    missing = sum(not store.has(key) for key in stages)
-    out.print(f"{missing} of {len(stages)} stages to train", highlight=False)
+        parameters = " ".join(f"{k}={v:g}" for k, v in stage.loss.dump().items() if isinstance(v, float))
+        row = (stage.role, stage.model, stage.seed, f"{stage.loss.name} {parameters}", stage.train.epochs, stage.key)
+        table.add_row(*map(str, row), "stored" if stage.key in there else "to train")
+    out.print(table)
+    out.print(f"{len(stages) - len(there)} of {len(stages)} stages to train", highlight=False)
 
 
 def compare(folder: Path) -> None:
@@ -144,7 +152,8 @@ def compare(folder: Path) -> None:
 
     Raises KnownError where there are none.
     """
-    results = [read_result(path) for path in sorted(folder.glob("*/result.json"))]
+    paths = sorted(folder.glob("*/result.json"), key=lambda path: job_order(path.parent.name))
+    results = [read_result(path) for path in paths]
     if not results:
         raise KnownError(f"{folder} has no finished jobs (no */result.json)")
     (folder / "comparison.md").write_text(_markdown(results))
@@ -164,11 +173,12 @@ def _markdown(results: Sequence[RunResult]) -> str:
         "|---" * 8 + "|",
     ]
     for result in results:
-        method, chain, _, test, n = _summary(result)
+        chain = " → ".join(outcome.model for outcome in result.chain)
         low, high = result.ci95 if isinstance(result, ReplicatedResult) else (None, None)
         interval = f"{low:.2f} to {high:.2f}" if low is not None else "n/a (one seed)"
         keys = " ".join(f"`{outcome.key}`" for outcome in result.chain)
-        cells = (result.dataset, method, chain, test, n, interval, _SELECTED[result.select], keys)
+        select = ", ".join(dict.fromkeys(_SELECTED[outcome.select] for outcome in result.chain))
+        cells = (result.dataset, result.method, chain, *_test(result), interval, select, keys)
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -203,7 +213,9 @@ def _draw(results: Sequence[RunResult], path: Path) -> None:
     axes.set_yticks(rows, [f"{r.method}\n{' → '.join(o.model for o in r.chain)}" for r in results], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(right=min(axes.get_xlim()[1], 100.4))  # no accuracy is higher, whatever the interval says
-    axes.set_xlabel(f"test accuracy on {results[0].dataset}, %")
+    datasets = dict.fromkeys(result.dataset for result in results)
+    selects = dict.fromkeys(_SELECTED[outcome.select] for result in results for outcome in result.chain)
+    axes.set_xlabel(f"test accuracy on {', '.join(datasets)}, %\n({'; '.join(selects)})")
     axes.grid(axis="x", alpha=0.3)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)

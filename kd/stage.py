@@ -69,14 +69,17 @@ class TrainSpec(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainSpec":
-        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
-            raise ValueError("train.nesterov=true needs train.momentum above 0")
+        problems = []
+        if self.nesterov and self.momentum == 0:
+            problems.append("train.nesterov=true needs train.momentum above 0")
         if self.schedule == "step" and not self.milestones:
-            raise ValueError("train.schedule=step needs train.milestones, e.g. [0.5,0.75]")
+            problems.append("train.schedule=step needs train.milestones, e.g. [0.5,0.75]")
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"train.milestones should increase (got {list(self.milestones)})")
+            problems.append(f"train.milestones should increase (got {list(self.milestones)})")
         if self.warmup >= self.epochs and self.warmup:
-            raise ValueError(f"train.warmup should be below train.epochs (got {self.warmup} of {self.epochs})")
+            problems.append(f"train.warmup should be below train.epochs (got {self.warmup} of {self.epochs})")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -112,17 +115,18 @@ class Stage(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Stage":
+        who = f"{self.role} {self.model}"
         if self.train.select == "best_val" and self.dataset.val_fraction == 0:
-            raise ValueError("train.select=best_val needs dataset.val_fraction above 0, or choose train.select=last")
+            raise ValueError(f"{who}: train.select=best_val needs dataset.val_fraction above 0; or choose last")
         if (self.guide is None) != isinstance(self.loss, CrossEntropy):
-            raise ValueError(f"{self.loss.name} and a guide do not go together" if self.guide else "a guide is missing")
+            raise ValueError(f"{who}: {self.loss.name} {'reads no' if self.guide else 'needs a'} guide")
         return self
 
     @cached_property
     def key(self) -> str:
-        """16 hex digits that two stages share if and only if they must end in the same weights.
+        """16 hex digits that two stages share if and only if their specs agree, but for roles.
 
-        The role is left out: trained_teacher's reference is scratch's student when all else agrees.
+        A role decides nothing: trained_teacher's reference is scratch's student when all else agrees.
         """
         identity = {"format": FORMAT, **self.dump(), "guide": self.guide.key if self.guide else None}
         del identity["role"]

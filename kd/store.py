@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
     from kd.models.normalized import Normalized
 
-ROOT = Path(__file__).resolve().parent.parent  # the repository, where store/ and data/ lie unless told otherwise
+_REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def place(path: str | None, name: str) -> Path:
+    """A path as the user gave it, from the working directory; by default the folder `name` of the repository."""
+    return Path(os.path.expanduser(path)) if path else _REPOSITORY / name
+
 
 Metrics = dict[str, float | int | None]
 
@@ -92,9 +98,10 @@ class Store:
         """
         from safetensors.torch import save_file
 
-        partial = self.root / f".{stage.key}.{os.getpid()}"
+        partial = self.root / f".{stage.key}.new"  # under the stage's lock, so nobody else's
         record = {"format": FORMAT, "key": stage.key, "stage": stage.dump(), "made_with": made_with}
         try:
+            shutil.rmtree(partial, ignore_errors=True)  # a crash may have left one
             partial.mkdir(parents=True)
             (partial / "stage.json").write_text(json.dumps(record, indent=2))
             save_file(
@@ -104,17 +111,23 @@ class Store:
             (partial / "result.json").write_text(trained.result.model_dump_json(indent=2))
             for path in (*partial.iterdir(), partial):
                 _sync(path)
-            self._publish(partial, self.root / stage.key)
+            self._publish(partial, stage.key)
         except OSError as error:
             raise KnownError(f"cannot write to the store: {error}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _publish(self, partial: Path, place: Path) -> None:
-        old = partial.with_suffix(".old")
+    def _publish(self, partial: Path, key: str) -> None:
+        place, old = self.root / key, self.root / f".{key}.old"
+        shutil.rmtree(old, ignore_errors=True)
         if place.exists():
             place.rename(old)
-        partial.rename(place)
+        try:
+            partial.rename(place)
+        except OSError:
+            if old.exists():
+                old.rename(place)
+            raise
         _sync(self.root)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd.report import Job, print_jobs, read_result
+from kd.report import Job, job_order, print_jobs, read_result
 from kd.spec import KnownError
 
 
@@ -40,7 +40,7 @@ def job(folder: Path, work: Callable[[], float | None]) -> float | None:
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         return work()
-    except KnownError as error:
+    except (KnownError, OSError) as error:  # a full disk or a missing right names its file itself
         print(error, file=sys.stderr, flush=True)
         if not multirun:
             sys.exit(2)
@@ -58,19 +58,30 @@ def _record(folder: Path, reason: str) -> None:
 
 def jobs(folder: Path, since: float = 0.0) -> list[Job]:
     """The jobs of a multirun's folder that started after `since`, in order; jobs of a dry run have nothing to tell."""
-    found = []
-    for hydra in folder.glob("*/.hydra/overrides.yaml"):
-        config = OmegaConf.load(hydra.parent / "config.yaml")
-        if hydra.stat().st_mtime < since or OmegaConf.select(config, "dry_run"):
-            continue
-        place = hydra.parent.parent
-        reason, result = "unfinished", None
-        if (place / "result.json").exists():
-            reason, result = "", read_result(place / "result.json")
-        elif (place / "error.json").exists():
-            reason = "; ".join(json.loads((place / "error.json").read_text())["error"])
-        found.append(Job(place.name, " ".join(map(str, OmegaConf.load(hydra))), result, reason))
-    return sorted(found, key=lambda job: (len(job.number), job.number))
+    marks = (".hydra/config.yaml", "result.json", "error.json")
+    places = {place.parents[mark.count("/")] for mark in marks for place in folder.rglob(mark)}
+    found = [_look(folder, place) for place in places if _newest(place, marks) >= since and not _is_dry(place)]
+    return sorted(found, key=lambda job: job_order(job.number))
+
+
+def _look(folder: Path, place: Path) -> Job:
+    reason, result = "unfinished", None
+    if (place / "result.json").exists():
+        reason, result = "", read_result(place / "result.json")
+    elif (place / "error.json").exists():
+        reason = "; ".join(json.loads((place / "error.json").read_text())["error"])
+    overrides = place / ".hydra" / "overrides.yaml"
+    told = [str(override) for override in OmegaConf.load(overrides)] if overrides.exists() else []
+    return Job(str(place.relative_to(folder)), told, result, reason)
+
+
+def _newest(place: Path, marks: Sequence[str]) -> float:
+    return max((place / mark).stat().st_mtime for mark in marks if (place / mark).exists())
+
+
+def _is_dry(place: Path) -> bool:
+    config = place / ".hydra" / "config.yaml"
+    return config.exists() and bool(OmegaConf.select(OmegaConf.load(config), "dry_run"))
 
 
 def summarize() -> int:

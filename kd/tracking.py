@@ -73,6 +73,12 @@ def axes(stages: Sequence[Stage]) -> dict[str, str]:
     return {key: next(name for name in candidates if taken[name] == 1) for key, candidates in names.items()}
 
 
+def _described(stages: Sequence[Stage]) -> dict[str, Any]:
+    """Each stage with everything resolved, under its name."""
+    names = axes(stages)
+    return {names[s.key]: {"key": s.key, **{k: v for k, v in s.dump().items() if k != "guide"}} for s in stages}
+
+
 def _candidates(stage: Stage) -> list[str]:
     role = stage.role
     return [role, f"{role}-{stage.model}", f"{role}-s{stage.seed}", f"{role}-{stage.key}"]
@@ -89,9 +95,9 @@ def track(spec: TrackingSpec, folder: Path, stages: Sequence[Stage], config: dic
 
 
 def _start_wandb(spec: TrackingSpec, folder: Path, stages: Sequence[Stage], config: dict[str, Any]) -> Run:
+    # Before wandb's service starts, which _decide() does: it reports its own errors over the network, even offline.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     mode = _decide(spec.mode)
-    if mode == "offline":
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # otherwise an offline run still asks the network
     import wandb
 
     student = stages[-1]
@@ -103,7 +109,7 @@ def _start_wandb(spec: TrackingSpec, folder: Path, stages: Sequence[Stage], conf
             job_type=str(config["method"]["name"]),
             tags=list(spec.tags),
             name=" ← ".join(stage.model for stage in reversed(student.chain)) + f" · s{student.seed}",
-            config={**config, "stages": {name: key for key, name in axes(stages).items()}},
+            config={**config, "stages": _described(stages)},
             dir=folder,
             mode=mode,
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),

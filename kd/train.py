@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from math import cos, pi
 from typing import Any, Protocol, cast
@@ -131,8 +132,7 @@ class _Training:
     def run(self, partial: Partial | None) -> Trained:
         for epoch in range(len(self.history), self.train.epochs):
             row = self._epoch(epoch)
-            score = {"best_val": row["val_acc"], "best_test": row.get("test_acc"), "last": epoch}[self.train.select]
-            self.kept.offer(self.network.network, epoch + 1, float(score or 0), row["val_acc"])
+            self.kept.offer(self.network.network, epoch + 1, self._score(row), row["val_acc"])
             self.history.append(row)
             self.watch.epoch_ended(row)
             if partial is not None and (epoch + 1) % partial.every == 0 and epoch + 1 < self.train.epochs:
@@ -147,6 +147,11 @@ class _Training:
             seconds=round(time.perf_counter() - self.began, 3),
         )
         return Trained(self.kept.state, self.history, result)
+
+    def _score(self, row: Metrics) -> float:
+        score = row[{"best_val": "val_acc", "best_test": "test_acc", "last": "epoch"}[self.train.select]]
+        assert score is not None  # Stage and Data see to it that best_val has a validation split
+        return score
 
     def state(self) -> dict[str, Any]:
         """All that the next epoch depends on; its randomness is none of it, being named by seed and epoch."""
@@ -174,35 +179,37 @@ class _Training:
         lr = learning_rate(self.train, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        sums = self._steps(epoch)
-        seen = sums.pop("samples")
-        row: Metrics = {"epoch": epoch + 1, "lr": lr, **{name: round(total / seen, 6) for name, total in sums.items()}}
-        row["val_acc"] = self._validate()
+        row: Metrics = {"epoch": epoch + 1, "lr": lr, **self._steps(epoch), "val_acc": self._validate()}
         if self.train.test_curve or self.train.select == "best_test":
             row["test_acc"] = self._test()
         return row
 
     def _steps(self, epoch: int) -> dict[str, float]:
-        """One optimiser step a batch. Returns sums over samples: the loss, its parts, hits, samples."""
+        """One optimiser step a batch. Returns means over samples: the loss, its parts, train_acc in percent."""
         device, seed = self.data.labels.device, self.stage.seed
         order = random_stream(seed, epoch, ORDER).permutation(self.data.train)
         views = self.data.draw_views(random_stream(seed, epoch, VIEW))[order]
         guide_logits = self.guide.logits(order, views, self.watch.guided) if self.guide else None
         samples, view = torch.from_numpy(order).to(device), torch.from_numpy(views).to(device)
-        sums: dict[str, Tensor] = {}
+        sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=device))
+        seen = 0
         self.network.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int(random_stream(seed, epoch, DROPOUT).integers(2**63)))
             for step, batch in enumerate(batches(len(order), self.train.batch_size)):
                 images, labels = self.data.show(samples[batch], view[batch]), self.data.labels[samples[batch]]
-                parts = self._step(images, labels, None if guide_logits is None else guide_logits[batch].float())
+                logits, parts = self._step(
+                    images, labels, None if guide_logits is None else guide_logits[batch].float()
+                )
                 self._check(parts["loss"], epoch, step)
                 for name, value in parts.items():
-                    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=device)) + value
+                    sums[name] += value * len(labels)
+                sums["train_acc"] += 100 * (logits.argmax(1) == labels).sum()
+                seen += len(labels)
                 self.watch.stepped(len(labels))
-        return {name: total.item() for name, total in sums.items()}
+        return {name: round(total.item() / seen, 6) for name, total in sums.items()}
 
-    def _step(self, images: Tensor, labels: Tensor, guide_logits: Tensor | None) -> dict[str, Tensor]:
+    def _step(self, images: Tensor, labels: Tensor, guide_logits: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(self.train.precision, self.device):
             logits = self.network(images)
         logits = logits.float()  # the loss is computed in fp32 whatever the network computes in
@@ -212,9 +219,7 @@ class _Training:
         self.scaler.scale(parts["loss"]).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        hits = (logits.detach().argmax(1) == labels).sum()
-        weighted = {name: part.detach() * len(labels) for name, part in parts.items()}
-        return {**weighted, "train_acc": 100 * hits, "samples": torch.tensor(len(labels), device=labels.device)}
+        return logits.detach(), {name: part.detach() for name, part in parts.items()}
 
     def _check(self, loss: Tensor, epoch: int, step: int) -> None:
         if not torch.isfinite(loss):

@@ -90,7 +90,7 @@ def test_experiments_and_sweeps_come_last() -> None:
         ("train.recipe=imagenet", "train.recipe: should be one of digits, fashion_mnist"),
         ("model.train.momentum=0", "student resnet8: train.nesterov=true needs train.momentum above 0"),
         ("dataset.name=mnist", "dataset.name: should be one of digits"),
-        ("dataset.val_fraction=0", "should be above 0 for train.select=best_val"),
+        ("dataset.val_fraction=0", "resnet20: train.select=best_val needs dataset.val_fraction above 0"),
         ("dataset=folder", "dataset.root: dataset=folder needs the path of its images"),
         ("runtime.device=tpu", "runtime.device: should match"),
         ("tracking.mode=sometimes", "tracking.mode: should be 'auto', 'online' or 'offline'"),
@@ -122,11 +122,37 @@ def test_all_problems_at_once() -> None:
 
 def test_problems_between_groups_are_found_beside_others() -> None:
     with pytest.raises(KnownError) as caught:
-        parse(composed("method.lambda=2", "dataset.val_fraction=0", "train.momentum=0"))
+        parse(composed("method.lambda=2", "train.momentum=0", "train.warmup=99"))
     text = str(caught.value)
     assert "method.lambda" in text
-    assert "dataset.val_fraction" in text
     assert "teacher resnet20: train.nesterov" in text
+    assert "train.warmup should be below train.epochs" in text
+
+
+def test_only_stages_of_the_chain_need_a_validation_split() -> None:
+    parse(composed("method=scratch", "dataset.val_fraction=0", "model.train.select=last"))
+    with pytest.raises(KnownError, match=r"teacher resnet20: train.select=best_val needs"):
+        parse(composed("dataset.val_fraction=0", "model.train.select=last"))
+
+
+def test_another_optimizer_needs_a_learning_rate() -> None:
+    with pytest.raises(KnownError, match=r"student resnet8: train.optimizer=adam needs a train.lr of its own"):
+        parse(composed("train.optimizer=adam"))
+    parse(composed("train.optimizer=adam", "train.lr=0.001"))
+
+
+@pytest.mark.parametrize(
+    ("common", "idle"),
+    [
+        (("train.optimizer=adam", "train.lr=0.001"), "train.momentum=0.5"),
+        (("train.schedule=cosine",), "train.milestones=[0.3]"),
+        (("train.schedule=constant",), "train.gamma=0.5"),
+    ],
+)
+def test_what_is_not_read_makes_no_difference(common: tuple[str, ...], idle: str) -> None:
+    one, other = (parse(composed(*common, *extra)) for extra in ((), (idle,)))
+    dataset = specify(one.dataset, Facts(2, 32, (0,) * 3, (1,) * 3))
+    assert plan(one, dataset)[0].key == plan(other, dataset)[0].key
 
 
 def test_a_wrong_assistant_is_one_problem() -> None:

@@ -114,7 +114,7 @@ def test_a_folder_is_decoded_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "decoding 16 images" in capsys.readouterr().out
     assert resolve(folder(root), places) == spec
     assert capsys.readouterr().out == ""
-    data = load(spec, places, "cpu")
+    data = load(resolve(folder(root, val_fraction=0), places), places, "cpu")
     assert (spec.num_classes, spec.image_size, len(data.labels)) == (2, 8, 8)
     pixels = np.asarray(Image.open(root / "train" / "dog" / "1.png"))
     assert np.array_equal(data.padded[5], pixels)
@@ -192,7 +192,7 @@ def test_cifar_files(name: str, classes: int, tmp_path: Path, monkeypatch: pytes
         labels = list(range(classes))
         (place / file).write_bytes(pickle.dumps({"data": pixels, "labels": labels, "fine_labels": labels}))
     (place / reader.meta["filename"]).write_bytes(pickle.dumps({reader.meta["key"]: [str(i) for i in range(classes)]}))
-    data = load(specify(config(name), DATASETS[name].facts or pytest.fail("no facts")), tmp_path, "cpu")
+    data = load(specify(config(name, val_fraction=0), DATASETS[name].facts or pytest.fail("no facts")), tmp_path, "cpu")
     assert np.array_equal(data.test_images, random_images(classes))
     assert data.test_labels.tolist() == list(range(classes))
     assert data.spec.num_classes == classes
@@ -207,7 +207,7 @@ def test_fashion_mnist_is_padded(tmp_path: Path) -> None:
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
         header = b"".join(n.to_bytes(4, "big") for n in (2049, 20))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + bytes(range(10)) * 2)
-    data = load(resolve(config("fashion_mnist"), tmp_path), tmp_path, "cpu")
+    data = load(resolve(config("fashion_mnist", val_fraction=0), tmp_path), tmp_path, "cpu")
     assert data.padded.shape == (20, 32, 32, 3)
     assert np.array_equal(data.padded[:, 2:30, 2:30, 1], pixels)
     assert data.padded[:, :2].sum() == 0

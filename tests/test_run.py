@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import time
@@ -11,20 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from kd import report
 from kd.methods import METHODS
+from kd.pipeline import RunResult
+from kd.spec import KnownError
 from kd.statistics import spread
+from kd.store import Store
 from tests.conftest import QUICK, run_py
+from tests.test_datasets import write_folder
+from tests.test_stage import distilled, stage
 
 Job = Callable[..., Any]
 
 
 def test_result_json(job: Job) -> None:
     result = job()
-    assert set(result) == {"chain", "objective", "mode", "method", "dataset", "select"}
+    assert set(result) == {"chain", "objective", "mode", "method", "dataset"}
     teacher, student = result["chain"]
-    assert set(student) == {"role", "model", "key", "params", "val_acc", "test_acc", "epochs", "seconds", "reused"}
+    promised = {"role", "model", "key", "params", "val_acc", "test_acc", "epochs", "seconds", "reused"}
+    assert set(student) == promised | {"select"}
     assert (teacher["role"], student["role"]) == ("teacher", "student")
     assert result["objective"] == student["val_acc"]
     assert 10 < student["test_acc"] <= 100
@@ -51,9 +59,9 @@ def test_cold_and_warm_stores_end_in_the_same_bits(job: Job, tmp_path: Path, mon
     cold = job(folder="cold")
     assert [s["reused"] for s in warm["chain"]] == [True, False]
     assert [s["reused"] for s in cold["chain"]] == [False, False]
-    for stage in cold["chain"]:
+    for cold_stage in cold["chain"]:
         for file in ("model.safetensors", "metrics.jsonl"):
-            one, other = ((tmp_path / store / stage["key"] / file).read_bytes() for store in ("store", "other"))
+            one, other = ((tmp_path / store / cold_stage["key"] / file).read_bytes() for store in ("store", "other"))
             assert one == other
 
 
@@ -145,7 +153,9 @@ def test_dry_run_tells_what_is_there(job: Job, tmp_path: Path) -> None:
     keys = [s["key"] for s in job()["chain"]]
     done = run_py(*QUICK, "method.T=9", "dry_run=true", "hydra.run.dir=dry", cwd=tmp_path)
     assert "1 of 2 stages to train" in done.stdout
-    assert re.search(f"{keys[0]}.*in the store", done.stdout)
+    assert re.search(f"{keys[0]}.*stored", done.stdout)
+    again = run_py(*QUICK, "dry_run=true", "runtime.retrain=true", "hydra.run.dir=dry", cwd=tmp_path)
+    assert "2 of 2 stages to train" in again.stdout
 
 
 # failures ---------------------------------------------------------------------------------------------------------
@@ -173,6 +183,8 @@ def test_a_failing_job_does_not_stop_the_sweep(tmp_path: Path) -> None:
     assert re.match(r"student plane2: the loss is (nan|inf)", failed["1"][0])
     assert failed["2"] == ["train.lr: should be above 0 (got -1)"]
     summary = done.stdout[done.stdout.rindex("4 jobs") :]
+    assert "all with" in summary.splitlines()[0]
+    assert "method=scratch" in summary.splitlines()[0]
     assert re.search(r"job 1 \(.*lr=1e\+?30.*\): student plane2: the loss is", summary)
     assert re.search(r"job 2 \(.*\): train.lr: should be above 0", summary)
     left = {path.name for path in (tmp_path / "store").iterdir()} - {".locks", "partial"}
@@ -227,3 +239,67 @@ def test_the_comparison(job: Job, tmp_path: Path) -> None:
 def test_a_protocol_that_looks_at_the_test_set_is_printed_as_such(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job("train.select=best_test")
     assert "EPOCH CHOSEN ON THE TEST SET" in capsys.readouterr().out
+
+
+def test_every_stage_that_looked_at_the_test_set_is_named(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job("teacher.train.select=best_test")
+    assert "teacher plane4: EPOCH CHOSEN ON THE TEST SET" in capsys.readouterr().out
+
+
+def test_tables_fit_80_columns(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(report, "console", lambda: screen)
+    result = job()
+    chain = [{**result["chain"][0], "model": "resnet20", "params": 272_474, "val_acc": 100.0, "seconds": 4321.0}]
+    report.print_run(RunResult.model_validate({**result, "chain": chain}))
+    planned = [stage(role="assistant", model="resnet110"), distilled()]
+    report.print_plan(planned, Store(Path("nowhere")), False)
+    shown = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, shown.splitlines())) <= 80
+    row = next(line for line in shown.splitlines() if "resnet20 " in line)
+    assert row.split() == [
+        "teacher",
+        "resnet20",
+        "272,474",
+        chain[0]["key"],
+        "100.00",
+        f"{chain[0]['test_acc']:.2f}",
+        *row.split()[-3:],
+    ]
+    assert f"assistant resnet110    0 cross_entropy               2 {planned[0].key} to train" in " ".join(
+        shown.split("\n")
+    )
+
+
+@pytest.mark.parametrize("layout", ["hydra.sweep.subdir=deep/${hydra.job.num}", "hydra.output_subdir=null"])
+def test_failures_are_found_wherever_the_jobs_folders_are(job: Job, tmp_path: Path, layout: str) -> None:
+    job("method=scratch", "train.lr=-1,0.01", layout, multirun=True, code=1)
+
+
+def test_jobs_are_sorted_as_numbers() -> None:
+    assert sorted(["10", "2", "1"], key=report.job_order) == ["1", "2", "10"]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"chain": 3}'])
+def test_a_foreign_result_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(KnownError, match="is no result of a run"):
+        report.read_result(tmp_path / "result.json")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("runtime.device=cuda:99",), "runtime.device: torch sees"),
+        (("runtime.store=/proc/no",), "/proc/no"),
+        (("dataset=folder", "dataset.root=pets", "runtime.data=/proc/no"), "/proc/no"),
+        (("dataset=folder", "dataset.root='~nobody-at-all/x'"), "is no folder"),
+        (("dataset.val_fraction=0.003",), "leaves 1437 training and 0 validation images"),
+        (("dataset.val_fraction=0.999",), "leaves 0 training"),
+    ],
+)
+def test_what_only_shows_later_is_one_line_too(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
+    write_folder(tmp_path / "pets")
+    done = run_py(*QUICK, *overrides, "hydra.run.dir=out", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert message in done.stderr

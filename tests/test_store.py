@@ -79,6 +79,33 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
+def test_leftovers_of_a_crash_are_no_obstacle(tmp_path: Path) -> None:
+    for suffix in ("new", "old"):
+        (tmp_path / f".{stage().key}.{suffix}").mkdir()
+        (tmp_path / f".{stage().key}.{suffix}" / "model.safetensors").touch()
+    store = Store(tmp_path)
+    store.save(stage(), trained(), {})
+    store.save(stage(), trained(), {})
+    assert store.result(stage().key) == RESULT
+    assert [path.name for path in tmp_path.iterdir()] == [stage().key]
+
+
+def test_a_finished_stage_survives_a_failed_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, rename = Store(tmp_path), Path.rename
+    store.save(stage(), trained(), {})
+
+    def fail_for_the_new_one(self: Path, target: Path) -> Path:
+        if self.suffix == ".new":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail_for_the_new_one)
+        with pytest.raises(KnownError, match="Input/output error"):
+            store.save(stage(), trained(), {})
+    assert store.result(stage().key) == RESULT
+
+
 def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(stage(), trained(), {})

@@ -78,7 +78,9 @@ def test_offline_run_read_back(job: Job, tmp_path: Path, capsys: pytest.CaptureF
     config = started["config"]["update"]
     assert config["method"]["lambda"] == 0.5
     assert config["mode"] == "paper"
-    assert config["stages"]["teacher"] == result["chain"][0]["key"]
+    assert config["stages"]["teacher"]["key"] == result["chain"][0]["key"]
+    assert config["stages"]["student-s1"]["train"]["precision"] == "fp32"  # resolved, where the configuration says null
+    assert config["stages"]["student-s1"]["train"]["lr"] == 0.01
     assert {started["run_group"], started["job_type"], *started["tags"]} == {"g", "kd", "a", "b"}
     history = [r["history"]["item"] for r in written if r["type"] == "history"]
     assert [row["teacher/epoch"] for row in history if "teacher/epoch" in row] == [1, 2]

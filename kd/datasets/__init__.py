@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.datasets.base import DatasetConfig, Entry, Facts
-from kd.spec import KnownError
 from kd.stage import DatasetSpec
 
 if TYPE_CHECKING:
@@ -43,9 +43,8 @@ def resolve(config: DatasetConfig, data_root: Path, threads: int = 1) -> Dataset
     entry = DATASETS[config.name]
     if entry.facts is not None:
         return specify(config, entry.facts)
-    if config.root is None:
-        raise KnownError(f"dataset.root is missing: dataset={config.name} reads images from the path that it names")
-    return specify(config, _attribute(str(entry.prepare))(Path(config.root).expanduser(), data_root, threads))
+    root = Path(os.path.expanduser(str(config.root)))
+    return specify(config, _attribute(str(entry.prepare))(root, data_root, threads))
 
 
 def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:

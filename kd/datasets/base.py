@@ -62,12 +62,15 @@ class Entry:
 
 
 def statistics(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
-    """Mean and standard deviation of each channel of images [sample, height, width, 3], in [0, 1], to 5 digits."""
+    """Mean and standard deviation of each channel of images [sample, height, width, 3], in [0, 1], to 5 digits.
+
+    The deviation of a channel that never changes is given as 1, so that one can divide by it.
+    """
     counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)]
     values = np.arange(256) / 255
     means = [float(np.average(values, weights=n)) for n in counts]
     stds = [float(np.average((values - m) ** 2, weights=n)) ** 0.5 for n, m in zip(counts, means, strict=True)]
-    return _channels(means), _channels(stds)
+    return _channels(means), _channels([std or 1.0 for std in stds])
 
 
 def _channels(values: list[float]) -> Channels:

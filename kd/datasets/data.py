@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kd.datasets import views
 from kd.datasets.base import Arrays
+from kd.spec import KnownError
 from kd.stage import DatasetSpec
 
 _SPLIT = 0  # the stream of the split's seed that splits; views.py has another
@@ -34,12 +35,17 @@ class Data:
 
     @classmethod
     def of(cls, spec: DatasetSpec, arrays: Arrays, device: str) -> Data:
-        """Arrays brought to the device and split as the spec says."""
+        """Arrays brought to the device and split as the spec says. Raises KnownError for a split without images."""
 
         def tensor(array: NDArray[np.uint8] | NDArray[np.int64]) -> Tensor:
             return torch.from_numpy(np.array(array)).to(device)
 
         train, val = split(arrays.labels, spec.val_fraction, spec.split_seed)
+        if len(train) == 0 or (len(val) == 0 and spec.val_fraction > 0):
+            raise KnownError(
+                f"dataset.val_fraction: {spec.val_fraction:g} of each class leaves {len(train)} training and "
+                f"{len(val)} validation images; choose another, or 0 with train.select=last"
+            )
         padded = views.pad(tensor(arrays.images), spec.augment)
         allowed = views.allowed(spec.augment, len(arrays.labels), spec.views, spec.split_seed)
         test = tensor(arrays.test_images), tensor(arrays.test_labels)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from kd.spec import KnownError
 
 
@@ -14,11 +16,13 @@ def fetch(make: Callable[..., Any], root: Path, files: str) -> tuple[Any, Any]:
     """
     try:
         return make(root, train=True), make(root, train=False)
-    except RuntimeError:  # torchvision's word for files that are absent or of another checksum
+    except (RuntimeError, ValueError):  # torchvision's words for files that are absent, of another checksum, cut off
         pass
     try:
-        return make(root, train=True, download=True), make(root, train=False, download=True)
-    except (OSError, RuntimeError) as error:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{make.__name__}.lock"):  # of two processes the second finds the first one's files
+            return make(root, train=True, download=True), make(root, train=False, download=True)
+    except (OSError, RuntimeError, ValueError) as error:
         name = make.__name__
         raise KnownError(
             f"{name} is not in {root} and could not be downloaded ({error}): put {files} there, or name the folder "
