@@ -40,6 +40,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
         write_result(result, folder)
         tracker.summarize(result.model_dump(mode="json", exclude={"chain"}))
     report.print_run(result)
+    print(f"this run: {folder}")
     return result.objective
 
 
@@ -47,7 +48,10 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted: finished stages are kept, and the same command goes on after them")
+        print(
+            "interrupted: the same command goes on after the finished stages and the last checkpoint", file=sys.stderr
+        )
+        sys.exit(130)
     finally:
         failed = sweep.summarize()
     sys.exit(1 if failed else 0)

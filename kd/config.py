@@ -169,6 +169,8 @@ def _dataset(sections: dict[str, Any]) -> Iterator[str]:
             yield f"dataset.name: should be one of {', '.join(DATASETS)} (got {dataset.name!r})"
         elif DATASETS[dataset.name].facts is None and dataset.root is None:
             yield f"dataset.root: dataset={dataset.name} needs the path of its images, root/{{train,test}}/<class>/"
+        elif DATASETS[dataset.name].facts is not None and dataset.root is not None:
+            yield f"dataset.root: is read by dataset=folder alone (got {dataset.root!r} with dataset={dataset.name})"
 
 
 def _training(sections: dict[str, Any]) -> Iterator[str]:
@@ -205,7 +207,6 @@ _MESSAGES = {
     "literal_error": "should be {expected}",
     "extra_forbidden": "unknown key",
     "missing": "is missing",
-    "string_pattern_mismatch": "should match {pattern}",
     "too_short": "should have at least {min_length} entries",
     "finite_number": "should be a finite number",
 }

@@ -28,7 +28,7 @@ class Guide:
 
     def __init__(self, network: Normalized, data: Data, precision: str, device: str) -> None:
         network.eval()
-        folded = Normalized(fuse(network.network), (0.0,), (1.0,))
+        folded = Normalized(fuse(network.network), (0.0,) * 3, (1.0,) * 3)
         folded.mean, folded.std = network.mean, network.std
         self._network = folded.to(memory_format=torch.channels_last).to(device).eval()
         self._data, self._precision, self._device = data, precision, device

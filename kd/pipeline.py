@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd import hardware
 from kd.datasets import load
+from kd.losses import Loss
 from kd.partial import Partial
 from kd.progress import StageProgress
 from kd.spec import Frozen
@@ -31,6 +32,8 @@ class Outcome(Frozen):
     role: Role
     model: str
     key: str
+    seed: int
+    loss: Loss
     params: int
     val_acc: float | None
     test_acc: float
@@ -95,9 +98,15 @@ class Pipeline:
                     self._train(stage)
         result = self.store.result(stage.key)
         self.tracker.finished(stage, {"val_acc": result.val_acc, "test_acc": result.test_acc})
-        known = result.model_dump(exclude={"selected_epoch"})
         return Outcome(
-            role=stage.role, model=stage.model, key=stage.key, select=stage.train.select, reused=reused, **known
+            role=stage.role,
+            model=stage.model,
+            key=stage.key,
+            seed=stage.seed,
+            loss=stage.loss,
+            select=stage.train.select,
+            reused=reused,
+            **result.model_dump(exclude={"selected_epoch"}),
         )
 
     def _reusable(self, stage: Stage) -> bool:
@@ -169,5 +178,5 @@ def run(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -
 def write_result(result: RunResult, folder: Path) -> None:
     """result.json, there whole or not at all."""
     partial = folder / f".result.{os.getpid()}"
-    partial.write_text(result.model_dump_json(indent=2))
+    partial.write_text(result.model_dump_json(indent=2, by_alias=True))
     partial.replace(folder / "result.json")

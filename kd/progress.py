@@ -29,14 +29,18 @@ class StageProgress:
     def __init__(self, stage: Stage, samples: int, log: Callable[[Stage, Metrics], None]) -> None:
         self._log = log
         self._stage, self._samples, self._epochs = stage, samples, stage.train.epochs
-        self._name = f"{stage.role} {stage.model}"
+        self._name = f"{stage.role} {stage.model} s{stage.seed}"
         self._console = console()
         self._began = self._phase_began = self._last_line = time.monotonic()
         self._epoch, self._done, self._before, self._guide_done = 0, 0, 0, 0
         self._status = ""
         self._steps, self._guide_seconds = 0, 0.0
         self._measured_from: tuple[float, int] | None = None
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[status]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30 if self._console.width > 110 else 10),
+            TextColumn("{task.fields[status]}"),
+        )
         self._bar = Progress(*columns, console=self._console, refresh_per_second=4, transient=True)
         self._task = self._bar.add_task(self._name, total=self._epochs * samples, status="")
 
@@ -61,7 +65,7 @@ class StageProgress:
     def guided(self, images: int) -> None:
         """So many more images have been seen by the guide."""
         self._guide_done += images
-        self._show(f"guide {100 * self._guide_done // self._samples} %")
+        self._show(f"logits of the guide: {100 * self._guide_done // self._samples} %")
         self._guide_seconds = time.monotonic() - self._phase_began
 
     def stepped(self, images: int) -> None:
@@ -85,8 +89,7 @@ class StageProgress:
         val = metrics["val_acc"]
         self._status = f"loss {metrics['loss']:.4f}" + (f"  val {val:.2f} %" if val is not None else "")
         self._show()
-        if not self._console.is_terminal:
-            self._line()
+        self._line()
 
     def _announce(self, speed: float) -> None:
         epochs = self._epochs - self._epoch
@@ -102,7 +105,8 @@ class StageProgress:
     def _text(self) -> str:
         speed, left = self._pace()
         epoch = min(self._epoch + 1, self._epochs)
-        return f"epoch {epoch}/{self._epochs}  {self._status}  {speed:,.0f} images/s  {_duration(left)} left"
+        parts = (f"epoch {epoch}/{self._epochs}", self._status, f"{speed:,.0f} images/s", f"{_duration(left)} left")
+        return "  ".join(part for part in parts if part)
 
     def _pace(self) -> tuple[float, float]:
         """Images a second so far, the guide's share counted, and the seconds left at that pace."""
@@ -116,11 +120,13 @@ class StageProgress:
 
     def _line(self) -> None:
         last = self._epoch == self._epochs
-        if last or time.monotonic() - self._last_line > _LINE_EVERY:
+        due = time.monotonic() - self._last_line > _LINE_EVERY and not self._console.is_terminal
+        if last or due:
             self._last_line = time.monotonic()
             speed, left = self._pace()
             text = f"epoch {self._epoch}/{self._epochs}  {self._status}  {speed:,.0f} images/s"
-            print(f"{self._name}  {text}" + ("" if last else f"  {_duration(left)} left"), flush=True)
+            line = f"{self._name}  {text}" + ("" if last else f"  {_duration(left)} left")
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

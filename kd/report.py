@@ -13,10 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from kd.losses import Loss
 from kd.pipeline import Outcome, ReplicatedResult, RunResult
 from kd.progress import console
 from kd.spec import KnownError
-from kd.stage import Stage
+from kd.stage import Stage, TrainSpec
 from kd.store import Store
 
 _SELECTED = {
@@ -66,13 +67,39 @@ def print_run(result: RunResult) -> None:
         if outcome.select != student.select:
             out.print(f"{outcome.role} {outcome.model}: {_SELECTED[outcome.select]}", highlight=False)
     if isinstance(result, ReplicatedResult):
-        low, high = result.ci95
-        out.print(
-            f"{result.n} students, seeds {result.replicates[0].seed}–{result.replicates[-1].seed}, one chain above "
-            f"them: test {result.mean:.2f} ± {result.std:.2f} %, 95 % interval {low:.2f} to {high:.2f}",
-            highlight=False,
-        )
+        each = ", ".join(f"{replicate.test_acc:.2f}" for replicate in result.replicates)
+        seeds = f"seeds {result.replicates[0].seed}–{result.replicates[-1].seed}"
+        above = " over one chain" if len(result.chain) > 1 else ""
+        out.print(f"{result.n} students{above}, {seeds}: test {each}", highlight=False)
+        out.print(f"mean {result.mean:.2f} ± {result.std:.2f} %, 95 % interval {_interval(result)}", highlight=False)
     out.print(f'the student: kd.load("{student.key}")', highlight=False)
+
+
+def _interval(result: ReplicatedResult) -> str:
+    """The 95 % interval, cut to what an accuracy can be."""
+    low, high = result.ci95
+    return f"{max(low, 0):.2f} to {min(high, 100):.2f}"
+
+
+def _setting(result: RunResult) -> str:
+    """What tells the student from others of its network: its loss's parameters, and its seed where it is one."""
+    parts = _parameters(result.chain[-1].loss)
+    if not isinstance(result, ReplicatedResult):
+        parts += f" seed={result.chain[-1].seed}"
+    return parts.strip()
+
+
+def _parameters(loss: Loss) -> str:
+    return " ".join(f"{name}={value:g}" for name, value in loss.dump().items() if isinstance(value, float))
+
+
+def _training(train: TrainSpec) -> str:
+    milestones = f" at {list(train.milestones)} ×{train.gamma:g}" if train.schedule == "step" else ""
+    momentum = f" momentum {train.momentum:g}{' (Nesterov)' if train.nesterov else ''}" if train.momentum else ""
+    return (
+        f"{train.optimizer}{momentum}, lr {train.lr:g} {train.schedule}{milestones}, weight decay "
+        f"{train.weight_decay:g}, batch {train.batch_size}, {train.precision}, {train.select}"
+    )
 
 
 def _table(*headings: str) -> Table:
@@ -115,7 +142,8 @@ def print_jobs(jobs: Sequence[Job]) -> None:
         if job.result is not None:
             own = " ".join(override for override in job.overrides if override not in shared)
             table.add_row(job.number, escape(own), percent(job.result.objective), *_test(job.result))
-    out.print(table)
+    if table.row_count:
+        out.print(table)
     peeked = [job.number for job in jobs if job.result and any(o.select == "best_test" for o in job.result.chain)]
     if peeked:
         out.print(f"jobs {', '.join(peeked)}: {_SELECTED['best_test']}", highlight=False)
@@ -140,10 +168,15 @@ def print_plan(students: Sequence[Stage], store: Store, retrain: bool) -> None:
     stages = {stage.key: stage for student in students for stage in student.chain}
     there = {key for key in stages if store.has(key) and not retrain}
     for stage in stages.values():
-        parameters = " ".join(f"{k}={v:g}" for k, v in stage.loss.dump().items() if isinstance(v, float))
-        row = (stage.role, stage.model, stage.seed, f"{stage.loss.name} {parameters}", stage.train.epochs, stage.key)
+        loss = f"{stage.loss.name} {_parameters(stage.loss)}"
+        row = (stage.role, stage.model, stage.seed, loss, stage.train.epochs, stage.key)
         table.add_row(*map(str, row), "stored" if stage.key in there else "to train")
     out.print(table)
+    trainings: dict[str, list[str]] = {}
+    for stage in stages.values():
+        trainings.setdefault(_training(stage.train), []).append(stage.model)
+    for training, models in trainings.items():
+        out.print(f"{', '.join(dict.fromkeys(models))}: {training}", highlight=False, markup=False)
     out.print(f"{len(stages) - len(there)} of {len(stages)} stages to train", highlight=False)
 
 
@@ -156,7 +189,8 @@ def compare(folder: Path) -> None:
     results = [read_result(path) for path in paths]
     if not results:
         raise KnownError(f"{folder} has no finished jobs (no */result.json)")
-    (folder / "comparison.md").write_text(_markdown(results))
+    failed = len(list(folder.glob("*/error.json")))
+    (folder / "comparison.md").write_text(_markdown(results, failed))
     _draw(results, folder / "comparison.png")
     print(f"{folder / 'comparison.md'} and {folder / 'comparison.png'} are written")
 
@@ -167,23 +201,24 @@ def _students(result: RunResult) -> list[float]:
     return [result.chain[-1].test_acc]
 
 
-def _markdown(results: Sequence[RunResult]) -> str:
+def _markdown(results: Sequence[RunResult], failed: int) -> str:
     lines = [
-        "| dataset | method | chain | test % (mean ± std) | n | 95 % interval | epoch | stages |",
-        "|---" * 8 + "|",
+        "| dataset | method | chain | student | test % (mean ± std) | n | 95 % interval | epoch | stages |",
+        "|---" * 9 + "|",
     ]
     for result in results:
         chain = " → ".join(outcome.model for outcome in result.chain)
-        low, high = result.ci95 if isinstance(result, ReplicatedResult) else (None, None)
-        interval = f"{low:.2f} to {high:.2f}" if low is not None else "n/a (one seed)"
+        interval = _interval(result) if isinstance(result, ReplicatedResult) else "n/a (one seed)"
         keys = " ".join(f"`{outcome.key}`" for outcome in result.chain)
         select = ", ".join(dict.fromkeys(_SELECTED[outcome.select] for outcome in result.chain))
-        cells = (result.dataset, result.method, chain, *_test(result), interval, select, keys)
+        cells = (result.dataset, result.method, chain, _setting(result), *_test(result), interval, select, keys)
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         "What varies is the student's seed; the networks above it are trained once. The interval is Student's t.",
     ]
+    if failed:
+        lines += ["", f"{failed} jobs failed and are not in the table."]
     return "\n".join(lines) + "\n"
 
 
@@ -201,7 +236,8 @@ def _draw(results: Sequence[RunResult], path: Path) -> None:
     rows = range(len(results))
     for row, result in zip(rows, results, strict=True):
         students = _students(result)
-        axes.plot(students, [row] * len(students), "o", color="#0072b2", alpha=0.6, label="a student", zorder=3)
+        apart = [row + 0.12 * (i - (len(students) - 1) / 2) for i in range(len(students))]  # equal ones stay visible
+        axes.plot(students, apart, "o", color="#0072b2", alpha=0.7, label="a student", zorder=3)
         if isinstance(result, ReplicatedResult):
             error = [[result.mean - result.ci95[0]], [result.ci95[1] - result.mean]]
             axes.errorbar(
@@ -209,10 +245,13 @@ def _draw(results: Sequence[RunResult], path: Path) -> None:
             )
         for outcome in result.chain:
             if outcome.role == "teacher":
-                axes.plot([outcome.test_acc], [row], "D", color="#d55e00", markersize=6, label="its teacher")
-    axes.set_yticks(rows, [f"{r.method}\n{' → '.join(o.model for o in r.chain)}" for r in results], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(right=min(axes.get_xlim()[1], 100.4))  # no accuracy is higher, whatever the interval says
+                axes.plot(
+                    [outcome.test_acc], [row], "D", color="#d55e00", mfc="none", mew=2, label="its teacher", zorder=4
+                )
+    labels = [f"{r.method} {_setting(r)}\n{' → '.join(o.model for o in r.chain)}" for r in results]
+    axes.set_yticks(rows, labels, fontsize=8)
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.set_xlim(max(axes.get_xlim()[0], 0), min(axes.get_xlim()[1], 100.4))  # whatever an interval says
     datasets = dict.fromkeys(result.dataset for result in results)
     selects = dict.fromkeys(_SELECTED[outcome.select] for result in results for outcome in result.chain)
     axes.set_xlabel(f"test accuracy on {', '.join(datasets)}, %\n({'; '.join(selects)})")
@@ -224,7 +263,7 @@ def _draw(results: Sequence[RunResult], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m kd.report <folder of a multirun>")
     try:
         compare(Path(sys.argv[1]))

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kd.losses import CrossEntropy, Loss
 from kd.spec import Frozen
@@ -138,10 +139,16 @@ class Stage(Frozen):
         return [*(self.guide.chain if self.guide else []), self]
 
 
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("should be auto, cpu, cuda or cuda:<number>")
+    return name
+
+
 class RuntimeSpec(Frozen):
     """Where and how fast a stage is trained: no part of the experiment, and so in no key."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     threads: int | None = Field(None, ge=1)  # null: every processor this process may use
     workers: int | None = Field(None, ge=1)  # threads that decode a folder of images; null as above
     store: str | None = None  # null: store/ in the repository; a path is taken from the working directory

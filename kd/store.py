@@ -113,7 +113,7 @@ class Store:
                 _sync(path)
             self._publish(partial, stage.key)
         except OSError as error:
-            raise KnownError(f"cannot write to the store: {error}") from error
+            raise KnownError(f"cannot write to the store: {error}; runtime.store or KD_STORE names another") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -148,7 +148,7 @@ class Store:
                 print(f"stage {key} is being trained by another process: waiting for it", flush=True)
                 lock.acquire()
         except OSError as error:
-            raise KnownError(f"cannot lock a stage in the store: {error}") from error
+            raise KnownError(f"cannot write to the store: {error}; runtime.store or KD_STORE names another") from error
         try:
             yield
         finally:

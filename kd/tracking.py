@@ -90,14 +90,21 @@ def track(spec: TrackingSpec, folder: Path, stages: Sequence[Stage], config: dic
     if spec.name == "none":
         yield Tracker(folder, stages, None)
         return
-    with _start_wandb(spec, folder, stages, config) as run:
+    run = _start_wandb(spec, folder, stages, config)
+    try:
         yield Tracker(folder, stages, run)
+    except BaseException:
+        run.finish(exit_code=1)  # not `with run`, which prints a traceback of its own
+        raise
+    run.finish()
 
 
 def _start_wandb(spec: TrackingSpec, folder: Path, stages: Sequence[Stage], config: dict[str, Any]) -> Run:
     # Before wandb's service starts, which _decide() does: it reports its own errors over the network, even offline.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    mode = _decide(spec.mode)
+    mode, reason = _decide(spec.mode)
+    if reason:
+        print(f"W&B: {reason}: offline; `wandb sync {folder}/wandb/offline-run-*` sends this run later", flush=True)
     import wandb
 
     student = stages[-1]
@@ -115,28 +122,41 @@ def _start_wandb(spec: TrackingSpec, folder: Path, stages: Sequence[Stage], conf
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
     except (wandb.Error, OSError) as error:
-        raise KnownError(f"tracking: W&B did not start ({error}); tracking.mode=offline needs no server") from error
+        said = str(error).splitlines()[0]
+        raise KnownError(f"tracking: W&B did not start ({said}); tracking.mode=offline needs no server") from error
 
 
 @cache
-def _decide(mode: str) -> Literal["online", "offline", "disabled"]:
-    """`auto` becomes online where a key is configured and the server answers, once a process; says why if not."""
+def _decide(mode: str) -> tuple[Literal["online", "offline", "disabled"], str]:
+    """W&B's mode, and why `auto` became offline; decided once a process.
+
+    `auto` is online where a key is configured and the server can be reached. Raises KnownError where online is
+    demanded of a server that cannot.
+    """
     asked = os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
     match asked:
-        case "online" | "offline" | "disabled":
-            return asked
+        case "offline" | "disabled":
+            return asked, ""
+        case "auto" | "online":
+            return _probe(demanded=asked == "online")
+        case _:
+            raise KnownError(f"WANDB_MODE: should be online, offline or disabled (got {asked!r})")
+
+
+def _probe(demanded: bool) -> tuple[Literal["online", "offline"], str]:
     import wandb
 
     server = urlsplit(wandb.setup().settings.base_url)
     host, port = server.hostname or "", server.port or (443 if server.scheme == "https" else 80)
-    later = "this run is recorded offline; `wandb sync <folder of the run>/wandb/offline-run-*` sends it later"
-    if not _has_key(host):
-        print(f"W&B: no key is configured (`wandb login`): {later}", flush=True)
-        return "offline"
-    if not _answers(host, port):
-        print(f"W&B: {host}:{port} did not answer within {_PROBE_SECONDS:.0f} s: {later}", flush=True)
-        return "offline"
-    return "online"
+    if not demanded and not _has_key(host):
+        return "offline", "no key is configured (`wandb login`)"
+    if _answers(host, port):
+        return "online", ""
+    if demanded:
+        raise KnownError(
+            f"tracking.mode: {host}:{port} cannot be reached; offline or auto need no server (got 'online')"
+        )
+    return "offline", f"{host}:{port} cannot be reached"
 
 
 def _has_key(host: str) -> bool:

@@ -82,7 +82,7 @@ def test_experiments_and_sweeps_come_last() -> None:
         ("seed=0.5", "seed: should be a whole number (got 0.5)"),
         ("replicates=0", "replicates: should be at least 1 (got 0)"),
         ("dry_run=maybe", "dry_run: should be true or false (got 'maybe')"),
-        ("model.name=resnet9", "model.name: should be a network: resnet8 or"),
+        ("model.name=resnet9", "model.name: did you mean resnet8? there are plane2, plane4"),
         ("teacher.train.epochs=0", "teacher.train.epochs: should be at least 1 (got 0)"),
         ("train.precision=fp8", "train.precision: should be 'auto', 'fp32', 'bf16' or 'fp16' (got 'fp8')"),
         ("train.milestones=[0.7,0.5]", "train.milestones should increase (got [0.7, 0.5])"),
@@ -92,7 +92,8 @@ def test_experiments_and_sweeps_come_last() -> None:
         ("dataset.name=mnist", "dataset.name: should be one of digits"),
         ("dataset.val_fraction=0", "resnet20: train.select=best_val needs dataset.val_fraction above 0"),
         ("dataset=folder", "dataset.root: dataset=folder needs the path of its images"),
-        ("runtime.device=tpu", "runtime.device: should match"),
+        ("dataset.root=pets", "dataset.root: is read by dataset=folder alone"),
+        ("runtime.device=tpu", "runtime.device: should be auto, cpu, cuda or cuda:<number> (got 'tpu')"),
         ("tracking.mode=sometimes", "tracking.mode: should be 'auto', 'online' or 'offline'"),
         ("~model", "model.name: is missing"),
         ("train.epochs=${nothing}", "train.epochs: Interpolation key 'nothing' not found"),
@@ -158,7 +159,7 @@ def test_what_is_not_read_makes_no_difference(common: tuple[str, ...], idle: str
 def test_a_wrong_assistant_is_one_problem() -> None:
     with pytest.raises(KnownError) as caught:
         parse(composed("method=ta", "method.assistants=[resnet9]"))
-    assert str(caught.value).startswith("method.assistants[0]: should be a network: resnet8")
+    assert str(caught.value).startswith("method.assistants[0]: did you mean resnet8?")
     assert len(str(caught.value).splitlines()) == 1
 
 

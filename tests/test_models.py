@@ -96,3 +96,6 @@ def test_normalized_takes_both_kinds_of_images() -> None:
     torch.testing.assert_close(network(images), network(images.float() / 255))
     assert network(images)[0, 0].item() == pytest.approx((images[0, 0, 0, 0].item() / 255 - 0.5) / 0.5)
     assert not network.state_dict()  # statistics are no weights
+    for wrong in (images[:, :1], images[0], images.long()):
+        with pytest.raises(ValueError, match="images should be"):
+            network(wrong)

@@ -44,7 +44,7 @@ def test_a_long_stage_is_announced(clock: Any, capsys: pytest.CaptureFixture[str
             watch.stepped(128)
     said = " ".join(capsys.readouterr().out.split())
     # 100 · (45,000/1,000 + 45,000/1,280) s = 2.2 h
-    assert "student resnet8: 100 epochs of 45,000 images" in said
+    assert "student resnet8 s0: 100 epochs of 45,000 images" in said
     assert "train 1,280 images/s and the guide 1,000" in said
     assert "about 2.2 h" in said
 
@@ -65,9 +65,9 @@ def test_plain_lines_are_rare_and_the_last_epoch_is_always_told(clock: Any, caps
             watch.epoch_ended(row(epoch))
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "student resnet8  epoch 11/30  loss 0.5000  val 90.00 %  100 images/s  19 s left",
-        "student resnet8  epoch 22/30  loss 0.5000  val 90.00 %  100 images/s  8 s left",
-        "student resnet8  epoch 30/30  loss 0.5000  val 90.00 %  100 images/s",
+        "student resnet8 s0  epoch 11/30  loss 0.5000  val 90.00 %  100 images/s  19 s left",
+        "student resnet8 s0  epoch 22/30  loss 0.5000  val 90.00 %  100 images/s  8 s left",
+        "student resnet8 s0  epoch 30/30  loss 0.5000  val 90.00 %  100 images/s",
     ]
 
 

@@ -32,7 +32,8 @@ def test_result_json(job: Job) -> None:
     assert set(result) == {"chain", "objective", "mode", "method", "dataset"}
     teacher, student = result["chain"]
     promised = {"role", "model", "key", "params", "val_acc", "test_acc", "epochs", "seconds", "reused"}
-    assert set(student) == promised | {"select"}
+    assert set(student) == promised | {"select", "seed", "loss"}
+    assert student["loss"] == {"name": "distill", "T": 4.0, "lambda": 0.5, "reduction": "batchmean"}
     assert (teacher["role"], student["role"]) == ("teacher", "student")
     assert result["objective"] == student["val_acc"]
     assert 10 < student["test_acc"] <= 100
@@ -146,6 +147,7 @@ def test_dry_run_and_help_answer_at_once(tmp_path: Path) -> None:
         assert min(seconds) < 2, command
     assert "resnet14" in done.stdout
     assert "3 of 3 stages to train" in done.stdout
+    assert "resnet20, resnet14, resnet8: sgd momentum 0.9 (Nesterov), lr 0.05 step at [0.5, 0.75] ×0.1" in done.stdout
     assert not (tmp_path / "store").exists()
 
 
@@ -233,6 +235,11 @@ def test_the_comparison(job: Job, tmp_path: Path) -> None:
     text = (tmp_path / "out" / "comparison.md").read_text()
     rows = [row for row in csv.reader(text.splitlines(), delimiter="|") if len(row) > 8]
     assert [row[2].strip() for row in rows[2:]] == ["scratch", "kd"]
+    assert [row[4].strip() for row in rows[2:]] == ["", "T=4 lambda=0.5"]
+    assert "failed" not in text
+    (tmp_path / "out" / "0" / "error.json").touch()
+    report.compare(tmp_path / "out")
+    assert "1 jobs failed" in (tmp_path / "out" / "comparison.md").read_text()
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 

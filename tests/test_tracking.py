@@ -195,19 +195,18 @@ def test_online_run_reaches_the_server(server: Server, tmp_path: Path) -> None:
 
 
 def test_an_unreachable_server_means_offline_and_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     closed = Server()
     closed.http.server_close()
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setattr("wandb.setup", lambda: type("Setup", (), {"settings": type("S", (), {"base_url": closed.url})}))
     began = time.monotonic()
-    assert tracking._decide("auto") == "offline"
-    assert tracking._decide("auto") == "offline"
+    mode, reason = tracking._decide("auto")
+    assert (mode, "cannot be reached" in reason) == ("offline", True)
     assert time.monotonic() - began < 4
-    said = capsys.readouterr().out
-    assert said.count("did not answer within 3 s") == 1  # once a process
-    assert "wandb sync" in said
+    with pytest.raises(KnownError, match=r"tracking.mode: .* cannot be reached"):
+        tracking._decide("online")
 
 
 def _hang(*args: object) -> None:
@@ -232,14 +231,37 @@ def test_a_key_in_netrc_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not tracking._has_key("elsewhere.example")
 
 
-@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+def test_the_server_is_asked_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setattr(tracking, "_answers", lambda host, port: asked.append(host))
+    assert [tracking._decide("auto")[0] for _ in range(3)] == ["offline"] * 3
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
 def test_wandb_mode_is_respected(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert tracking._decide("auto") == mode
-    assert tracking._decide("offline") == "offline"
+    assert tracking._decide("auto") == (mode, "")
+    assert tracking._decide("offline") == ("offline", "")
 
 
-def test_online_without_a_key_is_one_line(tmp_path: Path) -> None:
+def test_a_misspelt_wandb_mode_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    with pytest.raises(KnownError, match="WANDB_MODE: should be online, offline or disabled"):
+        tracking._decide("auto")
+
+
+def test_a_failure_prints_no_traceback(tmp_path: Path) -> None:
+    done = run_py(*QUICK, "tracking=wandb", "train.lr=1e30", f"hydra.run.dir={tmp_path / 'out'}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "the loss is" in done.stderr.splitlines()[-1]
+    assert summary(tmp_path / "out")["exit_code"] == 1
+
+
+def test_online_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_answers", lambda host, port: True)
     spec = tracking.TrackingSpec(name="wandb", project="p", mode="online")
     refusal = pytest.raises(KnownError, match=r"tracking: W&B did not start .*tracking\.mode=offline")
     with refusal, track(spec, tmp_path, distilled().chain, {"method": {"name": "kd"}}):

@@ -23,8 +23,8 @@ def fetch(make: Callable[..., Any], root: Path, files: str) -> tuple[Any, Any]:
         with FileLock(root / f".{make.__name__}.lock"):  # of two processes the second finds the first one's files
             return make(root, train=True, download=True), make(root, train=False, download=True)
     except (OSError, RuntimeError, ValueError) as error:
-        name = make.__name__
+        name, said = make.__name__, " ".join(str(error).split())
         raise KnownError(
-            f"{name} is not in {root} and could not be downloaded ({error}): put {files} there, or name the folder "
+            f"{name} is not in {root} and could not be downloaded ({said}): put {files} there, or name the folder "
             "that has it by runtime.data=<path>"
         ) from error

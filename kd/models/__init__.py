@@ -31,8 +31,9 @@ MODELS: dict[str, Entry] = {
 
 def _known(name: str) -> str:
     if name not in MODELS:
-        near = get_close_matches(name, MODELS)
-        raise ValueError(f"should be a network: {' or '.join(near) if near else ', '.join(MODELS)}")
+        near = get_close_matches(name, MODELS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{hint}there are {', '.join(MODELS)}")
     return name
 
 

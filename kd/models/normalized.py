@@ -7,6 +7,8 @@ from torch import Tensor, nn
 class Normalized(nn.Module):
     """Takes images [batch, 3, height, width], uint8 in 0…255 or floating in [0, 1]; gives logits [batch, class].
 
+    Raises ValueError for another shape or type.
+
     Each network of a chain brings its own statistics, so that a guide trained under others still sees its own.
     """
 
@@ -21,6 +23,12 @@ class Normalized(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.dim() != 4 or images.shape[1] != self.mean.shape[1]:
+            raise ValueError(
+                f"images should be [batch, {self.mean.shape[1]}, height, width] (got {list(images.shape)})"
+            )
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"images should be uint8 in 0…255 or floating in [0, 1] (got {images.dtype})")
         x = images.float() / 255 if images.dtype == torch.uint8 else images
         logits: Tensor = self.network((x - self.mean) / self.std)
         return logits
