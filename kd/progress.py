@@ -103,8 +103,10 @@ class StageProgress:
             )
 
     def _text(self) -> str:
-        speed, left = self._pace()
         epoch = min(self._epoch + 1, self._epochs)
+        if self._done == self._before:
+            return f"epoch {epoch}/{self._epochs}"
+        speed, left = self._pace()
         parts = (f"epoch {epoch}/{self._epochs}", self._status, f"{speed:,.0f} images/s", f"{_duration(left)} left")
         return "  ".join(part for part in parts if part)
 
