@@ -114,12 +114,13 @@ def train_spec(config: Config, role: Role, model: str) -> TrainSpec:
 
     Raises KnownError where there is no recipe or its parts do not fit together.
     """
-    settings = recipe(config.mode, config.train.recipe, MODELS[model].family)
-    known = dict(settings)
+    known = recipe(config.mode, config.train.recipe, MODELS[model].family)
+    given: dict[str, Any] = {}
     own: dict[str, TrainOverrides] = {"student": config.model.train, "teacher": config.teacher.train}
     for overrides in (config.train, own.get(role, TrainOverrides())):
-        settings |= overrides.model_dump(exclude_none=True, exclude={"recipe"})
-    if settings["optimizer"] != known["optimizer"] and settings["lr"] == known["lr"]:
+        given |= overrides.model_dump(exclude_none=True, exclude={"recipe"})
+    settings = known | given
+    if settings["optimizer"] != known["optimizer"] and "lr" not in given:
         raise KnownError(
             f"{role} {model}: train.optimizer={settings['optimizer']} needs a train.lr of its own "
             f"(the recipe's {known['lr']:g} is for {known['optimizer']})"

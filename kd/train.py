@@ -115,14 +115,9 @@ def train_stage(
 
 class _Training:
     def __init__(self, stage: Stage, data: Data, guide: Guide | None, device: str, watch: Watch) -> None:
-        self.stage, self.train, self.data, self.guide, self.device, self.watch = (
-            stage,
-            stage.train,
-            data,
-            guide,
-            device,
-            watch,
-        )
+        self.stage, self.train = stage, stage.train
+        self.data, self.guide = data, guide
+        self.device, self.watch = device, watch
         self.network = make_network(stage, device)
         self.optimizer = make_optimizer(self.network, self.train)
         self.scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=self.train.precision == "fp16")
