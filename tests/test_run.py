@@ -281,6 +281,7 @@ def test_tables_fit_80_columns(job: Job, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("layout", ["hydra.sweep.subdir=deep/${hydra.job.num}", "hydra.output_subdir=null"])
 def test_failures_are_found_wherever_the_jobs_folders_are(job: Job, tmp_path: Path, layout: str) -> None:
     job("method=scratch", "train.lr=-1,0.01", layout, multirun=True, code=1)
+    assert len(list((tmp_path / "out").rglob("error.json"))) == len(list((tmp_path / "out").rglob("result.json"))) == 1
 
 
 def test_jobs_are_sorted_as_numbers() -> None:
