@@ -21,7 +21,7 @@ from kd.tracking import track
 def main(cfg: DictConfig) -> float | None:
     """One job: the mean validation accuracy of its students in percent, which a search maximises."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    return sweep.job(folder, lambda: _job(cfg, folder))
+    return sweep.job(folder, lambda: _job(cfg, folder), dry=cfg.get("dry_run") is True)
 
 
 def _job(cfg: DictConfig, folder: Path) -> float | None:

@@ -94,7 +94,7 @@ def parse(cfg: DictConfig) -> Config:
             problems += explain(error, name)
         except KnownError as error:
             problems.append(str(error))
-    problems += [problem for rule in (_dataset, _training, _planning) for problem in rule(sections)]
+    problems += [problem for rule in (_dataset, _training) for problem in rule(sections)]
     if problems:
         raise KnownError("\n".join(dict.fromkeys(problems)))
     return Config(**sections)
@@ -175,27 +175,25 @@ def _dataset(sections: dict[str, Any]) -> Iterator[str]:
 
 
 def _training(sections: dict[str, Any]) -> Iterator[str]:
-    needed = {"mode", "train", "model", "teacher", "runtime"}
-    if not needed <= sections.keys():
+    """Recipes and settings that do not fit together, of every stage where the method is known, else of the two ends."""
+    if not {"mode", "train", "model", "teacher", "runtime"} <= sections.keys():
         return
     if sections["train"].recipe not in RECIPES[sections["mode"]]:
         known = ", ".join(RECIPES[sections["mode"]])
         yield f"train.recipe: should be one of {known} (got {sections['train'].recipe!r})"
         return
-    partial = Config.model_construct(**sections)
-    for role in ("student", "teacher"):
-        try:
-            train_spec(partial, role, sections["model" if role == "student" else role].name)
+    if sections.keys() == Config.model_fields.keys():
+        try:  # planning asks nothing of the data but its place
+            config = Config(**sections)
+            plan(config, specify(config.dataset, Facts(2, 1, (0, 0, 0), (1, 1, 1))))
+            return
         except KnownError as error:
             yield str(error)
-
-
-def _planning(sections: dict[str, Any]) -> Iterator[str]:
-    """Methods name networks too, and each needs a recipe; planning asks nothing of the data but its place."""
-    if sections.keys() == Config.model_fields.keys() and not any(_training(sections)):
-        config = Config(**sections)
+    partial = Config.model_construct(**sections)
+    ends: list[tuple[Role, str]] = [("teacher", sections["teacher"].name), ("student", sections["model"].name)]
+    for role, model in ends:
         try:
-            plan(config, specify(config.dataset, Facts(2, 1, (0, 0, 0), (1, 1, 1))))
+            train_spec(partial, role, model)
         except KnownError as error:
             yield str(error)
 

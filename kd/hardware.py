@@ -37,10 +37,12 @@ def resolve_device(device: str) -> str:
 
     Raises KnownError for a GPU that is not there.
     """
-    gpus = _gpus() if device != "cpu" else 0
     if device == "auto":
-        return "cuda" if gpus else "cpu"
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= gpus:
+        return "cuda" if has_nvidia_driver() and _gpus() else "cpu"
+    if device == "cpu":
+        return device
+    gpus = _gpus()
+    if int(device.partition(":")[2] or 0) >= gpus:
         raise KnownError(
             f"runtime.device: torch sees {gpus} NVIDIA GPUs here; cpu and auto always work (got {device!r})"
         )
@@ -49,8 +51,6 @@ def resolve_device(device: str) -> str:
 
 @cache
 def _gpus() -> int:
-    if not has_nvidia_driver():
-        return 0
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

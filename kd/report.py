@@ -36,6 +36,15 @@ class Job(NamedTuple):
     reason: str
 
 
+JOB_MARKS = (".hydra/config.yaml", "result.json", "error.json")
+
+
+def job_folders(folder: Path) -> set[Path]:
+    """The folders of a multirun's jobs, however deep; a store that lies among them has results of its own."""
+    places = {place.parents[mark.count("/")] for mark in JOB_MARKS for place in folder.rglob(mark)}
+    return {place for place in places if not (place / "stage.json").exists()}
+
+
 def job_order(number: str) -> tuple[int, str]:
     """Sorts the names of jobs' folders: 2 before 10."""
     return len(number), number
@@ -75,6 +84,10 @@ def print_run(result: RunResult) -> None:
     out.print(f'the student: kd.load("{student.key}")', highlight=False)
 
 
+def _count(jobs: int) -> str:
+    return "1 job" if jobs == 1 else f"{jobs} jobs"
+
+
 def _interval(result: ReplicatedResult) -> str:
     """The 95 % interval, cut to what an accuracy can be."""
     low, high = result.ci95
@@ -82,11 +95,14 @@ def _interval(result: ReplicatedResult) -> str:
 
 
 def _setting(result: RunResult) -> str:
-    """What tells the student from others of its network: its loss's parameters, and its seed where it is one."""
-    parts = _parameters(result.chain[-1].loss)
-    if not isinstance(result, ReplicatedResult):
-        parts += f" seed={result.chain[-1].seed}"
-    return parts.strip()
+    """What tells a job from others of its networks: the parameters of its chain's losses, and its students' seeds."""
+    above = [
+        f"{outcome.role} {_parameters(outcome.loss)}" for outcome in result.chain[:-1] if _parameters(outcome.loss)
+    ]
+    seeds = f"seed={result.chain[-1].seed}"
+    if isinstance(result, ReplicatedResult):
+        seeds += f"–{result.replicates[-1].seed}"
+    return ", ".join([*above, f"{_parameters(result.chain[-1].loss)} {seeds}".strip()])
 
 
 def _parameters(loss: Loss) -> str:
@@ -95,10 +111,11 @@ def _parameters(loss: Loss) -> str:
 
 def _training(train: TrainSpec) -> str:
     milestones = f" at {list(train.milestones)} ×{train.gamma:g}" if train.schedule == "step" else ""
+    extras = (f", warmup {train.warmup}" if train.warmup else "") + (", test_curve" if train.test_curve else "")
     momentum = f" momentum {train.momentum:g}{' (Nesterov)' if train.nesterov else ''}" if train.momentum else ""
     return (
         f"{train.optimizer}{momentum}, lr {train.lr:g} {train.schedule}{milestones}, weight decay "
-        f"{train.weight_decay:g}, batch {train.batch_size}, {train.precision}, {train.select}"
+        f"{train.weight_decay:g}, batch {train.batch_size}, {train.precision}, {train.select}{extras}"
     )
 
 
@@ -136,7 +153,7 @@ def print_jobs(jobs: Sequence[Job]) -> None:
     out = console()
     shared = set.intersection(*(set(job.overrides) for job in jobs))
     common = " ".join(override for override in jobs[0].overrides if override in shared)
-    out.print(_title(f"{len(jobs)} jobs{', all with ' if common else ''}{common}"))
+    out.print(_title(f"{_count(len(jobs))}{', all with ' if common else ''}{common}"))
     table = _table("job", "", "val %>", "test %>", "n>")
     for job in jobs:
         if job.result is not None:
@@ -174,9 +191,9 @@ def print_plan(students: Sequence[Stage], store: Store, retrain: bool) -> None:
     out.print(table)
     trainings: dict[str, list[str]] = {}
     for stage in stages.values():
-        trainings.setdefault(_training(stage.train), []).append(stage.model)
-    for training, models in trainings.items():
-        out.print(f"{', '.join(dict.fromkeys(models))}: {training}", highlight=False, markup=False)
+        trainings.setdefault(_training(stage.train), []).append(f"{stage.role} {stage.model}")
+    for training, networks in trainings.items():
+        out.print(f"{', '.join(dict.fromkeys(networks))}: {training}", highlight=False, markup=False)
     out.print(f"{len(stages) - len(there)} of {len(stages)} stages to train", highlight=False)
 
 
@@ -185,11 +202,13 @@ def compare(folder: Path) -> None:
 
     Raises KnownError where there are none.
     """
-    paths = sorted(folder.glob("*/result.json"), key=lambda path: job_order(path.parent.name))
-    results = [read_result(path) for path in paths]
+    places = sorted(job_folders(folder), key=lambda place: job_order(str(place.relative_to(folder))))
+    results = [read_result(place / "result.json") for place in places if (place / "result.json").exists()]
     if not results:
-        raise KnownError(f"{folder} has no finished jobs (no */result.json)")
-    failed = len(list(folder.glob("*/error.json")))
+        raise KnownError(f"{folder} has no finished jobs (no result.json in it)")
+    failed = len(
+        [place for place in places if not (place / "result.json").exists() and (place / "error.json").exists()]
+    )
     (folder / "comparison.md").write_text(_markdown(results, failed))
     _draw(results, folder / "comparison.png")
     print(f"{folder / 'comparison.md'} and {folder / 'comparison.png'} are written")
@@ -212,13 +231,13 @@ def _markdown(results: Sequence[RunResult], failed: int) -> str:
         keys = " ".join(f"`{outcome.key}`" for outcome in result.chain)
         select = ", ".join(dict.fromkeys(_SELECTED[outcome.select] for outcome in result.chain))
         cells = (result.dataset, result.method, chain, _setting(result), *_test(result), interval, select, keys)
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += [
         "",
         "What varies is the student's seed; the networks above it are trained once. The interval is Student's t.",
     ]
     if failed:
-        lines += ["", f"{failed} jobs failed and are not in the table."]
+        lines += ["", f"{_count(failed)} failed and not in the table."]
     return "\n".join(lines) + "\n"
 
 

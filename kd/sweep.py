@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd.report import Job, job_order, print_jobs, read_result
+from kd.report import JOB_MARKS, Job, job_folders, job_order, print_jobs, read_result
 from kd.spec import KnownError
 
 
@@ -29,14 +29,15 @@ class Multirun(Callback):
         Multirun.folder, Multirun.began = Path(config.hydra.sweep.dir), time.time() - 1  # files' clocks are coarse
 
 
-def job(folder: Path, work: Callable[[], float | None]) -> float | None:
+def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | None:
     """Do the work of one job. A failure with a known reason is printed without a traceback.
 
     A single run then exits with 2. In a multirun, where an exit would end the whole sweep, the job leaves
     error.json in its folder and returns None, and the sweep goes on. Of other failures Hydra shows the traceback.
     """
-    for stale in ("result.json", "error.json"):
-        (folder / stale).unlink(missing_ok=True)
+    (folder / "error.json").unlink(missing_ok=True)
+    if not dry:
+        (folder / "result.json").unlink(missing_ok=True)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         return work()
@@ -58,9 +59,7 @@ def _record(folder: Path, reason: str) -> None:
 
 def jobs(folder: Path, since: float = 0.0) -> list[Job]:
     """The jobs of a multirun's folder that started after `since`, in order; jobs of a dry run have nothing to tell."""
-    marks = (".hydra/config.yaml", "result.json", "error.json")
-    places = {place.parents[mark.count("/")] for mark in marks for place in folder.rglob(mark)}
-    found = [_look(folder, place) for place in places if _newest(place, marks) >= since and not _is_dry(place)]
+    found = [_look(folder, place) for place in job_folders(folder) if _changed(place) >= since and _counts(place)]
     return sorted(found, key=lambda job: job_order(job.number))
 
 
@@ -75,13 +74,15 @@ def _look(folder: Path, place: Path) -> Job:
     return Job(str(place.relative_to(folder)), told, result, reason)
 
 
-def _newest(place: Path, marks: Sequence[str]) -> float:
-    return max((place / mark).stat().st_mtime for mark in marks if (place / mark).exists())
+def _changed(place: Path) -> float:
+    return max((place / mark).stat().st_mtime for mark in JOB_MARKS if (place / mark).exists())
 
 
-def _is_dry(place: Path) -> bool:
+def _counts(place: Path) -> bool:
+    """Whether the job has something to tell: a dry run has not, unless it failed."""
     config = place / ".hydra" / "config.yaml"
-    return config.exists() and bool(OmegaConf.select(OmegaConf.load(config), "dry_run"))
+    dry = config.exists() and bool(OmegaConf.select(OmegaConf.load(config), "dry_run"))
+    return not dry or (place / "error.json").exists()
 
 
 def summarize() -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from kd.spec import Frozen, KnownError
 from kd.stage import Stage
@@ -146,26 +147,34 @@ def _decide(mode: str) -> tuple[Literal["online", "offline", "disabled"], str]:
 def _probe(demanded: bool) -> tuple[Literal["online", "offline"], str]:
     import wandb
 
-    server = urlsplit(wandb.setup().settings.base_url)
-    host, port = server.hostname or "", server.port or (443 if server.scheme == "https" else 80)
-    if not demanded and not _has_key(host):
+    try:
+        url = wandb.setup().settings.base_url
+    except (wandb.Error, ValueError) as error:
+        raise KnownError(f"tracking: W&B's settings are wrong ({' '.join(str(error).split())})") from error
+    server = urlsplit(url)
+    if not demanded and not _has_key(server.netloc):
         return "offline", "no key is configured (`wandb login`)"
+    # Behind a proxy it is the proxy that must answer.
+    proxy = "" if proxy_bypass(server.hostname or "") else getproxies().get(server.scheme, "")
+    asked = urlsplit(proxy) if proxy else server
+    host, port = asked.hostname or "", asked.port or (443 if asked.scheme == "https" else 80)
     if _answers(host, port):
         return "online", ""
     if demanded:
-        raise KnownError(
-            f"tracking.mode: {host}:{port} cannot be reached; offline or auto need no server (got 'online')"
-        )
+        raise KnownError(f"tracking: online was asked for and {host}:{port} cannot be reached; offline needs no server")
     return "offline", f"{host}:{port} cannot be reached"
 
 
-def _has_key(host: str) -> bool:
+def _has_key(netloc: str) -> bool:
+    """Whether there is a key for the server in the environment or, as `wandb login` leaves it, in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
+    names = [netloc, "api.wandb.ai"] if netloc == "api.forge.coreweave.com" else [netloc]  # the same service, renamed
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        known = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
         return False
+    return any(known.authenticators(name) for name in names)
 
 
 def _answers(host: str, port: int) -> bool:

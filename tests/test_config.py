@@ -140,6 +140,7 @@ def test_another_optimizer_needs_a_learning_rate() -> None:
     with pytest.raises(KnownError, match=r"student resnet8: train.optimizer=adam needs a train.lr of its own"):
         parse(composed("train.optimizer=adam"))
     parse(composed("train.optimizer=adam", "train.lr=0.001"))
+    parse(composed("method=scratch", "train.optimizer=adam", "model.train.lr=0.001"))  # scratch has no teacher
 
 
 @pytest.mark.parametrize(

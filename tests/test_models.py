@@ -94,6 +94,7 @@ def test_normalized_takes_both_kinds_of_images() -> None:
     network = Normalized(nn.Flatten(), (0.5, 0.25, 0.0), (0.5, 0.5, 1.0))
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     torch.testing.assert_close(network(images), network(images.float() / 255))
+    torch.testing.assert_close(network(images), network(images.double() / 255))
     assert network(images)[0, 0].item() == pytest.approx((images[0, 0, 0, 0].item() / 255 - 0.5) / 0.5)
     assert not network.state_dict()  # statistics are no weights
     for wrong in (images[:, :1], images[0], images.long()):

@@ -147,7 +147,7 @@ def test_dry_run_and_help_answer_at_once(tmp_path: Path) -> None:
         assert min(seconds) < 2, command
     assert "resnet14" in done.stdout
     assert "3 of 3 stages to train" in done.stdout
-    assert "resnet20, resnet14, resnet8: sgd momentum 0.9 (Nesterov), lr 0.05 step at [0.5, 0.75] ×0.1" in done.stdout
+    assert "teacher resnet20, assistant resnet14, student resnet8: sgd momentum 0.9 (Nesterov), lr 0.05" in done.stdout
     assert not (tmp_path / "store").exists()
 
 
@@ -235,11 +235,12 @@ def test_the_comparison(job: Job, tmp_path: Path) -> None:
     text = (tmp_path / "out" / "comparison.md").read_text()
     rows = [row for row in csv.reader(text.splitlines(), delimiter="|") if len(row) > 8]
     assert [row[2].strip() for row in rows[2:]] == ["scratch", "kd"]
-    assert [row[4].strip() for row in rows[2:]] == ["", "T=4 lambda=0.5"]
+    assert [row[4].strip() for row in rows[2:]] == ["seed=0–1", "T=4 lambda=0.5 seed=0–1"]
     assert "failed" not in text
-    (tmp_path / "out" / "0" / "error.json").touch()
+    (tmp_path / "out" / "2" / ".hydra").mkdir(parents=True)
+    (tmp_path / "out" / "2" / "error.json").touch()
     report.compare(tmp_path / "out")
-    assert "1 jobs failed" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "1 job failed" in (tmp_path / "out" / "comparison.md").read_text()
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -311,3 +312,16 @@ def test_what_only_shows_later_is_one_line_too(tmp_path: Path, overrides: tuple[
     done = run_py(*QUICK, *overrides, "hydra.run.dir=out", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert message in done.stderr
+
+
+def test_a_store_among_the_jobs_is_no_job(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job("method=scratch", "seed=0,1", f"runtime.store={tmp_path / 'out' / 'store'}", multirun=True)
+    assert "2 jobs, all with" in " ".join(capsys.readouterr().out.split())
+    report.compare(tmp_path / "out")
+
+
+def test_a_dry_run_leaves_results_and_fails_as_others_do(job: Job, tmp_path: Path) -> None:
+    before = job()
+    assert job("dry_run=true") == before
+    job("dry_run=true", "seed=0,-1", multirun=True, folder="dry", code=1)
+    job("dry_run=true", "seed=0,1", multirun=True, folder="fine")

@@ -205,7 +205,7 @@ def test_an_unreachable_server_means_offline_and_is_said(
     mode, reason = tracking._decide("auto")
     assert (mode, "cannot be reached" in reason) == ("offline", True)
     assert time.monotonic() - began < 4
-    with pytest.raises(KnownError, match=r"tracking.mode: .* cannot be reached"):
+    with pytest.raises(KnownError, match=r"online was asked for and .* cannot be reached"):
         tracking._decide("online")
 
 
@@ -228,7 +228,23 @@ def test_a_key_in_netrc_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert tracking._has_key("api.wandb.ai")
-    assert not tracking._has_key("elsewhere.example")
+    assert tracking._has_key("api.forge.coreweave.com")  # the same service under its new name
+    assert not tracking._has_key("elsewhere.example:8080")
+
+
+def test_behind_a_proxy_the_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
+    monkeypatch.setattr(tracking, "_answers", lambda host, port: asked.append((host, port)) or True)
+    assert tracking._decide("auto") == ("online", "")
+    assert asked == [("proxy.example", 3128)]
+
+
+def test_a_wrong_address_is_one_line(tmp_path: Path) -> None:
+    done = run_py(*QUICK, "tracking=wandb", "hydra.run.dir=out", cwd=tmp_path, WANDB_BASE_URL="notaurl")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "W&B's settings are wrong" in done.stderr
 
 
 def test_the_server_is_asked_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

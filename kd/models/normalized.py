@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class Normalized(nn.Module):
     """Takes images [batch, 3, height, width], uint8 in 0…255 or floating in [0, 1]; gives logits [batch, class].
 
-    Raises ValueError for another shape or type.
+    Raises ValueError for another number of dimensions or channels, or for integers that are no uint8.
 
     Each network of a chain brings its own statistics, so that a guide trained under others still sees its own.
     """
@@ -29,6 +29,6 @@ class Normalized(nn.Module):
             )
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise ValueError(f"images should be uint8 in 0…255 or floating in [0, 1] (got {images.dtype})")
-        x = images.float() / 255 if images.dtype == torch.uint8 else images
+        x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         logits: Tensor = self.network((x - self.mean) / self.std)
         return logits
