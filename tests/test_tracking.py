@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -197,10 +198,11 @@ def test_online_run_reaches_the_server(server: Server, tmp_path: Path) -> None:
 def test_an_unreachable_server_means_offline_and_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    closed = Server()
-    closed.http.server_close()
+    with socket.socket() as closed:  # a port of which nobody listens
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setattr("wandb.setup", lambda: type("Setup", (), {"settings": type("S", (), {"base_url": closed.url})}))
+    monkeypatch.setattr("wandb.setup", lambda: type("Setup", (), {"settings": type("S", (), {"base_url": url})}))
     began = time.monotonic()
     mode, reason = tracking._decide("auto")
     assert (mode, "cannot be reached" in reason) == ("offline", True)
