@@ -267,7 +267,8 @@ def _draw(results: Sequence[RunResult], path: Path) -> None:
                 axes.plot(
                     [outcome.test_acc], [row], "D", color="#d55e00", mfc="none", mew=2, label="its teacher", zorder=4
                 )
-    labels = [f"{r.method} {_setting(r)}\n{' → '.join(o.model for o in r.chain)}" for r in results]
+    chains = [" → ".join(outcome.model for outcome in result.chain) for result in results]
+    labels = [f"{r.method}: {c}\n{_setting(r).replace(', ', chr(10))}" for r, c in zip(results, chains, strict=True)]
     axes.set_yticks(rows, labels, fontsize=8)
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.set_xlim(max(axes.get_xlim()[0], 0), min(axes.get_xlim()[1], 100.4))  # whatever an interval says
