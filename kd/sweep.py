@@ -34,6 +34,7 @@ def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | No
 
     A single run then exits with 2. In a multirun, where an exit would end the whole sweep, the job leaves
     error.json in its folder and returns None, and the sweep goes on. Of other failures Hydra shows the traceback.
+    A `dry` job leaves an earlier result.json where it is.
     """
     (folder / "error.json").unlink(missing_ok=True)
     if not dry:
