@@ -168,10 +168,11 @@ def _dataset(sections: dict[str, Any]) -> Iterator[str]:
         dataset: DatasetConfig = sections["dataset"]
         if dataset.name not in DATASETS:
             yield f"dataset.name: should be one of {', '.join(DATASETS)} (got {dataset.name!r})"
-        elif DATASETS[dataset.name].facts is None and dataset.root is None:
+        elif (entry := DATASETS[dataset.name]).facts is None and entry.home is None and dataset.root is None:
             yield f"dataset.root: dataset={dataset.name} needs the path of its images, root/{{train,test}}/<class>/"
-        elif DATASETS[dataset.name].facts is not None and dataset.root is not None:
-            yield f"dataset.root: is read by dataset=folder alone (got {dataset.root!r} with dataset={dataset.name})"
+        elif entry.facts is not None and dataset.root is not None:
+            readers = " and ".join(f"dataset={name}" for name in DATASETS if DATASETS[name].facts is None)
+            yield f"dataset.root: is read by {readers} alone (got {dataset.root!r} with dataset={dataset.name})"
 
 
 def _training(sections: dict[str, Any]) -> Iterator[str]:

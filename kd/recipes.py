@@ -49,6 +49,7 @@ _PAPER: dict[str, dict[str, Recipe]] = {
     },
 }
 _PAPER["cifar100"] = _PAPER["cifar10"]
+_PAPER["tiny_imagenet"] = _PAPER["cifar10"]
 _PAPER["folder"] = _PAPER["cifar10"]  # a guess for unknown images; `train=<data set>` names a better one
 
 RECIPES: dict[str, dict[str, dict[str, Recipe]]] = {"paper": _PAPER}

@@ -19,6 +19,7 @@ FORMAT = 1
 Role = Literal["reference", "teacher", "assistant", "student"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Channels = tuple[float, float, float]
+Augment = Literal["none", "crop_flip", "rotate_flip"]
 
 # The settings of a training, each with its range; TrainSpec has all of them, TrainOverrides any.
 Epochs = Annotated[int, Field(ge=1)]
@@ -38,12 +39,12 @@ class DatasetSpec(Frozen):
     """Images as a stage sees them: which, how split, how augmented, how normalised. No path is part of it."""
 
     name: str
-    content: str | None = None  # a folder's hash; the other data sets' names say it
+    content: str | None = None  # the hash of decoded images; the other data sets' names say it
     num_classes: int = Field(ge=2)
     image_size: int = Field(ge=1)  # pixels, height and width alike
     mean: Channels  # of pixels in [0, 1]
     std: Channels
-    augment: Literal["none", "crop_flip"] = "none"
+    augment: Augment = "none"
     views: int | None = Field(None, ge=1)  # each sample keeps to this many of its views; null is all
     val_fraction: float = Field(0.1, ge=0, lt=1)
     split_seed: int = Field(0, ge=0)

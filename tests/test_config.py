@@ -92,7 +92,7 @@ def test_experiments_and_sweeps_come_last() -> None:
         ("dataset.name=mnist", "dataset.name: should be one of digits"),
         ("dataset.val_fraction=0", "resnet20: train.select=best_val needs dataset.val_fraction above 0"),
         ("dataset=folder", "dataset.root: dataset=folder needs the path of its images"),
-        ("dataset.root=pets", "dataset.root: is read by dataset=folder alone"),
+        ("dataset.root=pets", "dataset.root: is read by dataset=folder and dataset=tiny_imagenet alone"),
         ("runtime.device=tpu", "runtime.device: should be auto, cpu, cuda or cuda:<number> (got 'tpu')"),
         ("tracking.mode=sometimes", "tracking.mode: should be 'auto', 'online' or 'offline'"),
         ("~model", "model.name: is missing"),

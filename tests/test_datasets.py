@@ -67,14 +67,29 @@ def test_crop_flip_is_torchvisions_crop_and_flip() -> None:
         assert torch.equal(shown[view], tv.hflip(crop) if view % 2 else crop)
 
 
-def test_every_view_is_drawn_and_none_beyond() -> None:
-    data = Data.of(specify(config(augment="crop_flip"), facts(arrays())), arrays(), "cpu")
+@pytest.mark.parametrize("size", [32, 64])
+def test_rotate_flip_is_torchvisions_rotation_and_flip(size: int) -> None:
+    images = torch.from_numpy(random_images(82, size))
+    every = torch.arange(82)
+    shown = views.show(views.pad(images, "rotate_flip"), every.flip(0), every, "rotate_flip")
+    assert shown.is_contiguous(memory_format=torch.channels_last)
+    assert shown.dtype == torch.uint8
+    for view in range(82):
+        rotated = tv.rotate(images[81 - view].permute(2, 0, 1), view // 2 - 20)
+        assert torch.equal(shown[view], tv.hflip(rotated) if view % 2 else rotated)
+    assert torch.equal(shown[40], images[41].permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(("augment", "count"), [("crop_flip", 162), ("rotate_flip", 82)])
+def test_every_view_is_drawn_and_none_beyond(augment: str, count: int) -> None:
+    data = Data.of(specify(config(augment=augment), facts(arrays())), arrays(), "cpu")
     drawn = np.concatenate([data.draw_views(np.random.default_rng(s)) for s in range(100)])
-    assert set(drawn) == set(range(162))
+    assert set(drawn) == set(range(count))
 
 
-def test_restricted_views() -> None:
-    spec = specify(config(augment="crop_flip", views=5), facts(arrays()))
+@pytest.mark.parametrize("augment", ["crop_flip", "rotate_flip"])
+def test_restricted_views(augment: str) -> None:
+    spec = specify(config(augment=augment, views=5), facts(arrays()))
     data, again = Data.of(spec, arrays(), "cpu"), Data.of(spec, arrays(), "cpu")
     drawn = np.stack([data.draw_views(np.random.default_rng(s)) for s in range(200)])
     assert all(len(set(column)) == 5 for column in drawn.T)
@@ -84,8 +99,9 @@ def test_restricted_views() -> None:
     assert Data.of(specify(config(views=5), facts(arrays())), arrays(), "cpu").allowed_views is None  # `none` has one
 
 
-def test_validation_images_are_shown_as_they_are() -> None:
-    data = Data.of(specify(config(augment="crop_flip"), facts(arrays())), arrays(), "cpu")
+@pytest.mark.parametrize("augment", views.COUNT)
+def test_validation_images_are_shown_as_they_are(augment: str) -> None:
+    data = Data.of(specify(config(augment=augment), facts(arrays())), arrays(), "cpu")
     assert torch.equal(data.val_images, torch.from_numpy(arrays().images[data.val]))
     assert torch.equal(data.val_labels, torch.from_numpy(arrays().labels[data.val]))
 
@@ -124,6 +140,7 @@ def test_a_folder_is_decoded_once(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_copy_of_a_folder_is_the_same_data_and_a_change_is_not(tmp_path: Path) -> None:
     one, other = write_folder(tmp_path / "a"), write_folder(tmp_path / "b")
     spec = resolve(folder(one), tmp_path / "data")
+    assert spec.content == "616cfcf21550d049"  # in keys: a change here trains every folder's stages again
     assert resolve(folder(other), tmp_path / "data") == spec
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(other / "train" / "cat" / "1.png")
     assert resolve(folder(other), tmp_path / "data").content != spec.content

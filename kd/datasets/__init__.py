@@ -31,19 +31,24 @@ DATASETS: dict[str, Entry] = {
         facts=Facts(100, 32, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761)),
     ),
     "folder": Entry(read="kd.datasets.folder.read", prepare="kd.datasets.folder.prepare"),
+    "tiny_imagenet": Entry(
+        read="kd.datasets.tiny_imagenet.read",
+        prepare="kd.datasets.tiny_imagenet.prepare",
+        home="tiny-imagenet-200",
+    ),
 }
 
 
 def resolve(config: DatasetConfig, data_root: Path, threads: int = 1) -> DatasetSpec:
     """What a stage will see of the configured data set.
 
-    Only a folder's images are opened, the first time that it is seen; `threads` decode them. Raises KnownError
-    where a folder is not what it should be.
+    Images are opened only of data sets that are decoded once, the first time that they are seen; `threads` decode
+    them. Raises KnownError where such a data set is absent or not what it should be.
     """
     entry = DATASETS[config.name]
     if entry.facts is not None:
         return specify(config, entry.facts)
-    root = Path(os.path.expanduser(str(config.root)))
+    root = data_root / str(entry.home) if config.root is None else Path(os.path.expanduser(config.root))
     return specify(config, _attribute(str(entry.prepare))(root, data_root, threads))
 
 

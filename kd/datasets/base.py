@@ -1,22 +1,21 @@
 """What a data set is before any tensor: what the user asks for, its facts, and its images as arrays."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from kd.spec import Frozen
-from kd.stage import Channels
+from kd.stage import Augment, Channels
 
 
 class DatasetConfig(Frozen):
     """The `dataset` section of the configuration."""
 
     name: str
-    root: str | None = None  # where a folder of images lies
-    augment: Literal["none", "crop_flip"]
+    root: str | None = None  # where images that are decoded once lie
+    augment: Augment
     val_fraction: float = Field(ge=0, lt=1)
     split_seed: int = Field(ge=0)
     views: int | None = Field(None, ge=1)
@@ -53,12 +52,14 @@ class Arrays:
 class Entry:
     """A data set of the table: the dotted path of its `read(data_root, content) -> Arrays`, and its facts.
 
-    A data set whose facts are not known beforehand has `prepare` instead: (root, data root, threads) -> Facts.
+    A data set whose facts are not known beforehand has `prepare` instead: (root, data root, threads) -> Facts. Its
+    root is `home` below the data root unless dataset.root names another; without a home it has to.
     """
 
     read: str
     facts: Facts | None = None
     prepare: str | None = None
+    home: str | None = None
 
 
 def statistics(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
@@ -66,7 +67,10 @@ def statistics(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
 
     The deviation of a channel that never changes is given as 1, so that one can divide by it.
     """
-    counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)]
+    counts = np.zeros((3, 256), np.int64)
+    for start in range(0, len(images), 1024):  # bincount makes eight bytes of one
+        for c in range(3):
+            counts[c] += np.bincount(images[start : start + 1024, ..., c].ravel(), minlength=256)
     values = np.arange(256) / 255
     means = [float(np.average(values, weights=n)) for n in counts]
     stds = [float(np.average((values - m) ** 2, weights=n)) ** 0.5 for n, m in zip(counts, means, strict=True)]

@@ -1,0 +1,104 @@
+"""tiny_imagenet (Stanford CS231n 2015): 200 classes of 64×64 images, in the layout of their archive.
+
+train/<wnid>/images/ has a folder a class, val/images/ one folder for all: its labels are in val/val_annotations.txt,
+and reading it as a folder of classes gives every image the same. val/ is the test set here, as in the papers, since
+the archive's own has no labels. Classes are numbered as their names sort, as torchvision does; wnids.txt has another
+order.
+"""
+
+import os
+import shutil
+import zipfile
+import zlib
+from pathlib import Path
+
+from filelock import FileLock
+
+from kd.datasets import decoded
+from kd.datasets.base import Arrays, Facts
+from kd.spec import KnownError
+
+_NAME = "tiny-imagenet-200"
+_URL = f"http://cs231n.stanford.edu/{_NAME}.zip"
+_ANNOTATIONS = "val/val_annotations.txt"
+
+
+def prepare(root: Path, data_root: Path, threads: int) -> Facts:
+    """The facts of the images in `root`, decoded; an absent root is first unpacked from the zip beside it.
+
+    Raises KnownError, naming files, where neither is there or the folder is not as the archive has it.
+    """
+    if not root.is_dir():
+        _unpack(root.with_name(f"{root.name}.zip"), root)
+    classes = _classes(root)
+    train = [
+        (f"train/{name}/images/{file}", label)
+        for label, name in enumerate(classes)
+        for file in decoded.images(root / "train" / name / "images")
+    ]
+    listing = decoded.Listing(root, classes, train, _test(root, classes), (_ANNOTATIONS,))
+    return decoded.prepare(listing, data_root / "tiny_imagenet", threads)
+
+
+def read(data_root: Path, content: str | None) -> Arrays:
+    """The arrays that prepare() left."""
+    return decoded.read(data_root / "tiny_imagenet" / str(content))
+
+
+def _unpack(archive: Path, root: Path) -> None:
+    if not archive.is_file():
+        raise KnownError(
+            f"tiny_imagenet is not in {root}: fetch {_URL} and put it at {archive}, or unpack it there; or name the "
+            "folder that has train/ and val/ by dataset.root=<path>"
+        )
+    partial = root.with_name(f".{root.name}.partial")
+    with FileLock(root.with_name(f".{root.name}.lock")):
+        if root.is_dir():  # another process was first
+            return
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        print(f"unpacking {archive}, once", flush=True)
+        try:
+            with zipfile.ZipFile(archive) as packed:
+                packed.extractall(partial)
+            if not (partial / _NAME).is_dir():
+                raise zipfile.BadZipFile(f"no folder {_NAME}/ in it")
+            (partial / _NAME).rename(root)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise KnownError(f"{archive} is not whole, or not {_URL} ({error}): fetch it again") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _classes(root: Path) -> list[str]:
+    for folder in (root / "train", root / "val" / "images"):
+        if not folder.is_dir():
+            raise KnownError(f"dataset.root: {folder} is no folder; {root} should be as {_URL} unpacks")
+    classes = sorted(e.name for e in os.scandir(root / "train") if e.is_dir())
+    if len(classes) < 2:
+        raise KnownError(f"dataset.root: {root / 'train'} should have two classes or more (got {len(classes)})")
+    bare = (name for name in classes if not (root / "train" / name / "images").is_dir())
+    decoded.raise_for(f"of {root / 'train'} have no folder images/", bare, "classes")
+    return classes
+
+
+def _test(root: Path, classes: list[str]) -> list[decoded.File]:
+    """The images of val/ with their labels, sorted by name."""
+    path = root / _ANNOTATIONS
+    if not path.is_file():
+        raise KnownError(f"dataset.root: {path} is missing: the labels of val/images are in it, and nowhere else")
+    rows = [line.split("\t") for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    decoded.raise_for(
+        f"of {path} are not <file>, <wnid>, box between tabs",
+        (repr("\t".join(row)) for row in rows if len(row) < 2 or not all(row[:2])),
+        "lines",
+    )
+    wnids = {row[0]: row[1] for row in rows}
+    present = set(decoded.images(root / "val" / "images"))
+    if len(wnids) < len(rows):
+        raise KnownError(f"dataset.root: {path} names files more than once ({len(rows)} lines, {len(wnids)} files)")
+    decoded.raise_for(f"that {path} names are not in val/images", sorted(wnids.keys() - present))
+    decoded.raise_for(f"of val/images have no line in {path}", sorted(present - wnids.keys()))
+    decoded.raise_for(f"of {path} are not in train/", sorted(set(wnids.values()) - set(classes)), "classes")
+    decoded.raise_for(f"of train/ have no image in {path}", sorted(set(classes) - set(wnids.values())), "classes")
+    labels = {name: label for label, name in enumerate(classes)}
+    return [(f"val/images/{file}", labels[wnid]) for file, wnid in sorted(wnids.items())]
