@@ -20,7 +20,7 @@ _OFFSETS = 2 * _PAD + 1
 _DEGREES = 20
 _VIEWS = 1  # the stream of the split's seed that picks views; data.py splits by 0
 COUNT = {"none": 1, "crop_flip": 2 * _OFFSETS**2, "rotate_flip": 2 * (2 * _DEGREES + 1)}
-_BORDER = {"none": 0, "crop_flip": _PAD, "rotate_flip": 1}  # black; a rotation takes all that lies outside from it
+_BORDER = {"none": 0, "crop_flip": _PAD, "rotate_flip": 1}  # black; what a rotation turns in comes from there
 
 
 def pad(images: Tensor, augment: str) -> Tensor:
@@ -44,11 +44,12 @@ def show(padded: Tensor, samples: Tensor, views: Tensor, augment: str) -> Tensor
 
 
 def _rotate_flip(padded: Tensor, samples: Tensor, views: Tensor) -> Tensor:
-    side = padded.shape[1]
-    first = samples * side**2  # index_select takes rows of pixels two to three times as fast as an index a dimension
-    pixels = first[:, None] + _sources(side - 2 * _BORDER["rotate_flip"], padded.device)[views]
-    shape = len(samples), side - 2, side - 2, 3
-    return padded.flatten(0, 2).index_select(0, pixels.flatten()).view(shape).permute(0, 3, 1, 2)
+    size = padded.shape[1] - 2 * _BORDER["rotate_flip"]
+    first = samples * padded.shape[1] ** 2
+    pixels = first[:, None] + _sources(size, padded.device)[views]
+    # index_select of whole pixels: more than twice as fast as an index for each dimension.
+    shown = padded.flatten(0, 2).index_select(0, pixels.flatten())
+    return shown.view(len(samples), size, size, 3).permute(0, 3, 1, 2)
 
 
 @cache
