@@ -35,8 +35,16 @@ WITH_TORCH = {
     "kd.datasets.data",
     "kd.datasets.views",
     "kd.models.cifar_resnet",
+    "kd.models.densenet",
+    "kd.models.mlp",
+    "kd.models.mobilenetv2",
+    "kd.models.net",
     "kd.models.normalized",
     "kd.models.plane",
+    "kd.models.preresnet",
+    "kd.models.resnet",
+    "kd.models.resnext",
+    "kd.models.shufflenetv2",
 }
 
 FILES = [*sorted((ROOT / "kd").rglob("*.py")), ROOT / "run.py"]

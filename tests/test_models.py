@@ -1,29 +1,74 @@
 """Every network of the table: parameter counts, names, shapes, initialisation, image sizes."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 
 from kd.models import MODELS, build
 from kd.models.normalized import Normalized
 from kd.spec import KnownError
 
-# name: parameters for 10 and for 100 classes, entries of the state_dict
+
+class Published(NamedTuple):
+    """Parameters for 10, 100 and 200 classes, entries of the state_dict, 10⁶ multiplications of a 32×32 image."""
+
+    of_10: int
+    of_100: int
+    of_200: int | None
+    entries: int
+    mmacs: float | None  # for 100 classes
+
+
 PUBLISHED = {
-    "plane2": (13_082, 215_172, 16),
-    "plane4": (37_338, 475_652, 30),
-    "plane6": (82_778, 1_107_204, 44),
-    "plane8": (327_962, 1_246_276, 60),
-    "plane10": (2_487_850, 2_931_460, 74),
-    "resnet8": (78_042, 83_892, 56),
-    "resnet14": (175_258, 181_108, 92),
-    "resnet20": (272_474, 278_324, 128),
-    "resnet26": (369_690, 375_540, 164),
-    "resnet32": (466_906, 472_756, 200),
-    "resnet44": (661_338, 667_188, 272),
-    "resnet56": (855_770, 861_620, 344),
-    "resnet110": (1_730_714, 1_736_564, 668),
+    "plane2": Published(13_082, 215_172, None, 16, None),
+    "plane4": Published(37_338, 475_652, None, 30, None),
+    "plane6": Published(82_778, 1_107_204, None, 44, None),
+    "plane8": Published(327_962, 1_246_276, None, 60, None),
+    "plane10": Published(2_487_850, 2_931_460, None, 74, None),
+    "resnet8": Published(78_042, 83_892, None, 56, 12.5),
+    "resnet14": Published(175_258, 181_108, None, 92, 26.7),
+    "resnet20": Published(272_474, 278_324, None, 128, 40.8),
+    "resnet26": Published(369_690, 375_540, None, 164, 55.0),
+    "resnet32": Published(466_906, 472_756, None, 200, 69.1),
+    "resnet44": Published(661_338, 667_188, None, 272, 97.4),
+    "resnet56": Published(855_770, 861_620, None, 344, 125.7),
+    "resnet110": Published(1_730_714, 1_736_564, None, 668, 253.1),
+    "net": Published(357_514, 369_124, 382_024, 30, 10.6),
+    "mlp": Published(1_841_162, 1_887_332, 1_938_632, 6, 1.9),
+    "resnet18": Published(11_173_962, 11_220_132, 11_271_432, 122, 555),
+    "resnet34": Published(21_282_122, 21_328_292, 21_379_592, 218, 1_159),
+    "resnet50": Published(23_520_842, 23_705_252, 23_910_152, 320, 1_298),
+    "resnet101": Published(42_512_970, 42_697_380, 42_902_280, 626, None),
+    "resnet152": Published(58_156_618, 58_341_028, 58_545_928, 932, None),
+    "preresnet20": Published(272_282, 278_132, None, 118, 41),
+    "preresnet32": Published(466_714, 472_564, None, 190, 69),
+    "preresnet44": Published(683_162, 706_292, None, 389, 101),
+    "preresnet56": Published(868_634, 891_764, None, 497, 127),
+    "preresnet110": Published(1_703_258, 1_726_388, None, 983, 248),
+    "resnext29_8x64d": Published(34_426_698, 34_518_948, 34_621_448, 188, 5_387),
+    "densenet121": Published(6_956_298, 7_048_548, 7_151_048, 722, 888),
+    "densenet161": Published(26_482_378, 26_681_188, 26_902_088, 962, 2_468),
+    "densenet169": Published(12_493_322, 12_643_172, 12_809_672, 1_010, 1_060),
+    "densenet201": Published(18_104_330, 18_277_220, 18_469_320, 1_202, None),
+    "mobilenetv2": Published(2_254_090, 2_369_380, 2_497_480, 373, 64.9),
+    "shufflenetv2": Published(1_268_646, 1_360_896, 1_463_396, 394, 43.7),
 }
+# The smallest of each family of the trained teacher's networks, and of each kind of block.
+ONE_OF_EACH = ["net", "mlp", "resnet18", "resnet50", "preresnet20", "preresnet44", "resnext29_8x64d", "densenet121"]
+ONE_OF_EACH += ["mobilenetv2", "shufflenetv2"]
+
+
+def on_meta(name: str, classes: int = 10, size: int = 32) -> nn.Module:
+    """A network without its numbers: quick to make whatever its size."""
+    with torch.device("meta"):
+        return build(name, num_classes=classes, image_size=size)
+
+
+def parameters(name: str, classes: int) -> int:
+    return sum(p.numel() for p in on_meta(name, classes).parameters())
 
 
 def test_every_network_is_checked() -> None:
@@ -31,19 +76,69 @@ def test_every_network_is_checked() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("classes", "column"), [(10, 0), (100, 1)])
-def test_counts_and_shape(name: str, classes: int, column: int) -> None:
-    network = build(name, num_classes=classes)
-    assert sum(p.numel() for p in network.parameters()) == PUBLISHED[name][column]
-    if classes == 10:
-        assert len(network.state_dict()) == PUBLISHED[name][2]
-    network.eval()
+def test_counts(name: str) -> None:
+    known = PUBLISHED[name]
+    assert parameters(name, 10) == known.of_10
+    assert parameters(name, 100) == known.of_100
+    assert known.of_200 is None or parameters(name, 200) == known.of_200
+    assert len(on_meta(name).state_dict()) == known.entries
+
+
+@pytest.mark.parametrize("name", [name for name, known in PUBLISHED.items() if known.mmacs])
+def test_multiplications(name: str) -> None:
+    network, macs = on_meta(name, 100), 0
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal macs
+        assert isinstance(module.weight, torch.Tensor)
+        macs += module.weight.numel() * output[0, 0].numel()
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    network(torch.zeros(2, 3, 32, 32, device="meta"))
+    known = PUBLISHED[name].mmacs
+    assert macs / 1e6 == pytest.approx(known, abs=0.06 if isinstance(known, float) else 0.5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_depth_is_what_the_name_says_or_the_layers(name: str) -> None:
+    layers = [
+        key
+        for key, module in on_meta(name).named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and "shortcut" not in key and "downsample" not in key
+    ]
+    depth = MODELS[name].depth
+    if name in ("preresnet44", "preresnet56", "preresnet110"):  # a bottleneck's third convolution is not counted
+        depth += (depth - 2) // 2
+    if name.startswith("plane"):  # linear layers are not
+        layers = [key for key in layers if key.startswith("conv")]
+    assert len(layers) == depth
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_of_a_fresh_network(name: str) -> None:
+    torch.manual_seed(0)
+    network = build(name, num_classes=7).eval()
     with torch.inference_mode():
-        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, classes)
+        logits = network(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 7)
+    assert torch.isfinite(logits).all()
+    assert not torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_every_parameter_learns(name: str) -> None:
+    torch.manual_seed(0)
+    network = build(name, num_classes=10, image_size=16)
+    nn.functional.cross_entropy(network(torch.randn(2, 3, 16, 16)), torch.tensor([0, 1])).backward()
+    for key, parameter in network.named_parameters():
+        assert parameter.grad is not None, key
+        assert torch.isfinite(parameter.grad).all(), key
 
 
 def names(name: str, classes: int = 10) -> set[str]:
-    return {key.rsplit(".", 1)[0] for key in build(name, num_classes=classes).state_dict()}
+    return {key.rsplit(".", 1)[0] for key in on_meta(name, classes).state_dict()}
 
 
 def test_names_of_the_cifar_resnet() -> None:
@@ -63,6 +158,90 @@ def test_names_of_plane_count_relu_and_pooling() -> None:
     assert {key for key in names("plane10") if key.startswith("fc")} == {"fc_layers.0", "fc_layers.2"}
 
 
+# name: how many of its modules have weights or statistics, and some that tell its naming from others'
+NAMES = {
+    "net": (9, {"conv1", "bn1", "conv3", "bn3", "fc1", "fcbn1", "fc2"}),
+    "mlp": (3, {"fc1", "fc2", "fc3"}),
+    "resnet18": (41, {"conv1", "bn1", "layer1.0.conv2", "layer2.0.shortcut.0", "layer4.0.shortcut.1", "linear"}),
+    "resnet50": (107, {"layer1.0.shortcut.1", "layer1.0.bn3", "layer3.5.conv3", "layer4.2.conv1", "linear"}),
+    "preresnet20": (41, {"conv1", "layer1.0.bn1", "layer2.0.downsample.0", "layer3.2.conv2", "bn", "fc"}),
+    "preresnet44": (132, {"layer1.0.downsample.0", "layer1.0.bn3", "layer3.6.conv3", "bn", "fc"}),
+    "resnext29_8x64d": (
+        63,
+        {
+            "conv_1_3x3",
+            "bn_1",
+            "stage_1.stage_1_bottleneck_0.shortcut.shortcut_conv",
+            "stage_1.stage_1_bottleneck_0.shortcut.shortcut_bn",
+            "stage_3.stage_3_bottleneck_2.conv_reduce",
+            "stage_3.stage_3_bottleneck_2.bn_reduce",
+            "stage_3.stage_3_bottleneck_2.conv_conv",
+            "stage_3.stage_3_bottleneck_2.bn",
+            "stage_3.stage_3_bottleneck_2.conv_expand",
+            "stage_3.stage_3_bottleneck_2.bn_expand",
+            "classifier",
+        },
+    ),
+    "densenet121": (
+        241,
+        {
+            "conv1",
+            "features.dense_block_layer_0.bottle_neck_layer_5.bottle_neck.0",
+            "features.transition_layer_2.down_sample.1",
+            "features.dense_block3.bottle_neck_layer_15.bottle_neck.5",
+            "features.bn",
+            "linear",
+        },
+    ),
+    "mobilenetv2": (
+        107,
+        {
+            "pre.0",
+            "pre.1",
+            "stage1.residual.0",
+            "stage2.1.residual.3",
+            "stage6.2.residual.7",
+            "stage7.residual.6",
+            "conv1.0",
+            "conv1.1",
+            "conv2",
+        },
+    ),
+    "shufflenetv2": (
+        113,
+        {
+            "pre.0",
+            "pre.1",
+            "stage2.0.shortcut.0",
+            "stage2.0.shortcut.3",
+            "stage2.0.residual.3",
+            "stage3.7.residual.6",
+            "conv5.0",
+            "conv5.1",
+            "fc",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_the_trained_teachers_networks(name: str) -> None:
+    modules, some = NAMES[name]
+    assert len(names(name)) == modules
+    assert some <= names(name)
+
+
+def test_names_end_where_the_stages_do() -> None:
+    assert "layer3.22.bn3" in names("resnet101")
+    assert "layer3.23.bn3" not in names("resnet101")
+    assert "layer1.0.shortcut.0" not in names("resnet18")
+    assert "layer1.0.downsample.0" not in names("preresnet20")
+    assert "layer2.0.downsample.1" not in names("preresnet20")  # no BatchNorm there
+    assert "stage_1.stage_1_bottleneck_3.bn" not in names("resnext29_8x64d")
+    assert "features.dense_block_layer_3.bottle_neck_layer_0.bottle_neck.0" not in names("densenet121")
+    assert "stage2.1.shortcut.0" not in names("shufflenetv2")
+
+
 def test_plane6_of_100_classes_ends_without_pooling() -> None:
     pools = [sum(isinstance(m, nn.MaxPool2d) for m in build("plane6", num_classes=c).modules()) for c in (10, 100)]
     assert pools == [3, 2]
@@ -76,18 +255,91 @@ def test_initialisation_of_the_cifar_resnet() -> None:
     assert network.get_parameter("bn1.weight").eq(1).all()
 
 
+def test_initialisation_of_the_preresnet() -> None:
+    torch.manual_seed(0)
+    network = build("preresnet110", num_classes=10)
+    weight = network.get_parameter("layer3.5.conv2.weight")
+    assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
+    weight = network.get_parameter("layer3.5.conv1.weight")
+    assert weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.02)
+    assert network.get_parameter("bn.weight").eq(1).all()
+    assert network.get_parameter("fc.weight").abs().max().item() <= 256**-0.5  # torch's own
+
+
+def test_initialisation_of_the_resnext() -> None:
+    torch.manual_seed(0)
+    network = build("resnext29_8x64d", num_classes=100)
+    block = "stage_2.stage_2_bottleneck_0"
+    spread = {
+        f"{block}.conv_conv": 9 * 1024,  # torch's fan-out does not know groups
+        f"{block}.conv_reduce": 1024,
+        f"{block}.shortcut.shortcut_conv": 512,
+        "classifier": 1024,
+    }
+    for key, fan in spread.items():
+        assert network.get_parameter(f"{key}.weight").std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.02), key
+    assert network.get_parameter("classifier.bias").eq(0).all()
+    assert network.get_parameter(f"{block}.bn.weight").eq(1).all()
+
+
+def test_logits_of_the_mlp_may_be_negative() -> None:
+    torch.manual_seed(0)
+    assert (build("mlp", num_classes=10)(torch.randn(8, 3, 32, 32)) < 0).any()
+
+
+def test_stem_of_the_mobilenetv2_pads() -> None:
+    network = on_meta("mobilenetv2")
+    x, sides = torch.zeros(1, 3, 32, 32, device="meta"), []
+    for part in ("pre", "stage1", "stage2", "stage3", "stage4"):
+        x = network.get_submodule(part)(x)
+        sides.append(x.shape[-1])
+    assert sides == [34, 34, 17, 9, 5]
+
+
+def test_unit_of_the_shufflenetv2_keeps_a_half_and_interleaves() -> None:
+    unit = build("shufflenetv2", num_classes=10).get_submodule("stage2.1").eval()
+    x = torch.randn(2, 116, 4, 4)
+    with torch.inference_mode():
+        y = unit(x)
+        assert torch.equal(y[:, 0::2], x[:, :58])
+        assert torch.equal(y[:, 1::2], unit.get_submodule("residual")(x[:, 58:]))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_other_image_sizes(name: str) -> None:
     for size in (16, 64):
-        with torch.device("meta"):
-            assert build(name, num_classes=10, image_size=size)(torch.zeros(2, 3, size, size)).shape == (2, 10)
+        assert on_meta(name, 10, size)(torch.zeros(2, 3, size, size, device="meta")).shape == (2, 10)
 
 
-@pytest.mark.parametrize(("name", "least"), [("plane2", 4), ("plane6", 8), ("plane10", 16)])
-def test_images_that_are_pooled_away(name: str, least: int) -> None:
-    build(name, num_classes=10, image_size=least)
-    with pytest.raises(KnownError, match=f"{name} .*at least {least} pixels wide \\(got {least - 1}\\)"):
-        build(name, num_classes=10, image_size=least - 1)
+LEAST = {"plane2": 4, "plane4": 4, "plane6": 8, "plane8": 16, "plane10": 16, "net": 8}
+LEAST |= {name: 8 for name in MODELS if name.startswith("densenet")}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_least_image_size(name: str) -> None:
+    least = LEAST.get(name, 1)
+    assert on_meta(name, 10, least).eval()(torch.zeros(2, 3, least, least, device="meta")).shape == (2, 10)
+    if least > 1:
+        with pytest.raises(KnownError, match=f"^{name} .*at least {least} pixels wide \\(got {least - 1}\\)"):
+            on_meta(name, 10, least - 1)
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name != "mlp"])
+def test_folding_changes_no_logits(name: str) -> None:
+    torch.manual_seed(0)
+    network = build(name, num_classes=10, image_size=8).double().eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.bias):
+                nn.init.normal_(tensor, 0, 0.1)
+            for tensor in (module.running_var, module.weight):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    folded, images = fuse(network), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(images), network(images))
+    left, before = (sum(isinstance(m, nn.BatchNorm2d) for m in n.modules()) for n in (folded, network))
+    assert left < before
+    assert left == 0 or name.startswith(("preresnet", "densenet"))  # those have some in front of a convolution
 
 
 def test_normalized_takes_both_kinds_of_images() -> None:

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """A network: the dotted path of its class, the family that its recipe goes by, and its depth."""
+    """A network: the dotted path of its class, the family that its recipe goes by, and its depth as its name has it.
+
+    Where the name has none, the depth counts the layers with weights, shortcuts aside.
+    """
 
     path: str
     family: str
@@ -26,6 +29,14 @@ MODELS: dict[str, Entry] = {
         f"resnet{d}": Entry("kd.models.cifar_resnet.CifarResNet", "cifar_resnet", d)
         for d in (8, 14, 20, 26, 32, 44, 56, 110)
     },
+    "net": Entry("kd.models.net.Net", "net", 5),
+    "mlp": Entry("kd.models.mlp.MLP", "mlp", 3),
+    **{f"resnet{d}": Entry("kd.models.resnet.ResNet", "resnet", d) for d in (18, 34, 50, 101, 152)},
+    **{f"preresnet{d}": Entry("kd.models.preresnet.PreResNet", "preresnet", d) for d in (20, 32, 44, 56, 110)},
+    "resnext29_8x64d": Entry("kd.models.resnext.ResNeXt", "resnext", 29),
+    **{f"densenet{d}": Entry("kd.models.densenet.DenseNet", "densenet", d) for d in (121, 161, 169, 201)},
+    "mobilenetv2": Entry("kd.models.mobilenetv2.MobileNetV2", "mobilenetv2", 54),
+    "shufflenetv2": Entry("kd.models.shufflenetv2.ShuffleNetV2", "shufflenetv2", 51),
 }
 
 
