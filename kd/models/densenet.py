@@ -70,7 +70,7 @@ class DenseNet(nn.Module):
             channels += growth * layers
             features[f"transition_layer_{i}"] = _Transition(channels)
             channels //= 2
-        features["dense_block3"] = self._block(channels, growth, blocks[-1])  # named otherwise in published weights
+        features["dense_block3"] = self._block(channels, growth, blocks[-1])  # as published: no "_layer_"
         channels += growth * blocks[-1]
         features["bn"] = nn.BatchNorm2d(channels)
         features["relu"] = nn.ReLU(inplace=True)

@@ -10,8 +10,7 @@ class Net(nn.Module):
 
     32, 64 and 128 channels; 128 hidden units with BatchNorm. The original's dropout has rate 0 in every experiment,
     so there is none here. Initialisation is torch's own. There is one depth, 5. Any image works that is not pooled
-    away; the first linear layer grows with its area, where the original takes 32×32 only. In training a batch of one
-    image has no statistics for the hidden units: torch refuses it.
+    away; the first linear layer grows with its area, where the original takes 32×32 only.
     """
 
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:
