@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python run.py
 
-.PHONY: help setup demo test test-slow
+.PHONY: help setup demo docs test test-slow
 
 help: ## print this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ test: setup ## ruff, mypy --strict and the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict kd run.py
 	$(BIN)/pytest
+
+docs: setup ## write docs/experiments.md from conf/experiment
+	$(BIN)/python docs/experiments.py
 
 test-slow: setup ## the tests on real images and long trainings
 	$(BIN)/pytest -m slow

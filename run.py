@@ -9,9 +9,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from kd import report, sweep
-from kd.config import parse, plain, plan
+from kd import sweep, tables
+from kd.config import plan
 from kd.datasets import resolve
+from kd.parsing import parse, plain
 from kd.pipeline import Pipeline, run, write_result
 from kd.store import Store
 from kd.tracking import track
@@ -30,16 +31,17 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     students = plan(config, dataset)
     store = Store(config.store_root)
     if config.dry_run:
-        report.print_plan(students, store, config.runtime.retrain)
+        tables.print_plan(config.mode, students, store, config.runtime.retrain)
         return None
-    stages = [stage for student in students for stage in student.chain]
-    with track(config.tracking, folder, stages, plain(cfg)) as tracker:
-        pipeline = Pipeline(store, config.data_root, dataset, config.runtime, tracker)
+    sources = [source for student in students for source in student.chain]
+    with track(config.tracking, folder, sources, plain(cfg)) as tracker:
+        teacher = config.teacher
+        pipeline = Pipeline(store, config.data_root, config.runtime, tracker, teacher.file, teacher.min_acc)
         labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
         result = run(pipeline, students, labels)
         write_result(result, folder)
         tracker.summarize(result.model_dump(mode="json", exclude={"chain"}))
-    report.print_run(result)
+    tables.print_run(result)
     print(f"this run: {folder}")
     return result.objective
 

@@ -81,8 +81,8 @@ def autocast(precision: str, device: str) -> torch.autocast:
     """The context in which every forward of a stage runs, student's and guide's alike."""
     import torch
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.partition(":")[0], dtype, enabled=precision != "fp32")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.partition(":")[0], dtype, enabled=dtype is not None)
 
 
 def prepare(threads: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,10 +17,10 @@ from kd.datasets import load
 from kd.losses import Loss
 from kd.partial import Partial
 from kd.progress import StageProgress
-from kd.spec import Frozen
-from kd.stage import DatasetSpec, Role, RuntimeSpec, Select, Stage
+from kd.spec import Frozen, KnownError
+from kd.stage import Given, Role, RuntimeSpec, Select, Source, Stage
 from kd.statistics import spread
-from kd.store import Store
+from kd.store import StageResult, Store, Trained
 from kd.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -27,19 +28,19 @@ if TYPE_CHECKING:
 
 
 class Outcome(Frozen):
-    """What became of one stage in a run; accuracies in percent."""
+    """What became of one stage in a run; accuracies in percent. Of somebody's weights, training is not known."""
 
     role: Role
     model: str
     key: str
-    seed: int
-    loss: Loss
+    seed: int | None
+    loss: Loss | None
     params: int
     val_acc: float | None
     test_acc: float
     epochs: int
     seconds: float  # that its training took, whenever that was
-    select: Select  # how its epoch was chosen
+    select: Select | None  # how its epoch was chosen
     reused: bool
 
 
@@ -78,39 +79,78 @@ class Pipeline:
 
     store: Store
     data_root: Path
-    dataset: DatasetSpec
     runtime: RuntimeSpec
     tracker: Tracker
-    _trained: set[str] = field(default_factory=set)
+    checkpoint: Path | None = None  # the file of a Given
+    min_acc: float | None = None  # of a teacher, in percent of the test set; below it nothing is trained on it
+    _done: set[str] = field(default_factory=set)
+    _loaded: Data | None = None
 
     def run_chain(self, last: Stage) -> list[Outcome]:
-        """Load or train each stage, oldest first."""
-        if any(not self._reusable(stage) for stage in last.chain):
+        """Load or train each stage, oldest first. Raises KnownError for a teacher below `min_acc`."""
+        if any(not self._reusable(source) for source in last.chain):
             self._check_networks(last)
-        return [self._load_or_train(stage) for stage in last.chain]
+        return [self._accept(self._load_or_make(source)) for source in last.chain]
 
-    def _load_or_train(self, stage: Stage) -> Outcome:
-        reused = self._reusable(stage)
+    def _load_or_make(self, source: Source) -> Outcome:
+        reused = self._reusable(source)
         if not reused:
-            with self.store.lock(stage.key):
-                reused = self._reusable(stage)  # by now another process may have finished it
+            with self.store.lock(source.key):
+                reused = self._reusable(source)  # by now another process may have finished it
                 if not reused:
-                    self._train(stage)
-        result = self.store.result(stage.key)
-        self.tracker.finished(stage, {"val_acc": result.val_acc, "test_acc": result.test_acc})
+                    if isinstance(source, Given):
+                        self._take(source)
+                    else:
+                        self._train(source)
+        result = self.store.result(source.key)
+        self.tracker.finished(source, {"val_acc": result.val_acc, "test_acc": result.test_acc})
+        stage = source if isinstance(source, Stage) else None
         return Outcome(
-            role=stage.role,
-            model=stage.model,
-            key=stage.key,
-            seed=stage.seed,
-            loss=stage.loss,
-            select=stage.train.select,
+            role=source.role,
+            model=source.model,
+            key=source.key,
+            seed=stage.seed if stage else None,
+            loss=stage.loss if stage else None,
+            select=stage.train.select if stage else None,
             reused=reused,
             **result.model_dump(exclude={"selected_epoch"}),
         )
 
-    def _reusable(self, stage: Stage) -> bool:
-        return self.store.has(stage.key) and (not self.runtime.retrain or stage.key in self._trained)
+    def _accept(self, outcome: Outcome) -> Outcome:
+        if outcome.role == "teacher" and self.min_acc is not None and outcome.test_acc < self.min_acc:
+            raise KnownError(
+                f"teacher {outcome.model} ({outcome.key}) has {outcome.test_acc:.2f} % on the test set, less than "
+                f"teacher.min_acc={self.min_acc:g}: nothing is trained on it"
+            )
+        return outcome
+
+    def _reusable(self, source: Source) -> bool:
+        return self.store.has(source.key) and (not self.runtime.retrain or source.key in self._done)
+
+    def _take(self, given: Given) -> None:
+        """Somebody's weights into the store, where a stage's would be, with their accuracy on the test set."""
+        from kd.given import load_weights
+        from kd.models import build
+        from kd.models.normalized import Normalized
+        from kd.train import evaluate
+
+        assert self.checkpoint is not None  # a Given is planned from it
+        began = time.perf_counter()
+        state = load_weights(self.checkpoint, given)
+        network = build(given.model, num_classes=given.dataset.num_classes, image_size=given.dataset.image_size)
+        network.load_state_dict(state)
+        seeing = Normalized(network, given.normalize.mean, given.normalize.std).to(self._device)
+        data = self._data(given)
+        result = StageResult(
+            params=sum(p.numel() for p in network.parameters()),
+            val_acc=None,  # nobody knows whether it was trained on these images
+            test_acc=evaluate(seeing, data.test_images, data.test_labels, "fp32"),
+            epochs=0,
+            selected_epoch=0,
+            seconds=round(time.perf_counter() - began, 3),
+        )
+        self._keep(given, Trained(state, [], result), {"file": self.checkpoint.name})
+        print(f"{given.role} {given.model}: {self.checkpoint.name} has {result.test_acc:.2f} % on the test set")
 
     def _train(self, stage: Stage) -> None:
         from kd.guide import Guide
@@ -118,26 +158,31 @@ class Pipeline:
 
         guide = None
         if stage.guide is not None:
-            guide = Guide(self.store.network(stage.guide.key), self._data, stage.train.precision, self._device)
+            guide = Guide(self.store.network(stage.guide.key), self._data(stage), stage.train.precision, self._device)
         runtime = self._runtime()
         partial = Partial(self.store.partial(stage.key), stage, runtime, self.runtime.checkpoint_every)
         if self.runtime.retrain:
             partial.remove()
-        with StageProgress(stage, len(self._data.train), self.tracker.log) as watch:
-            trained = train_stage(stage, self._data, guide, self._device, watch, partial)
-        made_with = {**runtime, "python": platform.python_version(), "machine": hardware.describe()}
-        self.store.save(stage, trained, made_with)
+        data = self._data(stage)
+        with StageProgress(stage, len(data.train), self.tracker.log) as watch:
+            trained = train_stage(stage, data, guide, self._device, watch, partial)
+        self._keep(stage, trained, {})
         partial.remove()
-        self._trained.add(stage.key)
+
+    def _keep(self, source: Source, trained: Trained, origin: dict[str, str]) -> None:
+        made_with = {**self._runtime(), "python": platform.python_version(), "machine": hardware.describe(), **origin}
+        self.store.save(source, trained, made_with)
+        self._done.add(source.key)
 
     @cached_property
     def _device(self) -> str:
         hardware.prepare(self.runtime.threads)
         return hardware.resolve_device(self.runtime.device)
 
-    @cached_property
-    def _data(self) -> Data:
-        return load(self.dataset, self.data_root, self._device)
+    def _data(self, source: Source) -> Data:
+        if self._loaded is None:  # every stage of a run has the same
+            self._loaded = load(source.dataset, self.data_root, self._device)
+        return self._loaded
 
     def _check_networks(self, last: Stage) -> None:
         """Build every network without memory: one that cannot take the images says so now, not after hours."""
@@ -147,7 +192,7 @@ class Pipeline:
 
         with torch.device("meta"):
             for stage in last.chain:
-                build(stage.model, num_classes=self.dataset.num_classes, image_size=self.dataset.image_size)
+                build(stage.model, num_classes=stage.dataset.num_classes, image_size=stage.dataset.image_size)
 
     def _runtime(self) -> dict[str, Any]:
         """What is no part of the key and still moves the last bits of a result."""

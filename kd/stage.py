@@ -6,19 +6,21 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from kd.losses import CrossEntropy, Loss
+from kd.losses import CrossEntropy, Distill, Loss, Reduction
 from kd.spec import Frozen
 
 # The version of keys and weights: a change that moves either under unchanged settings raises it.
 FORMAT = 1
 
+Part = Literal["student", "teacher"]
 Role = Literal["reference", "teacher", "assistant", "student"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 Channels = tuple[float, float, float]
+Deviation = Annotated[float, Field(gt=0)]
 Augment = Literal["none", "crop_flip", "rotate_flip"]
 
 # The settings of a training, each with its range; TrainSpec has all of them, TrainOverrides any.
@@ -32,7 +34,7 @@ Schedule = Literal["constant", "step", "cosine"]
 Milestones = tuple[Annotated[float, Field(gt=0, lt=1)], ...]
 Gamma = Annotated[float, Field(gt=0, le=1)]
 Warmup = Annotated[int, Field(ge=0)]
-Select = Literal["best_val", "last", "best_test"]
+Select = Literal["best_val", "last", "best_test", "best_test_batches"]
 
 
 class DatasetSpec(Frozen):
@@ -48,6 +50,13 @@ class DatasetSpec(Frozen):
     views: int | None = Field(None, ge=1)  # each sample keeps to this many of its views; null is all
     val_fraction: float = Field(0.1, ge=0, lt=1)
     split_seed: int = Field(0, ge=0)
+
+
+class Normalization(Frozen):
+    """The mean and standard deviation of pixels in [0, 1] that a network was trained under."""
+
+    mean: Channels
+    std: tuple[Deviation, Deviation, Deviation]
 
 
 class TrainSpec(Frozen):
@@ -99,7 +108,7 @@ class TrainOverrides(Frozen):
     milestones: Milestones | None = None
     gamma: Gamma | None = None
     warmup: Warmup | None = None
-    precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] | None = None
     select: Select | None = None
     test_curve: bool | None = None
 
@@ -113,7 +122,7 @@ class Stage(Frozen):
     dataset: DatasetSpec
     train: TrainSpec
     seed: int = Field(ge=0)
-    guide: "Stage | None" = None
+    guide: "Source | None" = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Stage":
@@ -130,14 +139,47 @@ class Stage(Frozen):
 
         A role decides nothing: trained_teacher's reference is scratch's student when all else agrees.
         """
-        identity = {"format": FORMAT, **self.dump(), "guide": self.guide.key if self.guide else None}
-        del identity["role"]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        return _key({**self.dump(), "guide": self.guide.key if self.guide else None})
 
     @property
-    def chain(self) -> list["Stage"]:
-        """This stage and those it stands on, oldest first."""
+    def chain(self) -> "list[Source]":
+        """This stage and what it stands on, oldest first."""
         return [*(self.guide.chain if self.guide else []), self]
+
+    @property
+    def normalize(self) -> Normalization:
+        """The statistics that the network sees its images by."""
+        return Normalization(mean=self.dataset.mean, std=self.dataset.std)
+
+
+class Given(Frozen):
+    """Somebody else's finished network as a guide, its weights named by the hash of the file that holds them."""
+
+    role: Role
+    model: str
+    sha256: str
+    part: Part | None = None  # which one, in a file of several
+    normalize: Normalization  # what it was trained under
+    dataset: DatasetSpec  # what it is evaluated on, and guides on
+
+    @cached_property
+    def key(self) -> str:
+        """16 hex digits that name the weights and how they are seen; the file's path decides nothing."""
+        return _key({"given": True, **self.dump()})
+
+    @property
+    def chain(self) -> "list[Source]":
+        """It stands on nothing."""
+        return [self]
+
+
+Source = Stage | Given  # what a network of a chain comes from
+
+
+def _key(identity: dict[str, Any]) -> str:
+    decides = {"format": FORMAT, **identity}
+    del decides["role"]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _device(name: str) -> str:
@@ -162,7 +204,7 @@ class RuntimeSpec(Frozen):
 class Planner:
     """What a method needs to plan its chain; it fills in what all stages share.
 
-    `train` gives a role's network its resolved settings.
+    `train` gives a role's network its resolved settings; `reduction` is the KL's of every distilled stage.
     """
 
     dataset: DatasetSpec
@@ -171,8 +213,14 @@ class Planner:
     teacher_model: str
     seed: int
     teacher_seed: int
+    given_teacher: Given | None = None
+    reduction: Reduction = "batchmean"
 
-    def stage(self, role: Role, model: str, loss: Loss, seed: int, guide: Stage | None = None) -> Stage:
+    def distill(self, T: float, lam: float) -> Distill:
+        """The loss of a distilled stage."""
+        return Distill(T=T, lam=lam, reduction=self.reduction)
+
+    def stage(self, role: Role, model: str, loss: Loss, seed: int, guide: Source | None = None) -> Stage:
         """A stage of any role."""
         train = self.train(role, model)
         return Stage(role=role, model=model, loss=loss, dataset=self.dataset, train=train, seed=seed, guide=guide)
@@ -181,10 +229,14 @@ class Planner:
         """The small network that a teacher looks at while it learns to teach."""
         return self.stage("reference", model, CrossEntropy(), self.teacher_seed)
 
-    def teacher(self, loss: Loss | None = None, guide: Stage | None = None) -> Stage:
-        """The configured teacher, by cross-entropy unless told otherwise."""
-        return self.stage("teacher", self.teacher_model, loss or CrossEntropy(), self.teacher_seed, guide)
+    def teacher(self) -> Source:
+        """The configured teacher: somebody's weights where they are given, else trained by cross-entropy."""
+        return self.given_teacher or self.trained_teacher(CrossEntropy())
 
-    def student(self, loss: Loss, guide: Stage | None = None) -> Stage:
+    def trained_teacher(self, loss: Loss, guide: Source | None = None) -> Stage:
+        """The configured teacher, trained here."""
+        return self.stage("teacher", self.teacher_model, loss, self.teacher_seed, guide)
+
+    def student(self, loss: Loss, guide: Source | None = None) -> Stage:
         """The configured student, at the run's seed."""
         return self.stage("student", self.student_model, loss, self.seed, guide)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 from kd.spec import Frozen, KnownError
-from kd.stage import FORMAT, Stage
+from kd.stage import FORMAT, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,9 +67,9 @@ class Store:
         """The result of a finished stage. Raises KnownError where there is none to read."""
         return StageResult.model_validate_json(self._read(key, "result.json"))
 
-    def stage(self, key: str) -> Stage:
-        """The spec that a finished stage was trained by. Raises KnownError where there is none to read."""
-        return Stage.model_validate(json.loads(self._read(key, "stage.json"))["stage"])
+    def source(self, key: str) -> Source:
+        """The spec of a finished stage, or of somebody's network. Raises KnownError where there is none to read."""
+        return TypeAdapter[Source](Source).validate_python(json.loads(self._read(key, "stage.json"))["stage"])
 
     def network(self, key: str) -> Normalized:
         """A finished stage's network on the CPU, in eval mode, its normalisation inside.
@@ -81,25 +82,25 @@ class Store:
         from kd.models import build
         from kd.models.normalized import Normalized
 
-        stage = self.stage(key)
-        data = stage.dataset
-        network = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
+        source = self.source(key)
+        data = source.dataset
+        network = build(source.model, num_classes=data.num_classes, image_size=data.image_size)
         try:
             network.load_state_dict(load_file(self.root / key / "model.safetensors"))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise self._damaged(key, error) from error
-        return Normalized(network, data.mean, data.std).eval()
+        return Normalized(network, source.normalize.mean, source.normalize.std).eval()
 
-    def save(self, stage: Stage, trained: Trained, made_with: dict[str, Any]) -> None:
-        """Publish a finished stage, in place of an earlier one of the same key.
+    def save(self, source: Source, trained: Trained, made_with: dict[str, Any]) -> None:
+        """Publish a finished stage or somebody's network, in place of an earlier one of the same key.
 
         `made_with` records what is no part of the key but may move the last bits. Raises KnownError where
         the store cannot be written.
         """
         from safetensors.torch import save_file
 
-        partial = self.root / f".{stage.key}.new"  # under the stage's lock, so nobody else's
-        record = {"format": FORMAT, "key": stage.key, "stage": stage.dump(), "made_with": made_with}
+        partial = self.root / f".{source.key}.new"  # under the stage's lock, so nobody else's
+        record = {"format": FORMAT, "key": source.key, "stage": source.dump(), "made_with": made_with}
         try:
             shutil.rmtree(partial, ignore_errors=True)  # a crash may have left one
             partial.mkdir(parents=True)
@@ -111,7 +112,7 @@ class Store:
             (partial / "result.json").write_text(trained.result.model_dump_json(indent=2))
             for path in (*partial.iterdir(), partial):
                 _sync(path)
-            self._publish(partial, stage.key)
+            self._publish(partial, source.key)
         except OSError as error:
             raise KnownError(f"cannot write to the store: {error}; runtime.store or KD_STORE names another") from error
         finally:

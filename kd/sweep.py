@@ -14,8 +14,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd.report import JOB_MARKS, Job, job_folders, job_order, print_jobs, read_result
 from kd.spec import KnownError
+from kd.tables import JOB_MARKS, Job, job_folders, job_order, print_jobs, read_result
 
 
 class Multirun(Callback):

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from kd.spec import Frozen, KnownError
-from kd.stage import Stage
+from kd.stage import Source, Stage
 from kd.store import Metrics
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ class TrackingSpec(Frozen):
 class Tracker:
     """Takes each epoch of each stage that is trained, and how the run ended."""
 
-    def __init__(self, folder: Path, stages: Sequence[Stage], run: Run | None) -> None:
+    def __init__(self, folder: Path, sources: Sequence[Source], run: Run | None) -> None:
         self._file, self._run = folder / "metrics.jsonl", run
-        self._axes = axes(stages)
+        self._axes = axes(sources)
         self._file.write_text("")
         if run is not None:
             for axis in self._axes.values():
@@ -61,46 +61,47 @@ class Tracker:
         if self._run is not None:
             self._run.summary.update(values)
 
-    def finished(self, stage: Stage, values: dict[str, Any]) -> None:
+    def finished(self, source: Source, values: dict[str, Any]) -> None:
         """What one stage came to, trained now or before."""
-        self.summarize({f"{self._axes[stage.key]}/{name}": value for name, value in values.items()})
+        self.summarize({f"{self._axes[source.key]}/{name}": value for name, value in values.items()})
 
 
-def axes(stages: Sequence[Stage]) -> dict[str, str]:
+def axes(sources: Sequence[Source]) -> dict[str, str]:
     """A name for each stage's key, unique in the run: its role, with network, seed or key only where needed."""
-    unique = {stage.key: stage for stage in stages}
-    names = {key: _candidates(stage) for key, stage in unique.items()}
+    unique = {source.key: source for source in sources}
+    names = {key: _candidates(source) for key, source in unique.items()}
     taken = Counter(name for candidates in names.values() for name in candidates)
     return {key: next(name for name in candidates if taken[name] == 1) for key, candidates in names.items()}
 
 
-def _described(stages: Sequence[Stage]) -> dict[str, Any]:
+def _described(sources: Sequence[Source]) -> dict[str, Any]:
     """Each stage with everything resolved, under its name."""
-    names = axes(stages)
-    return {names[s.key]: {"key": s.key, **{k: v for k, v in s.dump().items() if k != "guide"}} for s in stages}
+    names = axes(sources)
+    return {names[s.key]: {"key": s.key, **{k: v for k, v in s.dump().items() if k != "guide"}} for s in sources}
 
 
-def _candidates(stage: Stage) -> list[str]:
-    role = stage.role
-    return [role, f"{role}-{stage.model}", f"{role}-s{stage.seed}", f"{role}-{stage.key}"]
+def _candidates(source: Source) -> list[str]:
+    role = source.role
+    seed = [f"{role}-s{source.seed}"] if isinstance(source, Stage) else []
+    return [role, f"{role}-{source.model}", *seed, f"{role}-{source.key}"]
 
 
 @contextmanager
-def track(spec: TrackingSpec, folder: Path, stages: Sequence[Stage], config: dict[str, Any]) -> Iterator[Tracker]:
+def track(spec: TrackingSpec, folder: Path, sources: Sequence[Source], config: dict[str, Any]) -> Iterator[Tracker]:
     """A tracker for one run. An error that leaves the block ends its W&B run as failed."""
     if spec.name == "none":
-        yield Tracker(folder, stages, None)
+        yield Tracker(folder, sources, None)
         return
-    run = _start_wandb(spec, folder, stages, config)
+    run = _start_wandb(spec, folder, sources, config)
     try:
-        yield Tracker(folder, stages, run)
+        yield Tracker(folder, sources, run)
     except BaseException:
         run.finish(exit_code=1)  # not `with run`, which prints a traceback of its own
         raise
     run.finish()
 
 
-def _start_wandb(spec: TrackingSpec, folder: Path, stages: Sequence[Stage], config: dict[str, Any]) -> Run:
+def _start_wandb(spec: TrackingSpec, folder: Path, sources: Sequence[Source], config: dict[str, Any]) -> Run:
     # Before wandb's service starts, which _decide() does: it reports its own errors over the network, even offline.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     mode, reason = _decide(spec.mode)
@@ -108,7 +109,8 @@ def _start_wandb(spec: TrackingSpec, folder: Path, stages: Sequence[Stage], conf
         print(f"W&B: {reason}: offline; `wandb sync {folder}/wandb/offline-run-*` sends this run later", flush=True)
     import wandb
 
-    student = stages[-1]
+    student = sources[-1]
+    seed = f" · s{student.seed}" if isinstance(student, Stage) else ""
     try:
         return wandb.init(
             project=spec.project,
@@ -116,8 +118,8 @@ def _start_wandb(spec: TrackingSpec, folder: Path, stages: Sequence[Stage], conf
             group=spec.group,
             job_type=str(config["method"]["name"]),
             tags=list(spec.tags),
-            name=" ← ".join(stage.model for stage in reversed(student.chain)) + f" · s{student.seed}",
-            config={**config, "stages": _described(stages)},
+            name=" ← ".join(stage.model for stage in reversed(student.chain)) + seed,
+            config={**config, "stages": _described(sources)},
             dir=folder,
             mode=mode,
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),

@@ -54,8 +54,8 @@ class _Kept:
     state: dict[str, Tensor] = field(default_factory=dict)
     val_acc: float | None = None
 
-    def offer(self, network: nn.Module, epoch: int, score: float, val_acc: float | None) -> None:
-        if score > self.score:  # strictly: of equals, the first
+    def offer(self, network: nn.Module, epoch: int, score: float, val_acc: float | None, last_of_equals: bool) -> None:
+        if score > self.score or (last_of_equals and score == self.score):
             state = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
             self.epoch, self.score, self.state, self.val_acc = epoch, score, state, val_acc
 
@@ -83,7 +83,8 @@ def make_network(stage: Stage, device: str) -> Normalized:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random_stream(stage.seed, 0, INIT).integers(2**63)))
         network = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
-    return Normalized(network, data.mean, data.std).to(memory_format=torch.channels_last).to(device)
+    dtype = torch.float64 if stage.train.precision == "fp64" else torch.float32
+    return Normalized(network, data.mean, data.std).to(memory_format=torch.channels_last).to(device, dtype)
 
 
 def make_optimizer(network: nn.Module, train: TrainSpec) -> torch.optim.Optimizer:
@@ -127,7 +128,8 @@ class _Training:
     def run(self, partial: Partial | None) -> Trained:
         for epoch in range(len(self.history), self.train.epochs):
             row = self._epoch(epoch)
-            self.kept.offer(self.network.network, epoch + 1, self._score(row), row["val_acc"])
+            last_of_equals = self.train.select == "best_test_batches"  # as Trained Teacher's code has it
+            self.kept.offer(self.network.network, epoch + 1, self._score(row), row["val_acc"], last_of_equals)
             self.history.append(row)
             self.watch.epoch_ended(row)
             if partial is not None and (epoch + 1) % partial.every == 0 and epoch + 1 < self.train.epochs:
@@ -144,7 +146,7 @@ class _Training:
         return Trained(self.kept.state, self.history, result)
 
     def _score(self, row: Metrics) -> float:
-        score = row[{"best_val": "val_acc", "best_test": "test_acc", "last": "epoch"}[self.train.select]]
+        score = row[{"best_val": "val_acc", "last": "epoch"}.get(self.train.select, "test_acc")]
         assert score is not None  # Stage and Data see to it that best_val has a validation split
         return score
 
@@ -175,7 +177,7 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         row: Metrics = {"epoch": epoch + 1, "lr": lr, **self._steps(epoch), "val_acc": self._validate()}
-        if self.train.test_curve or self.train.select == "best_test":
+        if self.train.test_curve or self.train.select.startswith("best_test"):
             row["test_acc"] = self._test()
         return row
 
@@ -193,9 +195,7 @@ class _Training:
             torch.manual_seed(int(random_stream(seed, epoch, DROPOUT).integers(2**63)))
             for step, batch in enumerate(batches(len(order), self.train.batch_size)):
                 images, labels = self.data.show(samples[batch], view[batch]), self.data.labels[samples[batch]]
-                logits, parts = self._step(
-                    images, labels, None if guide_logits is None else guide_logits[batch].float()
-                )
+                logits, parts = self._step(images, labels, None if guide_logits is None else guide_logits[batch])
                 self._check(parts["loss"], epoch, step)
                 for name, value in parts.items():
                     sums[name] += value * len(labels)
@@ -207,7 +207,10 @@ class _Training:
     def _step(self, images: Tensor, labels: Tensor, guide_logits: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(self.train.precision, self.device):
             logits = self.network(images)
-        logits = logits.float()  # the loss is computed in fp32 whatever the network computes in
+        # The loss is computed in fp32 whatever the network computes in, but for fp64.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if guide_logits is not None:
+            guide_logits = guide_logits.to(logits.dtype)
         # Stage sees to it that a loss which reads a guide has one.
         parts = self.stage.loss(logits, labels, cast(Tensor, guide_logits))
         self.optimizer.zero_grad()
@@ -231,7 +234,8 @@ class _Training:
         return evaluate(self.network, self.data.val_images, self.data.val_labels, self.train.precision)
 
     def _test(self) -> float:
-        return evaluate(self.network, self.data.test_images, self.data.test_labels, self.train.precision)
+        size = self.train.batch_size if self.train.select == "best_test_batches" else None
+        return evaluate(self.network, self.data.test_images, self.data.test_labels, self.train.precision, size)
 
 
 def batches(samples: int, size: int) -> list[slice]:
@@ -243,12 +247,20 @@ def batches(samples: int, size: int) -> list[slice]:
     return slices[:-1] if len(slices) > 1 and samples % size == 1 and size > 1 else slices
 
 
-def evaluate(network: nn.Module, images: Tensor, labels: Tensor, precision: str) -> float:
-    """Top-1 accuracy in percent of uint8 images [sample, height, width, 3], counted exactly; leaves eval mode on."""
+def evaluate(
+    network: nn.Module, images: Tensor, labels: Tensor, precision: str, mean_of_batches: int | None = None
+) -> float:
+    """Top-1 accuracy in percent of uint8 images [sample, height, width, 3], counted exactly; leaves eval mode on.
+
+    With `mean_of_batches` it is the mean of the accuracies of batches of that size, in which a smaller last batch
+    weighs too much: what Trained Teacher's code reports.
+    """
     network.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
+    chunks = []
     with torch.inference_mode(), autocast(precision, labels.device.type):
         for start in range(0, len(labels), _EVAL_BATCH):
             logits = network(images[start : start + _EVAL_BATCH].permute(0, 3, 1, 2))
-            correct += (logits.argmax(1) == labels[start : start + _EVAL_BATCH]).sum()
-    return round(100 * correct.item() / len(labels), 4)
+            chunks.append(logits.argmax(1) == labels[start : start + _EVAL_BATCH])
+    hits = torch.cat(chunks).double()
+    parts = torch.split(hits, mean_of_batches or len(hits))
+    return round(100 * torch.stack([part.mean() for part in parts]).mean().item(), 4)

@@ -10,21 +10,22 @@ from tests.conftest import ROOT
 # From the bottom up. A module imports only from rows below its own; within a row, nobody.
 ROWS = [
     ["kd.spec"],
-    ["kd.losses", "kd.recipes", "kd.hardware", "kd.statistics"],
+    ["kd.losses", "kd.recipes", "kd.hardware", "kd.problems", "kd.statistics"],
     ["kd.stage"],
     ["kd.models", "kd.datasets"],
     ["kd.methods"],
-    ["kd.store", "kd.partial"],
+    ["kd.store", "kd.partial", "kd.given"],
     ["kd.guide", "kd.tracking", "kd.progress"],
     ["kd.train", "kd.config"],
+    ["kd.parsing"],
     ["kd.pipeline"],
-    ["kd.report"],
-    ["kd.sweep"],
+    ["kd.tables"],
+    ["kd.report", "kd.sweep"],
     ["run", "kd"],
 ]
 HOMES = {
-    "hydra": {"run", "kd.config", "kd.sweep"},
-    "omegaconf": {"run", "kd.config", "kd.sweep"},
+    "hydra": {"run", "kd.sweep"},
+    "omegaconf": {"run", "kd.parsing", "kd.sweep"},
     "optuna": {"kd.sweep"},
     "wandb": {"kd.tracking"},
 }

@@ -4,11 +4,12 @@ import pytest
 import yaml
 from hydra.errors import ConfigCompositionException
 
-from kd.config import parse, plan
+from kd.config import plan
 from kd.datasets import DATASETS, specify
 from kd.datasets.base import Facts
 from kd.methods import METHODS
 from kd.models import MODELS
+from kd.parsing import parse
 from kd.recipes import RECIPES, recipe
 from kd.spec import KnownError
 from tests.conftest import ROOT, composed
@@ -30,13 +31,14 @@ def test_folders_equal_tables(group: str) -> None:
 
 
 def options() -> list[str]:
-    files = sorted(path for path in CONF.glob("*/**/*.yaml"))
+    files = sorted(path for path in CONF.glob("*/*.yaml"))
     return [f"{path.relative_to(CONF).parent.as_posix()}={path.stem}" for path in files]
 
 
 @pytest.mark.parametrize("option", options())
 def test_every_yaml_composes_parses_and_plans(option: str) -> None:
-    extra = ["dataset.root=/nowhere"] if option == "dataset=folder" else []
+    needed = {"dataset=folder": ["dataset.root=/nowhere"], "mode=reference": ["dataset=cifar10"]}
+    extra = needed.get(option, [])
     config = parse(composed(option, *extra))
     chain = plan(
         config, specify(config.dataset, DATASETS[config.dataset.name].facts or Facts(2, 32, (0,) * 3, (1,) * 3))
@@ -44,11 +46,10 @@ def test_every_yaml_composes_parses_and_plans(option: str) -> None:
     assert chain[0].role == "student"
 
 
-def test_every_family_has_every_recipe() -> None:
-    for mode, recipes in RECIPES.items():
-        for name in recipes:
-            for family in {entry.family for entry in MODELS.values()}:
-                assert recipe(mode, name, family)["epochs"] >= 1
+def test_every_family_has_every_recipe_of_the_papers() -> None:
+    for name in RECIPES["paper"]:
+        for family in {entry.family for entry in MODELS.values()}:
+            assert recipe("paper", name, family)["epochs"] >= 1
 
 
 def test_defaults() -> None:
@@ -84,10 +85,18 @@ def test_experiments_and_sweeps_come_last() -> None:
         ("dry_run=maybe", "dry_run: should be true or false (got 'maybe')"),
         ("model.name=resnet9", "model.name: did you mean resnet8? there are plane2, plane4"),
         ("teacher.train.epochs=0", "teacher.train.epochs: should be at least 1 (got 0)"),
-        ("train.precision=fp8", "train.precision: should be 'auto', 'fp32', 'bf16' or 'fp16' (got 'fp8')"),
+        ("train.precision=fp8", "train.precision: should be 'auto', 'fp32', 'bf16', 'fp16' or 'fp64' (got 'fp8')"),
         ("train.milestones=[0.7,0.5]", "train.milestones should increase (got [0.7, 0.5])"),
         ("train.milestones=[2]", "train.milestones[0]: should be below 1 (got 2)"),
         ("train.recipe=imagenet", "train.recipe: should be one of digits, fashion_mnist"),
+        ("mode=reference", "cifar10, cifar100, tiny_imagenet in mode=reference (got 'digits')"),
+        ("dataset.augment=null", "dataset.augment: null is for mode=reference"),
+        ("teacher.normalize=lab", "teacher.normalize: should be one of digits, fashion_mnist, cifar10"),
+        ("teacher.normalize={mean: [0, 0, 0], std: [0, 1, 1]}", "teacher.normalize.std[0]: should be above 0 (got 0)"),
+        ("teacher.normalize=cifar10", "teacher.normalize: is read with teacher.checkpoint=<file> alone"),
+        ("teacher.part=student", "teacher.part: is read with teacher.checkpoint=<file> alone"),
+        ("teacher.checkpoint=nothing.pt", "teacher.checkpoint: cannot be read"),
+        ("teacher.min_acc=101", "teacher.min_acc: should be at most 100 (got 101)"),
         ("model.train.momentum=0", "student resnet8: train.nesterov=true needs train.momentum above 0"),
         ("dataset.name=mnist", "dataset.name: should be one of digits"),
         ("dataset.val_fraction=0", "resnet20: train.select=best_val needs dataset.val_fraction above 0"),

@@ -2,10 +2,11 @@
 
 import pytest
 
-from kd.config import parse, plan
+from kd.config import plan
 from kd.datasets import resolve
 from kd.losses import CrossEntropy, Distill, TeachableTeacher
 from kd.methods import METHODS
+from kd.parsing import parse
 from kd.stage import Stage
 from tests.conftest import composed
 

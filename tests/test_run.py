@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kd import report
+from kd import report, tables
 from kd.methods import METHODS
 from kd.pipeline import RunResult
 from kd.spec import KnownError
@@ -234,8 +234,8 @@ def test_the_comparison(job: Job, tmp_path: Path) -> None:
     report.compare(tmp_path / "out")
     text = (tmp_path / "out" / "comparison.md").read_text()
     rows = [row for row in csv.reader(text.splitlines(), delimiter="|") if len(row) > 8]
-    assert [row[2].strip() for row in rows[2:]] == ["scratch", "kd"]
-    assert [row[4].strip() for row in rows[2:]] == ["seed=0–1", "T=4 lambda=0.5 seed=0–1"]
+    assert [(row[2].strip(), row[3].strip()) for row in rows[2:]] == [("paper", "scratch"), ("paper", "kd")]
+    assert [row[5].strip() for row in rows[2:]] == ["seed=0–1", "T=4 lambda=0.5 seed=0–1"]
     assert "failed" not in text
     (tmp_path / "out" / "2" / ".hydra").mkdir(parents=True)
     (tmp_path / "out" / "2" / "error.json").touch()
@@ -256,12 +256,12 @@ def test_every_stage_that_looked_at_the_test_set_is_named(job: Job, capsys: pyte
 
 def test_tables_fit_80_columns(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
-    monkeypatch.setattr(report, "console", lambda: screen)
+    monkeypatch.setattr(tables, "console", lambda: screen)
     result = job()
     chain = [{**result["chain"][0], "model": "resnet20", "params": 272_474, "val_acc": 100.0, "seconds": 4321.0}]
-    report.print_run(RunResult.model_validate({**result, "chain": chain}))
+    tables.print_run(RunResult.model_validate({**result, "chain": chain}))
     planned = [stage(role="assistant", model="resnet110"), distilled()]
-    report.print_plan(planned, Store(Path("nowhere")), False)
+    tables.print_plan("paper", planned, Store(Path("nowhere")), False)
     shown = screen.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, shown.splitlines())) <= 80
     row = next(line for line in shown.splitlines() if "resnet20 " in line)
@@ -286,14 +286,14 @@ def test_failures_are_found_wherever_the_jobs_folders_are(job: Job, tmp_path: Pa
 
 
 def test_jobs_are_sorted_as_numbers() -> None:
-    assert sorted(["10", "2", "1"], key=report.job_order) == ["1", "2", "10"]
+    assert sorted(["10", "2", "1"], key=tables.job_order) == ["1", "2", "10"]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"chain": 3}'])
 def test_a_foreign_result_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(KnownError, match="is no result of a run"):
-        report.read_result(tmp_path / "result.json")
+        tables.read_result(tmp_path / "result.json")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_a_stage_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     store.save(stage(), trained(), {"torch": "x"})
     assert store.has(key)
     assert store.result(key) == RESULT
-    assert store.stage(key) == stage()
+    assert store.source(key) == stage()
     assert {path.name for path in (tmp_path / key).iterdir()} == {
         "stage.json",
         "model.safetensors",

@@ -61,7 +61,7 @@ def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
         image_size=facts.image_size,
         mean=facts.mean,
         std=facts.std,
-        augment=config.augment,
+        augment=config.augment or "none",  # null: the released code decides, when the stages are planned
         views=config.views,
         val_fraction=config.val_fraction,
         split_seed=config.split_seed,

@@ -15,7 +15,7 @@ class DatasetConfig(Frozen):
 
     name: str
     root: str | None = None  # where images that are decoded once lie
-    augment: Augment
+    augment: Augment | None  # null: the released code's, in mode=reference
     val_fraction: float = Field(ge=0, lt=1)
     split_seed: int = Field(ge=0)
     views: int | None = Field(None, ge=1)

@@ -4,10 +4,9 @@ from abc import ABC, abstractmethod
 
 from pydantic import Field
 
-from kd.losses import Distill
 from kd.models import NetworkName
 from kd.spec import Frozen
-from kd.stage import Planner, Stage
+from kd.stage import Planner, Source, Stage
 
 
 class Method(Frozen, ABC):
@@ -26,9 +25,9 @@ class DistillingMethod(Method):
     T: float = Field(gt=0)
     lam: float = Field(ge=0, le=1, validation_alias="lambda", serialization_alias="lambda")
 
-    def student(self, planner: Planner, guide: Stage) -> Stage:
+    def student(self, planner: Planner, guide: Source) -> Stage:
         """The student, distilled from the guide."""
-        return planner.student(Distill(T=self.T, lam=self.lam), guide)
+        return planner.student(planner.distill(self.T, self.lam), guide)
 
 
 class AssistantSettings(Frozen):
@@ -45,9 +44,9 @@ class AssistedMethod(DistillingMethod):
     assistants: tuple[NetworkName, ...]  # largest first
     assistant: AssistantSettings
 
-    def through_assistants(self, planner: Planner, guide: Stage) -> Stage:
+    def through_assistants(self, planner: Planner, guide: Source) -> Source:
         """The last assistant's stage, each one distilled from the one before it; the guide itself if there are none."""
-        loss = Distill(T=self.assistant.T, lam=self.assistant.lam)
+        loss = planner.distill(self.assistant.T, self.assistant.lam)
         for model in self.assistants:
             guide = planner.stage("assistant", model, loss, self.assistant.seed, guide)
         return guide

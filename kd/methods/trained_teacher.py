@@ -25,5 +25,5 @@ class TrainedTeacher(AssistedMethod):
     def plan(self, planner: Planner) -> Stage:
         reference = planner.reference(self.reference or planner.student_model)
         loss = TeachableTeacher(T=self.teacher.T, weight=self.teacher.weight)
-        teacher = planner.teacher(loss, reference)
+        teacher = planner.trained_teacher(loss, reference)
         return self.student(planner, self.through_assistants(planner, teacher))

@@ -29,6 +29,8 @@ class Normalized(nn.Module):
             )
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise ValueError(f"images should be uint8 in 0…255 or floating in [0, 1] (got {images.dtype})")
-        x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        x = images.to(self.mean.dtype)
+        if images.dtype == torch.uint8:
+            x = x / 255
         logits: Tensor = self.network((x - self.mean) / self.std)
         return logits

@@ -1,0 +1,88 @@
+"""Writes docs/experiments.md: every experiment, composed, parsed and planned. `make docs` runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from kd.config import Config, plan
+from kd.datasets import DATASETS, specify
+from kd.datasets.base import Facts
+from kd.losses import CrossEntropy, Distill
+from kd.parsing import parse
+from kd.stage import Source, Stage
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+PAGE = Path(__file__).with_suffix(".md")
+
+_TINY = Facts(200, 64, (0.4802, 0.4481, 0.3975), (0.277, 0.2691, 0.2821))  # decoded ones are known when they are there
+_HEAD = """# Experiments
+
+Every row that either project publishes (and a few marked as ours), as one option of `experiment`:
+
+```
+python run.py experiment=takd/cifar10/kd_resnet110_resnet8
+python run.py -m experiment=tt/cifar10/normal_resnet18_net,tt/cifar10/nasty_resnet18_net seed=0,1,2
+```
+
+Everything else stays yours: `mode=reference` for the released code's numerics, `train.epochs=15` for a short look,
+`method.T=…`, `seed=…`, another copy of the images. A chain is written oldest first; what stands behind a network is how
+it is trained: nothing for cross-entropy, T and λ for a student of the network before it, T and w for a teacher that
+learns to teach against the frozen network before it (w < 0: that turns nasty). Networks that chains share are trained
+once. A nasty or trained teacher by itself is the second stage of its chains, and printed with them.
+
+*Written by `make docs`; a test holds it to the files.*
+"""
+
+
+def names() -> list[str]:
+    """Every experiment, as the command line calls it."""
+    root = CONF / "experiment"
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def planned(config: Config) -> Stage:
+    """The student's stage, without a look at any image."""
+    return plan(config, specify(config.dataset, DATASETS[config.dataset.name].facts or _TINY))[0]
+
+
+def page() -> str:
+    """The whole page."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = {name: compose("config", [f"experiment={name}"]) for name in names()}
+    return "\n".join([_HEAD, *_sections(composed)]) + "\n"
+
+
+def _sections(composed: dict[str, DictConfig]) -> Iterator[str]:
+    for group, members in groupby(composed, key=lambda name: name.rpartition("/")[0]):
+        yield f"## {group}\n"
+        yield "| experiment | what it is | chain | epochs | mode |\n|---|---|---|---|---|"
+        for name in members:
+            config = parse(composed[name])
+            chain = planned(config).chain
+            epochs = ", ".join(dict.fromkeys(str(s.train.epochs) for s in chain if isinstance(s, Stage)))
+            steps = " → ".join(_step(source) for source in chain)
+            yield f"| `{name}` | {_about(name)} | {steps} | {epochs} | {config.mode} |"
+        yield ""
+
+
+def _about(name: str) -> str:
+    """The comment of its file's second line."""
+    return (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()[1].removeprefix("# ")
+
+
+def _step(source: Source) -> str:
+    if not isinstance(source, Stage) or isinstance(source.loss, CrossEntropy):
+        return source.model
+    loss = source.loss
+    strength = f"λ {loss.lam:g}" if isinstance(loss, Distill) else f"w {loss.weight:g}"
+    return f"{source.model} (T {loss.T:g}, {strength})"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(f"{PAGE} is written: {len(names())} experiments")

@@ -1,0 +1,324 @@
+"""Weights that people already have: every layout loads, nothing in a file runs, all that does not fit is said."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import kd
+from kd.given import fingerprint, load_weights, normalizations
+from kd.models import build
+from kd.spec import KnownError
+from kd.stage import DatasetSpec, Given, Normalization
+from tests.conftest import QUICK, run_py
+from tests.test_stage import DATASET
+
+Job = Callable[..., Any]
+State = dict[str, Tensor]
+
+
+def network_of(name: str = "resnet8", classes: int = 10, seed: int = 0, image_size: int = 16) -> nn.Module:
+    torch.manual_seed(seed)
+    network = build(name, num_classes=classes, image_size=image_size)
+    network.train()(torch.rand(8, 3, image_size, image_size))  # statistics of its own
+    return network.eval()
+
+
+def prefixed(prefix: str, state: State) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def optimizer(network: nn.Module) -> dict[str, Any]:
+    return torch.optim.SGD(network.parameters(), 0.1, 0.9).state_dict()
+
+
+OPTIONS = argparse.Namespace(model="resnet8", lr=0.05, milestones=[150, 180], nested=argparse.Namespace(a=1))
+
+# What each code saves of a network.
+LAYOUTS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
+    "TAKD": (
+        "resnet8_abc_best.pth.tar",
+        lambda n: {"model_state_dict": n.state_dict(), "optimizer_state_dict": optimizer(n), "epoch": 3},
+    ),
+    "Trained Teacher": (
+        "best_model.tar",
+        lambda n: {"epoch": 160, "state_dict": n.state_dict(), "optim_dict": optimizer(n)},
+    ),
+    "RepDistiller, an epoch": (
+        "ckpt_epoch_240.pth",
+        lambda n: {
+            "epoch": 240,
+            "model": n.state_dict(),
+            "accuracy": torch.tensor(72.5),
+            "optimizer": optimizer(n),
+        },
+    ),
+    "RepDistiller, the last": ("resnet8_last.pth", lambda n: {"opt": OPTIONS, "model": n.state_dict()}),
+    "mdistiller": (
+        "latest",
+        lambda n: {
+            "epoch": 240,
+            "model": {
+                **prefixed("module.student.", n.state_dict()),
+                **prefixed("module.teacher.", network_of("resnet14").state_dict()),
+            },
+            "optimizer": optimizer(n),
+            "best_acc": np.float64(71.2),
+        },
+    ),
+    "mdistiller, the student": ("student_best", lambda n: {"model": prefixed("module.", n.state_dict())}),
+    "torchdistill": (
+        "cifar10-resnet8.pt",
+        lambda n: {
+            "model": n.state_dict(),
+            "optimizer": optimizer(n),
+            "best_value": np.float32(90.5),
+            "lr_scheduler": {"last_epoch": 3},
+            "args": OPTIONS,
+        },
+    ),
+    "bare": ("resnet8.pt", lambda n: n.state_dict()),
+    "bare, of DataParallel": ("resnet8.pth", lambda n: prefixed("module.", n.state_dict())),
+}
+
+
+def given(model: str = "resnet8", **changes: Any) -> Given:
+    settings = {"role": "teacher", "model": model, "sha256": "0", "normalize": normalizations()["cifar10"]}
+    return Given(**{**settings, "dataset": DATASET, **changes})
+
+
+def same_logits(state: State, network: nn.Module, name: str = "resnet8") -> None:
+    again = build(name, num_classes=10, image_size=16)
+    again.load_state_dict(state)
+    images = torch.rand(5, 3, 16, 16)
+    assert torch.equal(again.eval()(images), network(images))
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_loads(tmp_path: Path, layout: str, legacy: bool) -> None:
+    name, content = LAYOUTS[layout]
+    network = network_of()
+    torch.save(content(network), tmp_path / name, _use_new_zipfile_serialization=not legacy)
+    same_logits(load_weights(tmp_path / name, given()), network)
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    network = network_of()
+    save_file(network.state_dict(), tmp_path / "resnet8.safetensors")
+    same_logits(load_weights(tmp_path / "resnet8.safetensors", given()), network)
+
+
+def test_numpy_ones_name_of_its_scalars(tmp_path: Path) -> None:
+    """Files of numpy 1 say numpy.core where numpy 2 says numpy._core."""
+    file, network = tmp_path / "old.pth", network_of()
+    content = {"model": network.state_dict(), "best": np.float64(9), "n": np.int64(3)}
+    torch.save(content, file, _use_new_zipfile_serialization=False)
+    assert b"numpy._core" in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"))
+    same_logits(load_weights(file, given()), network)
+
+
+def test_files_of_old_have_no_num_batches_tracked(tmp_path: Path) -> None:
+    network = network_of()
+    state = {name: t for name, t in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "old.pt")
+    same_logits(load_weights(tmp_path / "old.pt", given()), network)
+
+
+def test_of_two_networks_that_fit_one_must_be_named(tmp_path: Path) -> None:
+    student, teacher = network_of(seed=1), network_of(seed=2)
+    state = {**prefixed("student.", student.state_dict()), **prefixed("teacher.", teacher.state_dict())}
+    torch.save({"model": state}, tmp_path / "both.pt")
+    with pytest.raises(KnownError, match=r"teacher.part: .* holds student and teacher, and both fit"):
+        load_weights(tmp_path / "both.pt", given())
+    same_logits(load_weights(tmp_path / "both.pt", given(part="student")), student)
+    same_logits(load_weights(tmp_path / "both.pt", given(part="teacher")), teacher)
+    torch.save(student.state_dict(), tmp_path / "one.pt")
+    with pytest.raises(KnownError, match=r"has no student, but network"):
+        load_weights(tmp_path / "one.pt", given(part="student"))
+
+
+# what does not fit ------------------------------------------------------------------------------------------------
+
+
+def refused(file: Path, given: Given) -> str:
+    with pytest.raises(KnownError) as caught:
+        load_weights(file, given)
+    return str(caught.value)
+
+
+def test_another_depth_and_number_of_classes_at_once(tmp_path: Path) -> None:
+    torch.save(network_of("resnet14", classes=100).state_dict(), tmp_path / "r14.pt")
+    first, *lines = refused(tmp_path / "r14.pt", given()).splitlines()
+    assert "is no resnet8 of 10 classes for 16×16 images; it is a resnet14 of 100 classes" in first
+    assert "36 unexpected: layer1.1.conv1.weight, layer1.1.bn1.weight" in lines[0]
+    assert "2 of another shape: fc.weight [100, 64] instead of [10, 64], fc.bias [100] instead of [10]" in lines[1]
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    state = network_of().state_dict()
+    del state["fc.bias"], state["conv1.weight"]
+    torch.save(state, tmp_path / "holes.pt")
+    assert "2 missing: conv1.weight, fc.bias" in refused(tmp_path / "holes.pt", given())
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    state = network_of().state_dict()
+    state["fc.bias"][3] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    assert "not finite: fc.bias" in refused(tmp_path / "nan.pt", given())
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "zip", "legacy"])
+def test_a_malicious_pickle_runs_nothing(tmp_path: Path, kind: str) -> None:
+    file, trace = tmp_path / "evil.pth", tmp_path / "pwned"
+    content = {"model": network_of().state_dict(), "epoch": Evil(f"touch {trace}")}
+    if kind == "pickle":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=kind == "zip")
+    text = refused(file, given())
+    assert "\n" not in text
+    assert "cannot be loaded as weights and plain data alone" in text
+    assert kind == "pickle" or "asks Python for posix.system" in text
+    done = run_py(*QUICK, "teacher=resnet8", f"teacher.checkpoint={file}", "hydra.run.dir=out", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be loaded as weights and plain data alone"),
+        (b"half of a", "cannot be loaded as weights and plain data alone"),
+        (b"PK\x03\x04 torn", "cannot be loaded as weights and plain data alone"),
+        ({"epoch": 3, "weights": 4}, "holds no weights: .* only epoch, weights"),
+        ([1, 2], "holds no weights"),
+        ({}, "holds no weights"),
+        ({"model": {}}, "holds no weights"),
+        (torch.zeros(3), "holds no weights"),
+    ],
+)
+def test_files_that_are_no_checkpoints(tmp_path: Path, content: Any, message: str) -> None:
+    file = tmp_path / "file.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(KnownError, match=message):
+        load_weights(file, given())
+    (tmp_path / "file.safetensors").write_bytes(b"no header")
+    with pytest.raises(KnownError, match="cannot be read"):
+        load_weights(tmp_path / "file.safetensors", given())
+
+
+# keys -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_names_somebodys_weights() -> None:
+    one = given()
+    assert given(role="reference").key == one.key
+    others = [
+        given("resnet14"),
+        given(sha256="1"),
+        given(part="student"),
+        given(normalize=Normalization(mean=(0, 0, 0), std=(1, 1, 1))),
+        given(dataset=DatasetSpec(**{**DATASET.model_dump(), "augment": "crop_flip"})),
+    ]
+    assert len({one.key, *(other.key for other in others)}) == 6
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"content")
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    (tmp_path / "b").write_bytes(b"another")
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
+    with pytest.raises(KnownError, match="cannot be read"):
+        fingerprint(tmp_path / "c")
+
+
+# a run ------------------------------------------------------------------------------------------------------------
+
+
+def saved(tmp_path: Path, name: str = "plane4") -> tuple[Path, nn.Module]:
+    network = network_of(name)
+    torch.save({"state_dict": network.state_dict(), "epoch": 1}, tmp_path / "best_model.tar")
+    return tmp_path / "best_model.tar", network
+
+
+def test_a_run_on_given_weights(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, network = saved(tmp_path)
+    stats = "{mean: [0.1, 0.2, 0.3], std: [0.5, 0.6, 0.7]}"
+    result = job(f"teacher.checkpoint={file}", f"teacher.normalize={stats}")
+    teacher, student = result["chain"]
+    out = capsys.readouterr().out
+    assert f"teacher plane4: best_model.tar has {teacher['test_acc']:.2f} % on the test set" in out
+    assert " given" in out
+    assert (teacher["role"], teacher["seed"], teacher["loss"], teacher["epochs"]) == ("teacher", None, None, 0)
+    assert teacher["val_acc"] is None
+    assert (student["role"], student["reused"]) == ("student", False)
+    back = kd.load(teacher["key"], tmp_path / "store")
+    images = torch.rand(4, 3, 16, 16)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
+    torch.testing.assert_close(back(images), network((images - mean) / std))
+    file.rename(tmp_path / "moved.tar")  # a path decides nothing
+    again = job(f"teacher.checkpoint={tmp_path / 'moved.tar'}", f"teacher.normalize={stats}")
+    assert [outcome["reused"] for outcome in again["chain"]] == [True, True]
+    other = job(f"teacher.checkpoint={tmp_path / 'moved.tar'}")
+    assert other["chain"][1]["key"] != student["key"]
+    assert str(tmp_path) not in (tmp_path / "store" / teacher["key"] / "stage.json").read_text()
+
+
+def test_a_dry_run_shows_what_is_given(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, _ = saved(tmp_path)
+    job("dry_run=true", "replicates=2", f"teacher.checkpoint={file}", multirun=True)
+    assert "given" in capsys.readouterr().out
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("given_weights", [True, False])
+def test_a_bad_teacher_teaches_nobody(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], given_weights: bool
+) -> None:
+    extra = [f"teacher.checkpoint={saved(tmp_path)[0]}"] if given_weights else []
+    job("teacher.min_acc=99.9", *extra, multirun=True, code=1)
+    assert "less than teacher.min_acc=99.9: nothing is trained on it" in capsys.readouterr().err
+    assert len([*(tmp_path / "store").glob("*/result.json")]) == 1  # the teacher's alone
+    job("teacher.min_acc=1", *extra)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("teacher.train.epochs=3",), "teacher.train.epochs: a teacher from teacher.checkpoint is not trained"),
+        (("method=trained_teacher",), "teacher.checkpoint: method=trained_teacher trains its teacher"),
+        (("model=plane2", "teacher=plane6"), "is no plane6 of 10 classes for 16×16 images; it is a plane4"),
+    ],
+)
+def test_what_a_given_teacher_excludes(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
+    file, _ = saved(tmp_path)
+    done = run_py(*QUICK, f"teacher.checkpoint={file}", *overrides, "hydra.run.dir=out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
