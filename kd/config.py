@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, InstanceOf, ValidationError
 
-from kd.datasets.base import DatasetConfig
+from kd.datasets import specify
+from kd.datasets.base import DatasetConfig, Facts
 from kd.given import fingerprint, normalizations
 from kd.hardware import cpu_count, resolve_device, resolve_precision
 from kd.methods.base import Method
 from kd.models import MODELS, NetworkName
 from kd.problems import explain
-from kd.recipes import FREE_IN_REFERENCE, GAMMA, Released, recipe, released
+from kd.recipes import GAMMA, Released, recipe, released
 from kd.spec import Frozen, KnownError
 from kd.stage import (
     DatasetSpec,
@@ -29,6 +32,9 @@ from kd.stage import (
 )
 from kd.store import place
 from kd.tracking import TrackingSpec
+
+# Stands for images that nobody has looked at yet, where planning asks nothing of them.
+ANY_IMAGES = Facts(2, 1, (0, 0, 0), (1, 1, 1))
 
 
 class ModelConfig(Frozen):
@@ -51,7 +57,7 @@ class TeacherConfig(Frozen):
     name: NetworkName
     seed: int = Field(ge=0)
     train: TrainOverrides
-    checkpoint: str | None = None  # somebody's weights: no teacher is trained
+    checkpoint: str | None = Field(None, min_length=1)  # somebody's weights: no teacher is trained
     part: Part | None = None  # which network, in a file of two
     normalize: Annotated[Normalization | None, BeforeValidator(_named)] = None  # null: the data set's
     min_acc: float | None = Field(None, ge=0, le=100)  # % on the test set that anything is trained on it for
@@ -59,7 +65,7 @@ class TeacherConfig(Frozen):
     @property
     def file(self) -> Path | None:
         """The checkpoint's path."""
-        return Path(self.checkpoint).expanduser() if self.checkpoint else None
+        return None if self.checkpoint is None else Path(self.checkpoint).expanduser()
 
 
 class TrainConfig(TrainOverrides):
@@ -110,11 +116,7 @@ def train_spec(config: Config, role: Role, model: str) -> TrainSpec:
     Raises KnownError where there is no recipe or its parts do not fit together.
     """
     family, code = MODELS[model].family, config.released
-    if code is not None and family not in code.families:
-        raise KnownError(
-            f"{role} {model}: mode=reference runs one system's code, and {code.system}'s ({config.model.name}) "
-            "has no such network; mode=paper mixes freely"
-        )
+    _check_system(config, role, model)
     if code is not None and code.teacher_by_student and role == "teacher":
         family = MODELS[config.model.name].family
     known = recipe(config.mode, config.train.recipe, family)
@@ -122,7 +124,7 @@ def train_spec(config: Config, role: Role, model: str) -> TrainSpec:
     own: dict[str, TrainOverrides] = {"student": config.model.train, "teacher": config.teacher.train}
     for overrides in (config.train, own.get(role, TrainOverrides())):
         given |= overrides.model_dump(exclude_none=True, exclude={"recipe"})
-    changed = {key for key in given.keys() - FREE_IN_REFERENCE if given[key] != known[key]} if code else set()
+    changed = {key for key in given.keys() - code.free if given[key] != known[key]} if code else set()
     if changed:
         kept = [f"train.{key}={known[key]} (got {given[key]})" for key in sorted(changed)]
         raise KnownError(f"{role} {model}: mode=reference keeps the released code's {', '.join(kept)}")
@@ -144,38 +146,66 @@ def train_spec(config: Config, role: Role, model: str) -> TrainSpec:
         raise KnownError("\n".join(f"{role} {model}: {problem}" for problem in explain(error))) from error
 
 
+def _check_system(config: Config, role: Role, model: str) -> None:
+    code = config.released
+    if code is not None and MODELS[model].family not in code.families:
+        raise KnownError(
+            f"{role} {model}: mode=reference runs one system's code, and {code.system}'s ({config.model.name}) "
+            "has no such network; mode=paper mixes freely"
+        )
+
+
 def plan(config: Config, dataset: DatasetSpec) -> list[Stage]:
     """The student's stage for each replicate, at seeds seed, seed+1, …; all stand on one chain."""
     if (code := config.released) is not None:
         seen = {"augment": code.augment, "mean": code.mean, "std": code.std}
         dataset = DatasetSpec(**{**dataset.model_dump(), **seen})
-    given = _given_teacher(config.teacher, dataset)
-    students = []
-    for seed in range(config.seed, config.seed + config.replicates):
-        planner = Planner(
-            dataset=dataset,
-            train=lambda role, model: train_spec(config, role, model),
-            student_model=config.model.name,
-            teacher_model=config.teacher.name,
-            seed=seed,
-            teacher_seed=config.teacher.seed,
-            given_teacher=given,
-            reduction=code.reduction if code else "batchmean",
-        )
-        try:
-            students.append(config.method.plan(planner))
-        except ValidationError as error:
-            raise KnownError("\n".join(explain(error))) from error
-    return students
+    given = None
+    if config.teacher.file is not None:
+        _check_system(config, "teacher", config.teacher.name)
+        given = _given_teacher(config.teacher, dataset, fingerprint(config.teacher.file))
+    seeds = range(config.seed, config.seed + config.replicates)
+    planners = [_planner(config, dataset, seed, partial(train_spec, config), given) for seed in seeds]
+    try:
+        return [config.method.plan(planner) for planner in planners]
+    except ValidationError as error:
+        raise KnownError("\n".join(explain(error))) from error
 
 
-def _given_teacher(teacher: TeacherConfig, dataset: DatasetSpec) -> Given | None:
-    if teacher.file is None:
-        return None
+def trained_networks(config: Config) -> list[tuple[Role, str]]:
+    """The networks that a run trains, by role, oldest first; asks nothing of files, data or recipes."""
+    found: list[tuple[Role, str]] = []
+
+    def note(role: Role, model: str) -> TrainSpec:
+        found.append((role, model))
+        return TrainSpec(**{**recipe("paper", "cifar10", MODELS[model].family), "precision": "fp32", "select": "last"})
+
+    dataset = specify(config.dataset, ANY_IMAGES)
+    given = None if config.teacher.file is None else _given_teacher(config.teacher, dataset, sha256="")
+    config.method.plan(_planner(config, dataset, config.seed, note, given))
+    return found
+
+
+def _planner(
+    config: Config, dataset: DatasetSpec, seed: int, train: Callable[[Role, str], TrainSpec], given: Given | None
+) -> Planner:
+    return Planner(
+        dataset=dataset,
+        train=train,
+        student_model=config.model.name,
+        teacher_model=config.teacher.name,
+        seed=seed,
+        teacher_seed=config.teacher.seed,
+        given_teacher=given,
+        reduction=config.released.reduction if config.released else "batchmean",
+    )
+
+
+def _given_teacher(teacher: TeacherConfig, dataset: DatasetSpec, sha256: str) -> Given:
     return Given(
         role="teacher",
         model=teacher.name,
-        sha256=fingerprint(teacher.file),
+        sha256=sha256,
         part=teacher.part,
         normalize=teacher.normalize or Normalization(mean=dataset.mean, std=dataset.std),
         dataset=dataset,

@@ -49,9 +49,7 @@ def _digest(path: Path, size: int, changed: int) -> str:
 def normalizations() -> dict[str, Normalization]:
     """The statistics that have a name: each data set's, and what the codes use that people have weights of."""
     known = {name: (e.facts.mean, e.facts.std) for name, e in DATASETS.items() if e.facts is not None}
-    for code in RELEASED:
-        own = code.system.lower().replace(" ", "_")
-        known["tiny_imagenet" if code.data == "tiny_imagenet" else own] = code.mean, code.std
+    known |= {code.normalization: (code.mean, code.std) for code in RELEASED}
     known["torchdistill"] = (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)
     return {name: Normalization(mean=mean, std=std) for name, (mean, std) in known.items()}
 
@@ -59,60 +57,75 @@ def normalizations() -> dict[str, Normalization]:
 def load_weights(path: Path, given: Given) -> State:
     """The network's weights in a file of TAKD, Trained Teacher, RepDistiller, mdistiller, torchdistill or a bare one.
 
-    Raises KnownError for a file that is none, that would run code, or whose weights are not those of
-    `given.model`: every name and shape that does not fit at once.
+    Raises KnownError for a file that is none, that would run code, that has changed since it was planned with, or
+    whose weights are not those of `given.model`: whatever is missing, unexpected or of another shape, all at once.
     """
+    if fingerprint(path) != given.sha256:
+        raise KnownError(f"teacher.checkpoint: {path} has changed since this run began")
     network = build(given.model, num_classes=given.dataset.num_classes, image_size=given.dataset.image_size)
     expected = network.state_dict()
     found = _networks(_read(path), path)
     if given.part is not None:
         if given.part not in found:
-            raise KnownError(f"teacher.part: {path} has no {given.part}, but {_listed(found)}")
+            raise KnownError(f"teacher.part: {path} has no {given.part}.*; it holds {' and '.join(found)}")
         found = {given.part: found[given.part]}
     fitting = {part: state for part, state in found.items() if not any(_mismatches(state, expected))}
     if len(fitting) > 1:
-        raise KnownError(f"teacher.part: {path} holds {_listed(fitting)}, and both fit; say which one")
+        raise KnownError(f"teacher.part: {path} holds {' and '.join(fitting)}, and both fit; say which one")
     if not fitting:
         raise KnownError("\n".join(_explain(path, given, found, expected)))
     (state,) = fitting.values()
-    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if broken:
-        raise KnownError(f"teacher.checkpoint: {path} holds weights that are not finite: {_some(broken)}")
     network.load_state_dict(state, strict=False)  # files of old have no num_batches_tracked
-    return network.state_dict()
+    loaded = network.state_dict()  # in fp32, which half precision fits into and float64 may not
+    broken = [name for name, tensor in loaded.items() if not tensor.isfinite().all()]
+    if broken:
+        raise KnownError(f"teacher.checkpoint: {path} holds weights that are not finite in fp32: {_some(broken)}")
+    return loaded
 
 
-def _read(path: Path) -> Any:
-    """What the file holds: tensors and plain data only. Nothing in it can make Python run anything."""
+def allowed_globals() -> list[Any]:
+    """What a file may name beside tensors and plain data: argparse.Namespace and numpy's numbers, nothing else."""
     import argparse
 
     import numpy as np
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     scalar = np.float64(0).__reduce__()[0]
-    allowed: list[Any] = [
+    kinds = np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"
+    return [
         argparse.Namespace,  # the options that RepDistiller and torchdistill save along
         (scalar, "numpy.core.multiarray.scalar"),  # accuracies, as numpy 1 …
         (scalar, "numpy._core.multiarray.scalar"),  # … and numpy 2 name them
         np.dtype,
-        *{type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)},
+        *{type(np.dtype(kind)) for kind in kinds},
     ]
+
+
+def _read(path: Path) -> Any:
+    """What the file holds: tensors and plain data only. Nothing in it can make Python run anything."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             return load_file(path)
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+        with torch.serialization.safe_globals(allowed_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch guesses about files that are none
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise KnownError(f"teacher.checkpoint: {path} cannot be read ({' '.join(str(error).split())})") from error
     except Exception as error:  # whatever a foreign file makes torch's reader stumble over
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks Python for {asked[1]}" if asked else "damaged, or in another format"
+        reason = f"it asks Python for {asked[1]}" if asked else "it holds something else, or is damaged"
         raise KnownError(
             f"teacher.checkpoint: {path} cannot be loaded as weights and plain data alone ({reason})"
         ) from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name or its beginning: the length of a header in eight bytes, then the header, which is JSON."""
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".safetensors" or file.read(9)[8:] == b"{"
 
 
 def _networks(loaded: Any, path: Path) -> dict[str, State]:
@@ -121,15 +134,15 @@ def _networks(loaded: Any, path: Path) -> dict[str, State]:
     held = [tree, *(tree[holder] for holder in _HOLDERS if holder in tree)]
     states = [candidate for candidate in held if _is_state(candidate)]
     if not states:
-        keys = f", only {_some(list(map(str, tree)))}" if tree else ""
+        keys = f"; its keys are {_some(list(map(str, tree)))}" if tree else ""
         raise KnownError(
-            f"teacher.checkpoint: {path} holds no weights: neither tensors by name nor any of "
+            f"teacher.checkpoint: {path} holds no weights: it is no dictionary of tensors, and has none under "
             f"{', '.join(_HOLDERS)}{keys}"
         )
-    state = _without(states[0], "module.")
+    state = _unwrapped(states[0])
     parts = {part: {k: v for k, v in state.items() if k.startswith(f"{part}.")} for part in _PARTS}
-    found = {part: _without(_without(own, f"{part}."), "module.") for part, own in parts.items() if own}
-    return found or {"network": state}
+    found = {part: _unwrapped(_without(own, f"{part}.")) for part, own in parts.items() if own}
+    return found or {"one network": state}
 
 
 def _is_state(candidate: Any) -> bool:
@@ -140,10 +153,15 @@ def _is_state(candidate: Any) -> bool:
     return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in candidate.items())
 
 
+def _unwrapped(state: State) -> State:
+    """Names as the network itself has them: without what DataParallel, torch.compile and Lightning put before all."""
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if all(name.startswith(prefix) for name in state):
+            return _unwrapped(_without(state, prefix))
+    return state
+
+
 def _without(state: State, prefix: str) -> State:
-    """Names without a prefix that all of them share, as DataParallel leaves it."""
-    if not all(name.startswith(prefix) for name in state):
-        return state
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
@@ -156,14 +174,28 @@ def _mismatches(state: State, expected: State) -> Iterator[str]:
         for name in expected
         if name in state and state[name].shape != expected[name].shape
     ]
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+    kinds = [
+        f"{name} ({tensor.dtype}, {tensor.layout}, {tensor.device})".replace("torch.", "")
+        for name, tensor in state.items()
+        if name in expected and not _copies_to(tensor, expected[name])
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "of another kind": kinds}
+    for what, names in problems.items():
         if names:
             yield f"{len(names)} {what}: {_some(names)}"
 
 
+def _copies_to(tensor: Tensor, place: Tensor) -> bool:
+    """Whether its numbers can be taken over: it is dense, real and there, and no integers where weights should be."""
+    import torch
+
+    plain = tensor.layout == torch.strided and not tensor.is_quantized and not (tensor.is_meta and not place.is_meta)
+    return plain and tensor.is_floating_point() >= place.is_floating_point() and not tensor.is_complex()
+
+
 def _explain(path: Path, given: Given, found: dict[str, State], expected: State) -> Iterator[str]:
     for part, state in found.items():
-        whose = "" if part == "network" else f"'s {part}"
+        whose = f"'s {part}" if part in _PARTS else ""
         others = _recognize(state, given.dataset.image_size)
         hint = f"; it is a {others}" if others else ""
         yield (
@@ -177,23 +209,24 @@ def _recognize(state: State, image_size: int) -> str:
     """The network of the table that the weights are of, if any."""
     import torch
 
-    *_, last = state.values()
-    classes = len(last) if last.dim() == 1 and len(last) > 1 else 0
-    if not classes:
-        return ""
+    def names(of: State) -> set[str]:
+        return {name for name in of if not name.endswith("num_batches_tracked")}
+
+    def blank(name: str, classes: int) -> State:
+        with torch.device("meta"):
+            return build(name, num_classes=classes, image_size=image_size).state_dict()
+
     for name in MODELS:
         try:
-            with torch.device("meta"):
-                network = build(name, num_classes=classes, image_size=image_size)
-        except KnownError:
+            own = blank(name, 2)
+        except KnownError:  # for larger images
             continue
-        if not any(_mismatches(state, network.state_dict())):
-            return f"{name} of {classes} classes"
+        *_, last = own
+        if names(own) == names(state) and state[last].dim():
+            classes = len(state[last])
+            if not any(_mismatches(state, blank(name, classes))):
+                return f"{name} of {classes} classes"
     return ""
-
-
-def _listed(found: dict[str, State]) -> str:
-    return " and ".join(found)
 
 
 def _some(names: list[str]) -> str:

@@ -9,9 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from kd.config import Config, TeacherConfig, plan, train_spec
+from kd.config import ANY_IMAGES, Config, TeacherConfig, plan, train_spec, trained_networks
 from kd.datasets import DATASETS, specify
-from kd.datasets.base import DatasetConfig, Facts
+from kd.datasets.base import DatasetConfig
 from kd.methods import METHODS
 from kd.methods.base import Method
 from kd.models import MODELS
@@ -117,17 +117,18 @@ def _training(sections: dict[str, Any]) -> Iterator[str]:
         known = ", ".join(RECIPES[sections["mode"]])
         yield f"train.recipe: should be one of {known} in mode={sections['mode']} (got {sections['train'].recipe!r})"
         return
-    if sections.keys() == Config.model_fields.keys():
-        try:  # planning asks nothing of the data but its place
-            config = Config(**sections)
-            plan(config, specify(config.dataset, Facts(2, 1, (0, 0, 0), (1, 1, 1))))
-            return
-        except KnownError as error:
-            yield str(error)
-    partial = Config.model_construct(**sections)
+    config = Config.model_construct(**sections)
+    whole = sections.keys() == Config.model_fields.keys()
     ends: list[tuple[Role, str]] = [("teacher", sections["teacher"].name), ("student", sections["model"].name)]
-    for role, model in ends:
+    problems = []
+    for role, model in trained_networks(config) if whole else ends:
         try:
-            train_spec(partial, role, model)
+            train_spec(config, role, model)
+        except KnownError as error:
+            problems.append(str(error))
+    yield from problems
+    if whole and not problems:
+        try:
+            plan(config, specify(config.dataset, ANY_IMAGES))
         except KnownError as error:
             yield str(error)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd import hardware
 from kd.datasets import load
+from kd.given import load_weights
 from kd.losses import Loss
 from kd.partial import Partial
 from kd.progress import StageProgress
@@ -129,7 +130,6 @@ class Pipeline:
 
     def _take(self, given: Given) -> None:
         """Somebody's weights into the store, where a stage's would be, with their accuracy on the test set."""
-        from kd.given import load_weights
         from kd.models import build
         from kd.models.normalized import Normalized
         from kd.train import evaluate

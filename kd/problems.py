@@ -13,6 +13,7 @@ _MESSAGES = {
     "literal_error": "should be {expected}",
     "extra_forbidden": "unknown key",
     "missing": "is missing",
+    "string_too_short": "should not be empty",
     "too_short": "should have at least {min_length} entries",
     "finite_number": "should be a finite number",
 }

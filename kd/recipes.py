@@ -1,12 +1,13 @@
 """How each family of networks is trained on each data set, in each mode: plain data."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from kd.losses import Reduction
 from kd.spec import KnownError
+from kd.stage import Augment, Channels
 
 Recipe = dict[str, Any]
-Channels = tuple[float, float, float]
 
 GAMMA = 0.1  # what a milestone multiplies the learning rate by
 
@@ -79,9 +80,11 @@ class Released:
     families: dict[str, Recipe]  # that it can train
     mean: Channels
     std: Channels
-    augment: Literal["none", "crop_flip", "rotate_flip"]
-    reduction: Literal["batchmean", "mean"]  # what the sum of KL's terms is divided by: batch or batch·classes
+    normalization: str  # what `teacher.normalize` calls mean and std
+    augment: Augment
+    reduction: Reduction  # what the sum of KL's terms is divided by: batch or batch·classes
     teacher_by_student: bool  # whether the teacher is trained by the rule of the student's family
+    free: frozenset[str]  # settings of its training that a run may change; a run that changes others is no reference
 
 
 def _takd_released(data: str) -> Released:
@@ -95,9 +98,11 @@ def _takd_released(data: str) -> Released:
         families={"plane": sgd, "cifar_resnet": {**sgd, "schedule": "step", "milestones": (0.75,)}},
         mean=(0.507, 0.487, 0.441),
         std=(0.267, 0.256, 0.276),
+        normalization="takd",
         augment="none",
         reduction="mean",
         teacher_by_student=True,
+        free=frozenset({"epochs", "momentum", "weight_decay", "test_curve"}),
     )
 
 
@@ -105,14 +110,16 @@ def _tt_released(data: str, sgd: Recipe, mean: Channels, std: Channels) -> Relea
     as_released: Recipe = {"precision": "fp32", "select": "best_test_batches"}
     return Released(
         system="Trained Teacher",
-        methods=("scratch", "kd", "trained_teacher"),
+        methods=("scratch", "kd", "ta", "trained_teacher"),
         data=data,
         families=_trained_teacher({**sgd, **as_released}, {**_C, **as_released}),
         mean=mean,
         std=std,
+        normalization="tiny_imagenet" if data == "tiny_imagenet" else "trained_teacher",
         augment="rotate_flip" if data == "tiny_imagenet" else "crop_flip",
         reduction="batchmean",
         teacher_by_student=False,
+        free=frozenset({"epochs", "lr", "milestones", "gamma", "test_curve"}),
     )
 
 
@@ -134,9 +141,6 @@ RECIPES: dict[str, dict[str, dict[str, Recipe]]] = {
         for data in ("cifar10", "cifar100", "tiny_imagenet")
     },
 }
-
-# What the released code has flags for; a run that changes anything else of its training is no reference.
-FREE_IN_REFERENCE = frozenset({"epochs", "lr", "momentum", "weight_decay", "test_curve"})
 
 
 def recipe(mode: str, name: str, family: str) -> Recipe:

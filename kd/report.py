@@ -49,7 +49,7 @@ def _markdown(results: Sequence[RunResult], failed: int) -> str:
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines += [
         "",
-        "What varies is the student's seed; the networks above it are trained once. The interval is Student's t.",
+        "What varies is the student's seed, over one chain. The interval is Student's t.",
     ]
     if failed:
         lines += ["", f"{count(failed)} failed and not in the table."]

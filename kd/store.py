@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from kd.spec import Frozen, KnownError
-from kd.stage import FORMAT, Source
+from kd.stage import FORMAT, Source, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,11 +85,14 @@ class Store:
         source = self.source(key)
         data = source.dataset
         network = build(source.model, num_classes=data.num_classes, image_size=data.image_size)
+        if isinstance(source, Stage) and source.train.precision == "fp64":
+            network = network.double()
         try:
             network.load_state_dict(load_file(self.root / key / "model.safetensors"))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise self._damaged(key, error) from error
-        return Normalized(network, source.normalize.mean, source.normalize.std).eval()
+        *_, weight = network.parameters()
+        return Normalized(network, source.normalize.mean, source.normalize.std).to(weight.dtype).eval()
 
     def save(self, source: Source, trained: Trained, made_with: dict[str, Any]) -> None:
         """Publish a finished stage or somebody's network, in place of an earlier one of the same key.

@@ -16,7 +16,7 @@ from kd.losses import Loss
 from kd.pipeline import Outcome, ReplicatedResult, RunResult
 from kd.progress import console
 from kd.spec import KnownError
-from kd.stage import Select, Source, Stage, TrainSpec
+from kd.stage import Given, Select, Source, Stage, TrainSpec
 from kd.store import Store
 
 SELECTED: dict[Select | None, str] = {
@@ -157,7 +157,9 @@ def print_jobs(jobs: Sequence[Job]) -> None:
     out = console()
     shared = set.intersection(*(set(job.overrides) for job in jobs))
     common = " ".join(override for override in jobs[0].overrides if override in shared)
-    out.print(_title(f"{count(len(jobs))}{', all with ' if common else ''}{common}"))
+    modes = sorted({job.result.mode for job in jobs if job.result})
+    named = f", mode {' and '.join(modes)}" if modes else ""
+    out.print(_title(f"{count(len(jobs))}{named}{', all with ' if common else ''}{common}"))
     table = _table("job", "", "val %>", "test %>", "n>")
     for job in jobs:
         if job.result is not None:
@@ -198,6 +200,10 @@ def print_plan(mode: str, students: Sequence[Stage], store: Store, retrain: bool
     trainings: dict[str, list[str]] = {}
     for stage in stages.values():
         trainings.setdefault(_training(stage.train), []).append(f"{stage.role} {stage.model}")
+    for source in sources.values():
+        if isinstance(source, Given):
+            mean, std = _numbers(source.normalize.mean), _numbers(source.normalize.std)
+            out.print(f"{source.role} {source.model}: given; it sees images by mean {mean}, std {std}", highlight=False)
     data = next(iter(sources.values())).dataset
     for training, networks in trainings.items():
         out.print(f"{', '.join(dict.fromkeys(networks))}: {training}", highlight=False, markup=False)

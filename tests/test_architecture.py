@@ -10,9 +10,9 @@ from tests.conftest import ROOT
 # From the bottom up. A module imports only from rows below its own; within a row, nobody.
 ROWS = [
     ["kd.spec"],
-    ["kd.losses", "kd.recipes", "kd.hardware", "kd.problems", "kd.statistics"],
+    ["kd.losses", "kd.hardware", "kd.problems", "kd.statistics"],
     ["kd.stage"],
-    ["kd.models", "kd.datasets"],
+    ["kd.models", "kd.datasets", "kd.recipes"],
     ["kd.methods"],
     ["kd.store", "kd.partial", "kd.given"],
     ["kd.guide", "kd.tracking", "kd.progress"],

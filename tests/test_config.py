@@ -89,6 +89,7 @@ def test_experiments_and_sweeps_come_last() -> None:
         ("teacher.normalize={mean: [0, 0, 0], std: [0, 1, 1]}", "teacher.normalize.std[0]: should be above 0 (got 0)"),
         ("teacher.normalize=cifar10", "teacher.normalize: is read with teacher.checkpoint=<file> alone"),
         ("teacher.part=student", "teacher.part: is read with teacher.checkpoint=<file> alone"),
+        ("teacher.checkpoint=", "teacher.checkpoint: should not be empty"),
         ("teacher.checkpoint=nothing.pt", "teacher.checkpoint: cannot be read"),
         ("teacher.min_acc=101", "teacher.min_acc: should be at most 100 (got 101)"),
         ("model.train.momentum=0", "student resnet8: train.nesterov=true needs train.momentum above 0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import kd
-from kd.given import fingerprint, load_weights, normalizations
+from kd.datasets import digits
+from kd.given import allowed_globals, fingerprint, load_weights, normalizations
 from kd.models import build
 from kd.spec import KnownError
 from kd.stage import DatasetSpec, Given, Normalization
@@ -97,6 +99,10 @@ def given(model: str = "resnet8", **changes: Any) -> Given:
     return Given(**{**settings, "dataset": DATASET, **changes})
 
 
+def load(file: Path, **changes: Any) -> State:
+    return load_weights(file, given(sha256=fingerprint(file), **changes))
+
+
 def same_logits(state: State, network: nn.Module, name: str = "resnet8") -> None:
     again = build(name, num_classes=10, image_size=16)
     again.load_state_dict(state)
@@ -110,13 +116,19 @@ def test_every_layout_loads(tmp_path: Path, layout: str, legacy: bool) -> None:
     name, content = LAYOUTS[layout]
     network = network_of()
     torch.save(content(network), tmp_path / name, _use_new_zipfile_serialization=not legacy)
-    same_logits(load_weights(tmp_path / name, given()), network)
+    same_logits(load(tmp_path / name), network)
 
 
 def test_safetensors(tmp_path: Path) -> None:
     network = network_of()
-    save_file(network.state_dict(), tmp_path / "resnet8.safetensors")
-    same_logits(load_weights(tmp_path / "resnet8.safetensors", given()), network)
+    for name in ("resnet8.safetensors", "resnet8.SAFETENSORS", "resnet8.pt"):
+        save_file(network.state_dict(), tmp_path / name)
+        same_logits(load(tmp_path / name), network)
+
+
+def test_a_hint_whatever_the_order_of_names(tmp_path: Path) -> None:
+    save_file(dict(sorted(network_of("resnet14", classes=7).state_dict().items())), tmp_path / "r14.safetensors")
+    assert "it is a resnet14 of 7 classes" in refused(tmp_path / "r14.safetensors")
 
 
 def test_numpy_ones_name_of_its_scalars(tmp_path: Path) -> None:
@@ -126,14 +138,14 @@ def test_numpy_ones_name_of_its_scalars(tmp_path: Path) -> None:
     torch.save(content, file, _use_new_zipfile_serialization=False)
     assert b"numpy._core" in file.read_bytes()
     file.write_bytes(file.read_bytes().replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"))
-    same_logits(load_weights(file, given()), network)
+    same_logits(load(file), network)
 
 
 def test_files_of_old_have_no_num_batches_tracked(tmp_path: Path) -> None:
     network = network_of()
     state = {name: t for name, t in network.state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "old.pt")
-    same_logits(load_weights(tmp_path / "old.pt", given()), network)
+    same_logits(load(tmp_path / "old.pt"), network)
 
 
 def test_of_two_networks_that_fit_one_must_be_named(tmp_path: Path) -> None:
@@ -141,26 +153,26 @@ def test_of_two_networks_that_fit_one_must_be_named(tmp_path: Path) -> None:
     state = {**prefixed("student.", student.state_dict()), **prefixed("teacher.", teacher.state_dict())}
     torch.save({"model": state}, tmp_path / "both.pt")
     with pytest.raises(KnownError, match=r"teacher.part: .* holds student and teacher, and both fit"):
-        load_weights(tmp_path / "both.pt", given())
-    same_logits(load_weights(tmp_path / "both.pt", given(part="student")), student)
-    same_logits(load_weights(tmp_path / "both.pt", given(part="teacher")), teacher)
+        load(tmp_path / "both.pt")
+    same_logits(load(tmp_path / "both.pt", part="student"), student)
+    same_logits(load(tmp_path / "both.pt", part="teacher"), teacher)
     torch.save(student.state_dict(), tmp_path / "one.pt")
-    with pytest.raises(KnownError, match=r"has no student, but network"):
-        load_weights(tmp_path / "one.pt", given(part="student"))
+    with pytest.raises(KnownError, match=r"has no student\.\*; it holds one network"):
+        load(tmp_path / "one.pt", part="student")
 
 
 # what does not fit ------------------------------------------------------------------------------------------------
 
 
-def refused(file: Path, given: Given) -> str:
+def refused(file: Path) -> str:
     with pytest.raises(KnownError) as caught:
-        load_weights(file, given)
+        load(file)
     return str(caught.value)
 
 
 def test_another_depth_and_number_of_classes_at_once(tmp_path: Path) -> None:
     torch.save(network_of("resnet14", classes=100).state_dict(), tmp_path / "r14.pt")
-    first, *lines = refused(tmp_path / "r14.pt", given()).splitlines()
+    first, *lines = refused(tmp_path / "r14.pt").splitlines()
     assert "is no resnet8 of 10 classes for 16×16 images; it is a resnet14 of 100 classes" in first
     assert "36 unexpected: layer1.1.conv1.weight, layer1.1.bn1.weight" in lines[0]
     assert "2 of another shape: fc.weight [100, 64] instead of [10, 64], fc.bias [100] instead of [10]" in lines[1]
@@ -170,14 +182,14 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     state = network_of().state_dict()
     del state["fc.bias"], state["conv1.weight"]
     torch.save(state, tmp_path / "holes.pt")
-    assert "2 missing: conv1.weight, fc.bias" in refused(tmp_path / "holes.pt", given())
+    assert "2 missing: conv1.weight, fc.bias" in refused(tmp_path / "holes.pt")
 
 
 def test_weights_that_are_not_finite(tmp_path: Path) -> None:
     state = network_of().state_dict()
     state["fc.bias"][3] = float("nan")
     torch.save(state, tmp_path / "nan.pt")
-    assert "not finite: fc.bias" in refused(tmp_path / "nan.pt", given())
+    assert "not finite in fp32: fc.bias" in refused(tmp_path / "nan.pt")
 
 
 class Evil:
@@ -190,6 +202,90 @@ class Evil:
         return os.system, (self.command,)
 
 
+KINDS: dict[str, Callable[[], Tensor]] = {
+    "sparse_coo": lambda: torch.zeros(10).to_sparse(),
+    "int32": lambda: torch.zeros(10, dtype=torch.int32),
+    "complex64": lambda: torch.zeros(10, dtype=torch.complex64),
+    "meta": lambda: torch.zeros(10, device="meta"),
+    "qint8": lambda: torch.quantize_per_tensor(torch.zeros(10), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of kinds that it is about to drop
+def test_tensors_that_are_no_weights(tmp_path: Path, kind: str) -> None:
+    torch.save({**network_of().state_dict(), "fc.bias": KINDS[kind]()}, tmp_path / "odd.pt")
+    text = refused(tmp_path / "odd.pt")
+    assert "1 of another kind: fc.bias" in text
+    assert kind in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_other_precisions_are_copied(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in network_of().state_dict().items()}
+    torch.save(state, tmp_path / "half.pt")
+    for name, tensor in load(tmp_path / "half.pt").items():
+        assert torch.equal(tensor, state[name].to(tensor.dtype))
+
+
+def test_what_fp32_cannot_hold(tmp_path: Path) -> None:
+    state = {name: t.double() for name, t in network_of().state_dict().items()}
+    state["fc.bias"][0] = 1e300
+    torch.save(state, tmp_path / "large.pt")
+    assert "not finite in fp32: fc.bias" in refused(tmp_path / "large.pt")
+
+
+@pytest.mark.parametrize("prefix", ["module.module.", "_orig_mod.", "model.", "module._orig_mod.", "model.student."])
+def test_whatever_wrapped_the_network(tmp_path: Path, prefix: str) -> None:
+    network = network_of()
+    torch.save(prefixed(prefix, network.state_dict()), tmp_path / "wrapped.pt")
+    same_logits(load(tmp_path / "wrapped.pt"), network)
+
+
+def test_a_file_that_changed_since_it_was_planned_with(tmp_path: Path) -> None:
+    torch.save(network_of().state_dict(), tmp_path / "net.pt")
+    with pytest.raises(KnownError, match="has changed since this run began"):
+        load_weights(tmp_path / "net.pt", given(sha256="0"))
+
+
+def test_nothing_else_is_allowed() -> None:
+    kinds = [g for g in allowed_globals() if isinstance(g, type) and issubclass(g, np.dtype) and g is not np.dtype]
+    assert all(kind().kind in "biuf" for kind in kinds)  # numbers: no objects, no text
+    rest = [g[1] if isinstance(g, tuple) else g for g in allowed_globals() if g not in kinds]
+    assert rest == [
+        argparse.Namespace,
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+        np.dtype,
+    ]
+
+
+class Calls:
+    """Calls anything when it is unpickled."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("function", ["eval", "touch", "Popen", "getattr"])
+def test_whatever_it_calls_is_not_called(tmp_path: Path, function: str, nested: bool) -> None:
+    trace = tmp_path / "pwned"
+    evil = {
+        "eval": Calls(eval, f"open({str(trace)!r}, 'w')"),
+        "touch": Calls(Path.touch, trace),
+        "Popen": Calls(subprocess.Popen, ["touch", str(trace)]),
+        "getattr": Calls(getattr, trace, "touch"),
+    }[function]
+    content = {"model": network_of().state_dict(), "opt": argparse.Namespace(a=evil) if nested else evil}
+    torch.save(content, tmp_path / "evil.pth")
+    assert "it asks Python for" in refused(tmp_path / "evil.pth")
+    assert not trace.exists()
+
+
 @pytest.mark.parametrize("kind", ["pickle", "zip", "legacy"])
 def test_a_malicious_pickle_runs_nothing(tmp_path: Path, kind: str) -> None:
     file, trace = tmp_path / "evil.pth", tmp_path / "pwned"
@@ -198,10 +294,16 @@ def test_a_malicious_pickle_runs_nothing(tmp_path: Path, kind: str) -> None:
         file.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, file, _use_new_zipfile_serialization=kind == "zip")
-    text = refused(file, given())
+    text = refused(file)
     assert "\n" not in text
     assert "cannot be loaded as weights and plain data alone" in text
     assert kind == "pickle" or "asks Python for posix.system" in text
+    assert not trace.exists()
+
+
+def test_a_run_refuses_a_malicious_pickle_in_one_line(tmp_path: Path) -> None:
+    file, trace = tmp_path / "evil.pth", tmp_path / "pwned"
+    file.write_bytes(pickle.dumps({"model": network_of().state_dict(), "epoch": Evil(f"touch {trace}")}))
     done = run_py(*QUICK, "teacher=resnet8", f"teacher.checkpoint={file}", "hydra.run.dir=out", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert not trace.exists()
@@ -213,7 +315,7 @@ def test_a_malicious_pickle_runs_nothing(tmp_path: Path, kind: str) -> None:
         (b"", "cannot be loaded as weights and plain data alone"),
         (b"half of a", "cannot be loaded as weights and plain data alone"),
         (b"PK\x03\x04 torn", "cannot be loaded as weights and plain data alone"),
-        ({"epoch": 3, "weights": 4}, "holds no weights: .* only epoch, weights"),
+        ({"epoch": 3, "weights": 4}, "holds no weights: .* its keys are epoch, weights"),
         ([1, 2], "holds no weights"),
         ({}, "holds no weights"),
         ({"model": {}}, "holds no weights"),
@@ -227,10 +329,10 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, content: Any, message: st
     else:
         torch.save(content, file)
     with pytest.raises(KnownError, match=message):
-        load_weights(file, given())
+        load(file)
     (tmp_path / "file.safetensors").write_bytes(b"no header")
     with pytest.raises(KnownError, match="cannot be read"):
-        load_weights(tmp_path / "file.safetensors", given())
+        load(tmp_path / "file.safetensors")
 
 
 # keys -------------------------------------------------------------------------------------------------------------
@@ -269,7 +371,10 @@ def saved(tmp_path: Path, name: str = "plane4") -> tuple[Path, nn.Module]:
 
 
 def test_a_run_on_given_weights(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, network = saved(tmp_path)
+    own = job("method=scratch", "model=plane4", folder="own")["chain"][0]
+    network = kd.load(own["key"], tmp_path / "store").network  # one that can tell how it sees images
+    file = tmp_path / "best_model.tar"
+    torch.save({"state_dict": network.state_dict()}, file)
     stats = "{mean: [0.1, 0.2, 0.3], std: [0.5, 0.6, 0.7]}"
     result = job(f"teacher.checkpoint={file}", f"teacher.normalize={stats}")
     teacher, student = result["chain"]
@@ -283,6 +388,16 @@ def test_a_run_on_given_weights(job: Job, tmp_path: Path, capsys: pytest.Capture
     images = torch.rand(4, 3, 16, 16)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
     torch.testing.assert_close(back(images), network((images - mean) / std))
+    arrays = digits.read(tmp_path, None)
+    scans = torch.from_numpy(arrays.test_images).permute(0, 3, 1, 2) / 255
+    labels = torch.from_numpy(arrays.test_labels)
+
+    def accuracy(mean: Tensor | float, std: Tensor | float) -> float:
+        with torch.no_grad():
+            return 100 * (network((scans - mean) / std).argmax(1) == labels).double().mean().item()
+
+    assert teacher["test_acc"] == pytest.approx(accuracy(mean, std), abs=1e-3)
+    assert teacher["test_acc"] != own["test_acc"] == pytest.approx(accuracy(0.30543, 0.37534), abs=1e-3)
     file.rename(tmp_path / "moved.tar")  # a path decides nothing
     again = job(f"teacher.checkpoint={tmp_path / 'moved.tar'}", f"teacher.normalize={stats}")
     assert [outcome["reused"] for outcome in again["chain"]] == [True, True]

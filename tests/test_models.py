@@ -353,3 +353,56 @@ def test_normalized_takes_both_kinds_of_images() -> None:
     for wrong in (images[:, :1], images[0], images.long()):
         with pytest.raises(ValueError, match="images should be"):
             network(wrong)
+
+
+# What counts, names and sizes cannot see: the order in which modules are applied, first to last.
+ORDERS = {
+    "plane2": "conv_layers.0 .1 .2 .3 .4 .5 .6 .7 fc_layers.0",
+    "net": "conv1 bn1 pool relu conv2 bn2 pool relu conv3 bn3 pool relu fc1 fcbn1 relu fc2",
+    "mlp": "fc1 relu fc2 relu fc3",
+    "resnet8": "conv1 bn1 relu layer1.0.conv1 .bn1 .relu .conv2 .bn2 .relu layer2.0.downsample.0 .1",
+    "resnet18": "conv1 bn1 relu layer1.0.conv1 .bn1 .relu .conv2 .bn2 .relu layer1.1.conv1 .bn1 .relu .conv2 .bn2",
+    "resnet50": "conv1 bn1 relu layer1.0.conv1 .bn1 .relu .conv2 .bn2 .relu .conv3 .bn3",
+    "preresnet20": "conv1 layer1.0.bn1 .relu .conv1 .bn2 .relu .conv2 layer1.1.bn1 .relu .conv1 .bn2 .relu .conv2",
+    "preresnet44": "conv1 layer1.0.downsample.0 layer1.0.bn1 .relu .conv1 .bn2 .relu .conv2 .bn3 .relu .conv3",
+    "resnext29_8x64d": "conv_1_3x3 bn_1 relu stage_1.stage_1_bottleneck_0.conv_reduce .bn_reduce .relu .conv_conv .bn",
+    "densenet121": "conv1 features.dense_block_layer_0.bottle_neck_layer_0.bottle_neck.0 .1 .2 .3 .4 .5",
+    "mobilenetv2": "pre.0 .1 .2 stage1.residual.0 .1 .2 .3 .4 .5 .6 .7 stage2.0.residual.0",
+    "shufflenetv2": "pre.0 .1 stage2.0.shortcut.0 .1 .2 .3 .4 stage2.0.residual.0 .1 .2 .3 .4 .5 .6 .7",
+}
+ENDS = {
+    "preresnet20": "bn relu fc",
+    "preresnet110": "bn relu fc",
+    "densenet121": "features.bn .relu linear",
+    "resnext29_8x64d": "classifier",
+    "mobilenetv2": "conv1.0 .1 .2 conv2",
+    "shufflenetv2": "conv5.0 .1 .2 fc",
+}
+
+
+def modules_in_order(name: str) -> list[str]:
+    from torch import fx
+
+    with torch.device("meta"):
+        traced = fx.symbolic_trace(build(name, num_classes=10))
+    return [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+
+
+def spelled_out(text: str) -> list[str]:
+    """`.1` stands for the neighbour of the module before it."""
+    names: list[str] = []
+    for word in text.split():
+        names.append(f"{names[-1].rpartition('.')[0]}{word}" if word.startswith(".") else word)
+    return names
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_modules_are_applied_in_order(name: str) -> None:
+    wanted = spelled_out(ORDERS[name])
+    assert modules_in_order(name)[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_last_modules(name: str) -> None:
+    wanted = spelled_out(ENDS[name])
+    assert modules_in_order(name)[-len(wanted) :] == wanted

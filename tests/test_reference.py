@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import kd
 from kd import train as training
 from kd.config import plan
 from kd.datasets import specify
@@ -108,7 +110,9 @@ def test_takds_teacher_is_trained_by_the_rule_of_the_students_family() -> None:
         (("model.train.select=last",), r"train.select=best_test \(got last\)"),
         (("teacher=resnet18",), r"teacher resnet18: .* TAKD's \(resnet8\) has no such network"),
         (("method=trained_teacher",), "runs TAKD's code for resnet8, which has scratch, kd, ta"),
-        (("model=net", "teacher=resnet18", "method=ta"), "which has scratch, kd, trained_teacher"),
+        (("teacher=resnet18", "teacher.checkpoint=weights.pt"), r"teacher resnet18: .* has no such network"),
+        (("train.lr=0.05",), r"train.lr=0.01 \(got 0.05\)"),
+        (("model=net", "teacher=resnet18", "train.momentum=0.5", "train.weight_decay=0.1"), "train.weight_decay=0.0"),
     ],
 )
 def test_what_contradicts_it_is_refused(overrides: tuple[str, ...], message: str) -> None:
@@ -116,11 +120,18 @@ def test_what_contradicts_it_is_refused(overrides: tuple[str, ...], message: str
         planned("dataset=cifar10", *overrides)
 
 
+def test_networks_that_are_not_trained_are_not_judged() -> None:
+    assert len(planned("dataset=cifar10", "model=resnet18", "method=scratch")) == 1  # with resnet20 as the teacher
+    with pytest.raises(KnownError) as caught:
+        planned("dataset=cifar10", "model=resnet18", "method=scratch", "train.batch_size=64")
+    assert str(caught.value).count("\n") == 0
+
+
 def test_the_released_codes_own_flags_stay_free() -> None:
-    stage = planned("dataset=cifar10", "train.epochs=4", "train.lr=0.05", "train.momentum=0.8", "train.precision=fp32")[
-        -1
-    ]
-    assert (stage.train.epochs, stage.train.lr, stage.train.momentum) == (4, 0.05, 0.8)
+    takd = planned("dataset=cifar10", "train.epochs=4", "train.momentum=0.8", "train.precision=fp32")[-1].train
+    assert (takd.epochs, takd.momentum) == (4, 0.8)
+    own = planned("dataset=cifar10", "model=preresnet20", "teacher=net", "model.train.lr=0.05", "train.epochs=4")
+    assert (own[-1].train.epochs, own[-1].train.lr, own[0].train.lr) == (4, 0.05, 1e-3)
 
 
 def test_every_network_has_a_reference() -> None:
@@ -292,3 +303,13 @@ def test_a_run_names_its_mode(job: Callable[..., Any], capsys: pytest.CaptureFix
     assert result["chain"][1]["loss"]["reduction"] == "mean"
     written = json.loads((tmp_path / "store" / result["chain"][1]["key"] / "stage.json").read_text())["stage"]
     assert tuple(written["dataset"]["mean"]) == TAKD[0]
+
+
+def test_a_chain_in_float64_stays_there(job: Callable[..., Any], tmp_path: Any) -> None:
+    result = job("train.precision=fp64", "train.epochs=1", "method=kd")
+    for outcome in result["chain"]:
+        network = kd.load(outcome["key"], tmp_path / "store")
+        assert {p.dtype for p in network.parameters()} == {torch.float64}
+        assert network(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)).dtype == torch.float64
+        saved = load_file(tmp_path / "store" / outcome["key"] / "model.safetensors")
+        assert all(torch.equal(saved[name], tensor) for name, tensor in network.network.state_dict().items())

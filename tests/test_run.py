@@ -316,7 +316,7 @@ def test_what_only_shows_later_is_one_line_too(tmp_path: Path, overrides: tuple[
 
 def test_a_store_among_the_jobs_is_no_job(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job("method=scratch", "seed=0,1", f"runtime.store={tmp_path / 'out' / 'store'}", multirun=True)
-    assert "2 jobs, all with" in " ".join(capsys.readouterr().out.split())
+    assert "2 jobs, mode paper, all with" in " ".join(capsys.readouterr().out.split())
     report.compare(tmp_path / "out")
 
 

@@ -28,6 +28,8 @@ def prepare(root: Path, data_root: Path, threads: int) -> Facts:
 
     Raises KnownError, naming files, where neither is there or the folder is not as the archive has it.
     """
+    if root.suffix == ".zip":
+        root = root.with_suffix("")
     if not root.is_dir():
         _unpack(root.with_name(f"{root.name}.zip"), root)
     classes = _classes(root)
@@ -63,7 +65,7 @@ def _unpack(archive: Path, root: Path) -> None:
             if not (partial / _NAME).is_dir():
                 raise zipfile.BadZipFile(f"no folder {_NAME}/ in it")
             (partial / _NAME).rename(root)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted, unknown
             raise KnownError(f"{archive} is not whole, or not {_URL} ({error}): fetch it again") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
