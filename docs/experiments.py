@@ -30,10 +30,11 @@ python run.py -m experiment=tt/cifar10/normal_resnet18_net,tt/cifar10/nasty_resn
 ```
 
 Everything else stays yours: `mode=reference` for the released code's numerics, `train.epochs=15` for a short look,
-`method.T=…`, `seed=…`, another copy of the images. A chain is written oldest first; what stands behind a network is how
-it is trained: nothing for cross-entropy, T and λ for a student of the network before it, T and w for a teacher that
-learns to teach against the frozen network before it (w < 0: that turns nasty). Networks that chains share are trained
-once. A nasty or trained teacher by itself is the second stage of its chains, and printed with them.
+`method.T=…`, `seed=…`, another copy of the images by `dataset=folder dataset.root=…` (the recipe stays the
+experiment's). A chain is written oldest first; what stands behind a network is how it is trained: nothing for
+cross-entropy, T and λ for a student of the network before it, T and w for a teacher that learns to teach against the
+frozen network before it (w < 0: that turns nasty). Networks that chains share are trained once. A nasty or trained
+teacher by itself is the second stage of its chains, and printed with them.
 
 *Written by `make docs`; a test holds it to the files.*
 """

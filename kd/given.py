@@ -116,7 +116,9 @@ def _read(path: Path) -> Any:
         raise KnownError(f"teacher.checkpoint: {path} cannot be read ({' '.join(str(error).split())})") from error
     except Exception as error:  # whatever a foreign file makes torch's reader stumble over
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks Python for {asked[1]}" if asked else "it holds something else, or is damaged"
+        reason = "it holds something else, or is damaged"
+        if asked:
+            reason = f"it asks Python for {asked[1]}; torch.save(network.state_dict(), …) writes a file that does not"
         raise KnownError(
             f"teacher.checkpoint: {path} cannot be loaded as weights and plain data alone ({reason})"
         ) from error
@@ -154,8 +156,8 @@ def _is_state(candidate: Any) -> bool:
 
 
 def _unwrapped(state: State) -> State:
-    """Names as the network itself has them: without what DataParallel, torch.compile and Lightning put before all."""
-    for prefix in ("module.", "_orig_mod.", "model."):
+    """Names as the network itself has them, without what DataParallel, torch.compile, Lightning or we put before."""
+    for prefix in ("module.", "_orig_mod.", "model.", "network."):
         if all(name.startswith(prefix) for name in state):
             return _unwrapped(_without(state, prefix))
     return state

@@ -81,7 +81,7 @@ def _teacher(sections: dict[str, Any]) -> Iterator[str]:
     if teacher.checkpoint is None:
         for key in ("part", "normalize"):
             if getattr(teacher, key) is not None:
-                yield f"teacher.{key}: is read with teacher.checkpoint=<file> alone"
+                yield f"teacher.{key}: says how to read teacher.checkpoint=<file>, which is not set"
         return
     for key in teacher.train.model_dump(exclude_none=True):
         yield f"teacher.train.{key}: a teacher from teacher.checkpoint is not trained"

@@ -19,13 +19,16 @@ from kd.losses import Loss
 from kd.partial import Partial
 from kd.progress import StageProgress
 from kd.spec import Frozen, KnownError
-from kd.stage import Given, Role, RuntimeSpec, Select, Source, Stage
+from kd.stage import Given, Normalization, Role, RuntimeSpec, Select, Source, Stage
 from kd.statistics import spread
 from kd.store import StageResult, Store, Trained
 from kd.tracking import Tracker
 
 if TYPE_CHECKING:
     from kd.datasets.data import Data
+
+
+_NEAR_CHANCE = 2  # times chance
 
 
 class Outcome(Frozen):
@@ -42,6 +45,7 @@ class Outcome(Frozen):
     epochs: int
     seconds: float  # that its training took, whenever that was
     select: Select | None  # how its epoch was chosen
+    normalize: Normalization | None = None  # of somebody's weights: how they see images
     reused: bool
 
 
@@ -113,6 +117,7 @@ class Pipeline:
             seed=stage.seed if stage else None,
             loss=stage.loss if stage else None,
             select=stage.train.select if stage else None,
+            normalize=None if stage else source.normalize,
             reused=reused,
             **result.model_dump(exclude={"selected_epoch"}),
         )
@@ -122,6 +127,7 @@ class Pipeline:
             raise KnownError(
                 f"teacher {outcome.model} ({outcome.key}) has {outcome.test_acc:.2f} % on the test set, less than "
                 f"teacher.min_acc={self.min_acc:g}: nothing is trained on it"
+                + (f"; it sees images by {outcome.normalize}" if outcome.normalize else "")
             )
         return outcome
 
@@ -151,6 +157,8 @@ class Pipeline:
         )
         self._keep(given, Trained(state, [], result), {"file": self.checkpoint.name})
         print(f"{given.role} {given.model}: {self.checkpoint.name} has {result.test_acc:.2f} % on the test set")
+        if result.test_acc < _NEAR_CHANCE * 100 / given.dataset.num_classes:
+            print(f"  that is near chance: is it the right file, and does it see images by {given.normalize}?")
 
     def _train(self, stage: Stage) -> None:
         from kd.guide import Guide

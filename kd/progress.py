@@ -86,8 +86,11 @@ class StageProgress:
         self._log(self._stage, metrics)
         self._epoch += 1
         self._guide_done, self._phase_began = 0, time.monotonic()
-        val = metrics["val_acc"]
-        self._status = f"loss {metrics['loss']:.4f}" + (f"  val {val:.2f} %" if val is not None else "")
+        shown = [f"loss {metrics['loss']:.4f}"]
+        for name in ("val", "test"):
+            if (accuracy := metrics.get(f"{name}_acc")) is not None:
+                shown.append(f"{name} {accuracy:.2f} %")
+        self._status = "  ".join(shown)
         self._show()
         self._line()
 

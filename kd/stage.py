@@ -23,6 +23,13 @@ Channels = tuple[float, float, float]
 Deviation = Annotated[float, Field(gt=0)]
 Augment = Literal["none", "crop_flip", "rotate_flip"]
 
+
+def _fraction(milestone: float) -> float:
+    if not 0 < milestone < 1:
+        raise ValueError("should be a fraction of the epochs, between 0 and 1: 80 of 160 is 0.5")
+    return milestone
+
+
 # The settings of a training, each with its range; TrainSpec has all of them, TrainOverrides any.
 Epochs = Annotated[int, Field(ge=1)]
 BatchSize = Annotated[int, Field(ge=1)]
@@ -31,7 +38,7 @@ LearningRate = Annotated[float, Field(gt=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 WeightDecay = Annotated[float, Field(ge=0)]
 Schedule = Literal["constant", "step", "cosine"]
-Milestones = tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+Milestones = tuple[Annotated[float, AfterValidator(_fraction)], ...]
 Gamma = Annotated[float, Field(gt=0, le=1)]
 Warmup = Annotated[int, Field(ge=0)]
 Select = Literal["best_val", "last", "best_test", "best_test_batches"]
@@ -57,6 +64,10 @@ class Normalization(Frozen):
 
     mean: Channels
     std: tuple[Deviation, Deviation, Deviation]
+
+    def __str__(self) -> str:
+        mean, std = ("/".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return f"mean {mean}, std {std}"
 
 
 class TrainSpec(Frozen):

@@ -16,7 +16,7 @@ from kd.losses import Loss
 from kd.pipeline import Outcome, ReplicatedResult, RunResult
 from kd.progress import console
 from kd.spec import KnownError
-from kd.stage import Given, Select, Source, Stage, TrainSpec
+from kd.stage import Given, Normalization, Select, Source, Stage, TrainSpec
 from kd.store import Store
 
 SELECTED: dict[Select | None, str] = {
@@ -24,7 +24,7 @@ SELECTED: dict[Select | None, str] = {
     "last": "last epoch",
     "best_test": "EPOCH CHOSEN ON THE TEST SET, as the papers did",
     "best_test_batches": "EPOCH CHOSEN ON THE TEST SET, by the mean of its batches' accuracies, as Trained Teacher did",
-    None: "somebody's weights",
+    None: "given weights",
 }
 
 
@@ -75,7 +75,8 @@ def print_run(result: RunResult) -> None:
     out.print(table)
     for outcome in result.chain[:-1]:
         if outcome.select != student.select:
-            out.print(f"{outcome.role} {outcome.model}: {SELECTED[outcome.select]}", highlight=False)
+            seen = f", which see images by {outcome.normalize}" if outcome.normalize else ""
+            out.print(f"{outcome.role} {outcome.model}: {SELECTED[outcome.select]}{seen}", highlight=False)
     if isinstance(result, ReplicatedResult):
         each = ", ".join(f"{replicate.test_acc:.2f}" for replicate in result.replicates)
         seeds = f"seeds {result.replicates[0].seed}–{result.replicates[-1].seed}"
@@ -202,13 +203,14 @@ def print_plan(mode: str, students: Sequence[Stage], store: Store, retrain: bool
         trainings.setdefault(_training(stage.train), []).append(f"{stage.role} {stage.model}")
     for source in sources.values():
         if isinstance(source, Given):
-            mean, std = _numbers(source.normalize.mean), _numbers(source.normalize.std)
-            out.print(f"{source.role} {source.model}: given; it sees images by mean {mean}, std {std}", highlight=False)
+            unread = f"{source.role} {source.model}: given, and not opened by a dry run"
+            out.print(f"{unread}; it sees images by {source.normalize}", highlight=False)
     data = next(iter(sources.values())).dataset
     for training, networks in trainings.items():
         out.print(f"{', '.join(dict.fromkeys(networks))}: {training}", highlight=False, markup=False)
-    shown = f"images: augment {data.augment}, mean {_numbers(data.mean)}, std {_numbers(data.std)}"
-    out.print(f"{shown}; {data.val_fraction:g} of them for validation", highlight=False)
+    shown = f"images: augment {data.augment}, {Normalization(mean=data.mean, std=data.std)}"
+    kept = f"{100 * data.val_fraction:g} % of them are for validation" if data.val_fraction else "all of them train"
+    out.print(f"{shown}; {kept}", highlight=False)
     out.print(f"{len(stages) - len(there)} of {len(stages)} stages to train", highlight=False)
 
 
@@ -217,7 +219,3 @@ def _planned(source: Source) -> tuple[str, ...]:
         return source.role, source.model, "", "", "", source.key
     loss = f"{source.loss.name} {_parameters(source.loss)}"
     return source.role, source.model, str(source.seed), loss, str(source.train.epochs), source.key
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return "/".join(f"{value:.4g}" for value in values)

@@ -235,7 +235,9 @@ def test_what_fp32_cannot_hold(tmp_path: Path) -> None:
     assert "not finite in fp32: fc.bias" in refused(tmp_path / "large.pt")
 
 
-@pytest.mark.parametrize("prefix", ["module.module.", "_orig_mod.", "model.", "module._orig_mod.", "model.student."])
+@pytest.mark.parametrize(
+    "prefix", ["module.module.", "_orig_mod.", "model.", "network.", "module._orig_mod.", "model.student."]
+)
 def test_whatever_wrapped_the_network(tmp_path: Path, prefix: str) -> None:
     network = network_of()
     torch.save(prefixed(prefix, network.state_dict()), tmp_path / "wrapped.pt")
@@ -383,6 +385,8 @@ def test_a_run_on_given_weights(job: Job, tmp_path: Path, capsys: pytest.Capture
     assert " given" in out
     assert (teacher["role"], teacher["seed"], teacher["loss"], teacher["epochs"]) == ("teacher", None, None, 0)
     assert teacher["val_acc"] is None
+    assert teacher["normalize"] == {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    assert "given weights, which see images by mean 0.1/0.2/0.3, std 0.5/0.6/0.7" in out
     assert (student["role"], student["reused"]) == ("student", False)
     back = kd.load(teacher["key"], tmp_path / "store")
     images = torch.rand(4, 3, 16, 16)
@@ -409,7 +413,7 @@ def test_a_run_on_given_weights(job: Job, tmp_path: Path, capsys: pytest.Capture
 def test_a_dry_run_shows_what_is_given(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, _ = saved(tmp_path)
     job("dry_run=true", "replicates=2", f"teacher.checkpoint={file}", multirun=True)
-    assert "given" in capsys.readouterr().out
+    assert "given, and not opened by a dry run; it sees images by mean 0.3054" in capsys.readouterr().out
     assert not (tmp_path / "store").exists()
 
 
@@ -419,7 +423,10 @@ def test_a_bad_teacher_teaches_nobody(
 ) -> None:
     extra = [f"teacher.checkpoint={saved(tmp_path)[0]}"] if given_weights else []
     job("teacher.min_acc=99.9", *extra, multirun=True, code=1)
-    assert "less than teacher.min_acc=99.9: nothing is trained on it" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "less than teacher.min_acc=99.9: nothing is trained on it" in said.err
+    assert ("it sees images by mean 0.3054/0.3054/0.3054" in said.err) == given_weights
+    assert ("that is near chance: is it the right file" in said.out) == given_weights
     assert len([*(tmp_path / "store").glob("*/result.json")]) == 1  # the teacher's alone
     job("teacher.min_acc=1", *extra)
 

@@ -32,7 +32,7 @@ def test_result_json(job: Job) -> None:
     assert set(result) == {"chain", "objective", "mode", "method", "dataset"}
     teacher, student = result["chain"]
     promised = {"role", "model", "key", "params", "val_acc", "test_acc", "epochs", "seconds", "reused"}
-    assert set(student) == promised | {"select", "seed", "loss"}
+    assert set(student) == promised | {"select", "seed", "loss", "normalize"}
     assert student["loss"] == {"name": "distill", "T": 4.0, "lambda": 0.5, "reduction": "batchmean"}
     assert (teacher["role"], student["role"]) == ("teacher", "student")
     assert result["objective"] == student["val_acc"]
