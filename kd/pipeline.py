@@ -161,17 +161,20 @@ class Pipeline:
             print(f"  that is near chance: is it the right file, and does it see images by {given.normalize}?")
 
     def _train(self, stage: Stage) -> None:
-        from kd.guide import Guide
+        from kd.guide import Guide, open_bank
         from kd.train import train_stage
 
-        guide = None
+        guide, data = None, self._data(stage)
         if stage.guide is not None:
-            guide = Guide(self.store.network(stage.guide.key), self._data(stage), stage.train.precision, self._device)
+            seeing = data, stage.train.precision, self._device
+            key, bank = stage.guide.key, None
+            if self.runtime.bank:
+                bank = open_bank(self.store.banks, key, self.store.fingerprint(key), *seeing)
+            guide = Guide(self.store.network(key), *seeing, bank)
         runtime = self._runtime()
         partial = Partial(self.store.partial(stage.key), stage, runtime, self.runtime.checkpoint_every)
         if self.runtime.retrain:
             partial.remove()
-        data = self._data(stage)
         with StageProgress(stage, len(data.train), self.tracker.log) as watch:
             trained = train_stage(stage, data, guide, self._device, watch, partial)
         self._keep(stage, trained, {})

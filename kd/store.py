@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -94,6 +95,13 @@ class Store:
         *_, weight = network.parameters()
         return Normalized(network, source.normalize.mean, source.normalize.std).to(weight.dtype).eval()
 
+    def fingerprint(self, key: str) -> str:
+        """The hash of a finished stage's weights. Raises KnownError where they cannot be read."""
+        try:
+            return hashlib.sha256((self.root / key / "model.safetensors").read_bytes()).hexdigest()
+        except OSError as error:
+            raise self._damaged(key, error) from error
+
     def save(self, source: Source, trained: Trained, made_with: dict[str, Any]) -> None:
         """Publish a finished stage or somebody's network, in place of an earlier one of the same key.
 
@@ -134,6 +142,11 @@ class Store:
             raise
         _sync(self.root)
         shutil.rmtree(old, ignore_errors=True)
+
+    @property
+    def banks(self) -> Path:
+        """Where guides' logits are kept; disposable."""
+        return self.root / "bank"
 
     def partial(self, key: str) -> Path:
         """The folder of an unfinished stage's checkpoint."""

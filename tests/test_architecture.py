@@ -14,7 +14,7 @@ ROWS = [
     ["kd.stage"],
     ["kd.models", "kd.datasets", "kd.recipes"],
     ["kd.methods"],
-    ["kd.store", "kd.partial", "kd.given"],
+    ["kd.bank", "kd.store", "kd.partial", "kd.given"],
     ["kd.guide", "kd.tracking", "kd.progress"],
     ["kd.train", "kd.config"],
     ["kd.parsing"],

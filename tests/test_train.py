@@ -356,14 +356,14 @@ def test_a_guide_is_folded_and_its_logits_stay_finite(data: Data) -> None:
     with torch.no_grad():
         network.network.get_submodule("fc_layers.0").weight.mul_(1e6)  # type: ignore[union-attr, operator]
     guide = Guide(network, data, "bf16", "cpu")
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in guide._network.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in guide._folded.modules())
     assert torch.isfinite(guide.logits(np.arange(9), np.full(9, 80), lambda n: None)).all()
 
 
 def test_a_guide_is_left_as_it_was(data: Data) -> None:
     teacher, network = teacher_of(data)
     guide = Guide(network, data, "fp32", "cpu")
-    for watched in (network, guide._network):
+    for watched in (network, guide._folded):
         before = {name: tensor.clone() for name, tensor in watched.state_dict().items()}
         train_stage(a_stage(data, guide=teacher), data, guide, "cpu", Silent())
         assert all(torch.equal(tensor, before[name]) for name, tensor in watched.state_dict().items())
