@@ -33,28 +33,35 @@ def show(padded: Tensor, samples: Tensor, views: Tensor, augment: str) -> Tensor
     """The views [batch] of samples [batch]: uint8 [batch, 3, height, width] in channels_last order."""
     if augment == "none":
         return padded[samples].permute(0, 3, 1, 2)
-    if augment == "rotate_flip":
-        return _rotate_flip(padded, samples, views)
-    size = padded.shape[1] - 2 * _PAD
-    offset, flip = views // 2, views % 2
-    along = torch.arange(size, device=padded.device)
-    rows = (offset // _OFFSETS)[:, None] + along
-    columns = (offset % _OFFSETS)[:, None] + torch.where(flip[:, None] == 1, along.flip(0), along)
-    return padded[samples[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _rotate_flip(padded: Tensor, samples: Tensor, views: Tensor) -> Tensor:
-    size = padded.shape[1] - 2 * _BORDER["rotate_flip"]
+    size = padded.shape[1] - 2 * _BORDER[augment]
     first = samples * padded.shape[1] ** 2
-    pixels = first[:, None] + _sources(size, padded.device)[views]
+    pixels = first[:, None] + _sources(augment, size, padded.device)[views]
     # index_select of whole pixels: more than twice as fast as an index for each dimension.
     shown = padded.flatten(0, 2).index_select(0, pixels.flatten())
     return shown.view(len(samples), size, size, 3).permute(0, 3, 1, 2)
 
 
 @cache
-def _sources(size: int, device: torch.device) -> Tensor:
-    """Where each pixel of each rotate_flip comes from: positions in a padded image [view, size·size].
+def _sources(augment: str, size: int, device: torch.device) -> Tensor:
+    """Where each pixel of each view comes from: positions in a padded image [view, size·size]."""
+    rows, columns = {"crop_flip": _crops, "rotate_flip": _rotations}[augment](size)
+    positions = rows * (size + 2 * _BORDER[augment]) + columns
+    flipped = positions[:, :, ::-1]
+    both = np.stack([positions, flipped], axis=1)
+    return torch.from_numpy(both.reshape(COUNT[augment], size**2)).to(device)
+
+
+def _crops(size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and column of each pixel of each crop [crop, size, size], in the padded image."""
+    along = np.arange(size)
+    top, left = np.divmod(np.arange(_OFFSETS**2), _OFFSETS)
+    rows, columns = top[:, None, None] + along[:, None], left[:, None, None] + along
+    shape = (_OFFSETS**2, size, size)
+    return np.broadcast_to(rows, shape), np.broadcast_to(columns, shape)
+
+
+def _rotations(size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and column of each pixel of each rotation [degree, size, size], in the padded image.
 
     As torchvision's rotate: counter-clockwise about the centre, the nearest pixel, black outside. In float64, so
     that no device's last bits decide between two pixels.
@@ -65,10 +72,8 @@ def _sources(size: int, device: torch.device) -> Tensor:
     y = x[:, None]
     columns = np.rint(np.cos(angles) * x - np.sin(angles) * y + centre).astype(np.int64)
     rows = np.rint(np.sin(angles) * x + np.cos(angles) * y + centre).astype(np.int64)
-    inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
-    positions = np.where(inside, (rows + 1) * (size + 2) + columns + 1, 0)
-    both = np.stack([positions, positions[:, :, ::-1]], axis=1)
-    return torch.from_numpy(both.reshape(COUNT["rotate_flip"], size**2)).to(device)
+    outside = (rows < 0) | (rows >= size) | (columns < 0) | (columns >= size)
+    return np.where(outside, 0, rows + 1), np.where(outside, 0, columns + 1)  # the border's corner is black
 
 
 def allowed(augment: str, samples: int, views: int | None, seed: int) -> NDArray[np.int64] | None:
