@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python run.py
 
-.PHONY: help setup demo docs test test-slow
+.PHONY: help setup demo docs bench test test-slow
 
 help: ## print this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ test: setup ## ruff, mypy --strict and the tests
 
 docs: setup ## write docs/experiments.md from conf/experiment
 	$(BIN)/python docs/experiments.py
+
+bench: setup ## training speed beside the usual script's, into results/speed.json: about ten quiet minutes
+	$(BIN)/python -m bench.speed
 
 test-slow: setup ## the tests on real images and long trainings
 	$(BIN)/pytest -m slow
