@@ -17,7 +17,7 @@ from kd.spec import KnownError
 from kd.stage import Given, Normalization
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 State = dict[str, "Tensor"]
 
@@ -54,8 +54,8 @@ def normalizations() -> dict[str, Normalization]:
     return {name: Normalization(mean=mean, std=std) for name, (mean, std) in known.items()}
 
 
-def load_weights(path: Path, given: Given) -> State:
-    """The network's weights in a file of TAKD, Trained Teacher, RepDistiller, mdistiller, torchdistill or a bare one.
+def load_network(path: Path, given: Given) -> nn.Module:
+    """The network in a file of TAKD, Trained Teacher, RepDistiller, mdistiller, torchdistill or of bare weights.
 
     Raises KnownError for a file that is none, that would run code, that has changed since it was planned with, or
     whose weights are not those of `given.model`: whatever is missing, unexpected or of another shape, all at once.
@@ -76,11 +76,11 @@ def load_weights(path: Path, given: Given) -> State:
         raise KnownError("\n".join(_explain(path, given, found, expected)))
     (state,) = fitting.values()
     network.load_state_dict(state, strict=False)  # files of old have no num_batches_tracked
-    loaded = network.state_dict()  # in fp32, which half precision fits into and float64 may not
-    broken = [name for name, tensor in loaded.items() if not tensor.isfinite().all()]
+    # Now in fp32, which half precision fits into and float64 may not.
+    broken = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
     if broken:
         raise KnownError(f"teacher.checkpoint: {path} holds weights that are not finite in fp32: {_some(broken)}")
-    return loaded
+    return network
 
 
 def allowed_globals() -> list[Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd import hardware
 from kd.datasets import load
-from kd.given import load_weights
+from kd.given import load_network
 from kd.losses import Loss
 from kd.partial import Partial
 from kd.progress import StageProgress
@@ -136,15 +136,12 @@ class Pipeline:
 
     def _take(self, given: Given) -> None:
         """Somebody's weights into the store, where a stage's would be, with their accuracy on the test set."""
-        from kd.models import build
         from kd.models.normalized import Normalized
         from kd.train import evaluate
 
         assert self.checkpoint is not None  # a Given is planned from it
         began = time.perf_counter()
-        state = load_weights(self.checkpoint, given)
-        network = build(given.model, num_classes=given.dataset.num_classes, image_size=given.dataset.image_size)
-        network.load_state_dict(state)
+        network = load_network(self.checkpoint, given)
         seeing = Normalized(network, given.normalize.mean, given.normalize.std).to(self._device)
         data = self._data(given)
         result = StageResult(
@@ -155,7 +152,7 @@ class Pipeline:
             selected_epoch=0,
             seconds=round(time.perf_counter() - began, 3),
         )
-        self._keep(given, Trained(state, [], result), {"file": self.checkpoint.name})
+        self._keep(given, Trained(network.state_dict(), [], result), {"file": self.checkpoint.name})
         print(f"{given.role} {given.model}: {self.checkpoint.name} has {result.test_acc:.2f} % on the test set")
         if result.test_acc < _NEAR_CHANCE * 100 / given.dataset.num_classes:
             print(f"  that is near chance: is it the right file, and does it see images by {given.normalize}?")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import kd
 from kd.datasets import digits
-from kd.given import allowed_globals, fingerprint, load_weights, normalizations
+from kd.given import allowed_globals, fingerprint, load_network, normalizations
 from kd.models import build
 from kd.spec import KnownError
 from kd.stage import DatasetSpec, Given, Normalization
@@ -100,7 +100,7 @@ def given(model: str = "resnet8", **changes: Any) -> Given:
 
 
 def load(file: Path, **changes: Any) -> State:
-    return load_weights(file, given(sha256=fingerprint(file), **changes))
+    return load_network(file, given(sha256=fingerprint(file), **changes)).state_dict()
 
 
 def same_logits(state: State, network: nn.Module, name: str = "resnet8") -> None:
@@ -247,7 +247,7 @@ def test_whatever_wrapped_the_network(tmp_path: Path, prefix: str) -> None:
 def test_a_file_that_changed_since_it_was_planned_with(tmp_path: Path) -> None:
     torch.save(network_of().state_dict(), tmp_path / "net.pt")
     with pytest.raises(KnownError, match="has changed since this run began"):
-        load_weights(tmp_path / "net.pt", given(sha256="0"))
+        load_network(tmp_path / "net.pt", given(sha256="0"))
 
 
 def test_nothing_else_is_allowed() -> None:
