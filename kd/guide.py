@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from kd.bank import Bank
@@ -22,12 +22,11 @@ from kd.models.normalized import Normalized
 from kd.stage import FORMAT
 
 # Images a forward, always: the last chunk is padded. With one shape no row depends on its neighbours or its
-# place, so logits may be remembered or computed in any order. 256 was the fastest of 64…1,000 for resnet110.
-CHUNK = 256
-
+# place, so logits may be remembered or computed in any order. 128 was the fastest of 64…1,000 (bench/README.md).
+CHUNK = 128
 
 # Rows computed between two writes to the bank: what a killed process loses at most.
-_BLOCK = 64 * CHUNK
+_BLOCK = 128 * CHUNK
 
 
 class Guide:
@@ -92,7 +91,12 @@ class Guide:
         folded = Normalized(fuse(module), (0.0,) * 3, (1.0,) * 3)
         folded.mean, folded.std = self._network.mean, self._network.std
         dtype = torch.float64 if exact else torch.float32
-        return folded.to(memory_format=torch.channels_last).to(self._device, dtype).eval()
+        folded = folded.to(memory_format=torch.channels_last).to(self._device, dtype).eval()
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._precision)
+        for part in folded.modules():
+            if low is not None and isinstance(part, (nn.Conv2d, nn.Linear)):
+                part.to(low)  # what autocast would do in every chunk
+        return folded
 
 
 def logits_type(precision: str) -> torch.dtype:

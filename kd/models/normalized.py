@@ -32,5 +32,8 @@ class Normalized(nn.Module):
         x = images.to(self.mean.dtype)
         if images.dtype == torch.uint8:
             x = x / 255
-        logits: Tensor = self.network((x - self.mean) / self.std)
+        # Spread over the image first: in channels_last, vectors of three are a third as fast.
+        shape, order = (1, *x.shape[1:]), torch.channels_last
+        mean, std = (each.expand(shape).contiguous(memory_format=order) for each in (self.mean, self.std))
+        logits: Tensor = self.network((x - mean) / std)
         return logits

@@ -46,7 +46,8 @@ class Plane(nn.Module):
         channels = in_channels
         for width in convolutions:
             if width == _POOL:
-                layers.append(nn.MaxPool2d(2))
+                # Before the ReLU: on a quarter of the map, the same numbers and gradients to the bit.
+                layers.insert(-1, nn.MaxPool2d(2))
             else:
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
                 channels = width
