@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python run.py
 
-.PHONY: help setup demo docs bench test test-slow
+.PHONY: help setup demo docs bench profile test test-slow
 
 help: ## print this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,14 +22,17 @@ demo: setup ## compare the four methods on real digits, three students each
 test: setup ## ruff, mypy --strict and the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict kd run.py
+	$(BIN)/mypy --strict kd bench run.py
 	$(BIN)/pytest
 
 docs: setup ## write docs/experiments.md from conf/experiment
 	$(BIN)/python docs/experiments.py
 
-bench: setup ## training speed beside the usual script's, into results/speed.json: about ten quiet minutes
+bench: setup ## training speed beside the usual script's, into results/speed.json and .svg: about 15 quiet minutes
 	$(BIN)/python -m bench.speed
+
+profile: setup ## where a training step's time goes
+	$(BIN)/python -m bench.profile
 
 test-slow: setup ## the tests on real images and long trainings
 	$(BIN)/pytest -m slow

@@ -63,7 +63,7 @@ def images_per_second(
                 log_softmax(output / _T, 1), softmax(taught / _T, 1), reduction="batchmean"
             )
             loss = (1 - _LAMBDA) * loss + _LAMBDA * _T**2 * divergence
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         loss.item()
         if step >= 2:

@@ -66,9 +66,9 @@ class Guide:
             self._bank = None
 
     def _compute(self, samples: NDArray[np.int64], views: NDArray[np.int64], advance: Callable[[int], None]) -> Tensor:
-        device, count = self._device, len(samples)
+        device, home, count = self._device, self._data.home, len(samples)
         padding = -count % CHUNK
-        index, view = (torch.from_numpy(np.pad(a, (0, padding), mode="edge")).to(device) for a in (samples, views))
+        index, view = (torch.from_numpy(np.pad(a, (0, padding), mode="edge")).to(home) for a in (samples, views))
         rounded = logits_type(self._precision)
         # Allocated outside inference_mode: autograd refuses to save an inference tensor for a backward.
         logits = torch.empty(count, self._data.spec.num_classes, dtype=rounded, device=device)

@@ -77,6 +77,26 @@ def describe() -> str:
     return f"{platform.system()} {platform.machine()}, {cpu_count()} processors"
 
 
+def home_of(images: int, device: str) -> str:
+    """Where so many bytes of images are kept: on the device, or in main memory where it would fill half of a GPU."""
+    if device == "cpu":
+        return device
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    if images < free / 2:
+        return device
+    print(f"the images ({images / 1e9:.1f} GB) stay in main memory: {device} has {free / 1e9:.1f} GB free", flush=True)
+    return "cpu"
+
+
+def bring(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device. One from main memory travels while the GPU is still at work on the last batch."""
+    if tensor.device.type == device.type:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def autocast(precision: str, device: str) -> torch.autocast:
     """The context in which every forward of a stage runs, student's and guide's alike."""
     import torch

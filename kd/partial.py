@@ -17,8 +17,8 @@ from kd.stage import Stage
 class Partial:
     """`folder`/state.pt, written every `every` epochs and taken up only under the key and runtime it began with.
 
-    `runtime` is device, threads and torch's version: they move the last bits of a result, so a state that began
-    under others is not continued.
+    `runtime` is device, threads, compiled or not, and torch's version: they move the last bits of a result, so a
+    state that began under others is not continued.
     """
 
     folder: Path
@@ -40,7 +40,8 @@ class Partial:
             self._start_again(f"its checkpoint cannot be read ({type(error).__name__})")
             return None
         if not fits:
-            self._start_again("its checkpoint was made under another device, number of threads or torch")
+            others = "device, number of threads, runtime.compile or torch"
+            self._start_again(f"its checkpoint was made under another {others}")
             return None
         state: dict[str, Any] = record["state"]
         print(f"{self.stage.role} {self.stage.model}: going on after epoch {state['epoch']}", flush=True)

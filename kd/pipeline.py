@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd import hardware
+from kd.compilation import resolve_compile
 from kd.datasets import load
 from kd.given import load_network
 from kd.losses import Loss
@@ -168,16 +169,17 @@ class Pipeline:
             if self.runtime.bank:
                 bank = open_bank(self.store.banks, key, self.store.fingerprint(key), *seeing)
             guide = Guide(self.store.network(key), *seeing, bank)
-        runtime = self._runtime()
+        compiled = resolve_compile(self.runtime.compile, stage, len(data.train), self._device)
+        runtime = {**self._runtime(), "compiled": compiled}
         partial = Partial(self.store.partial(stage.key), stage, runtime, self.runtime.checkpoint_every)
         if self.runtime.retrain:
             partial.remove()
         with StageProgress(stage, len(data.train), self.tracker.log) as watch:
-            trained = train_stage(stage, data, guide, self._device, watch, partial)
-        self._keep(stage, trained, {})
+            trained = train_stage(stage, data, guide, self._device, watch, partial, compiled)
+        self._keep(stage, trained, {"compiled": compiled})
         partial.remove()
 
-    def _keep(self, source: Source, trained: Trained, origin: dict[str, str]) -> None:
+    def _keep(self, source: Source, trained: Trained, origin: dict[str, Any]) -> None:
         made_with = {**self._runtime(), "python": platform.python_version(), "machine": hardware.describe(), **origin}
         self.store.save(source, trained, made_with)
         self._done.add(source.key)

@@ -208,6 +208,7 @@ class RuntimeSpec(Frozen):
     store: str | None = None  # null: store/ in the repository; a path is taken from the working directory
     data: str | None = None  # null: data/ in the repository
     checkpoint_every: int = Field(10, ge=1)  # epochs between two checkpoints of an unfinished stage
+    compile: bool | Literal["auto"] = "auto"  # of the training step; auto: where it pays back over the stage
     bank: bool = True  # keep the guides' logits on disk, for later epochs and runs
     retrain: bool = False
 

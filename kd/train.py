@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd.compilation import compile_network
 from kd.datasets.data import Data
 from kd.guide import Guide
-from kd.hardware import autocast
+from kd.hardware import autocast, bring
 from kd.models import build
 from kd.models.normalized import Normalized
 from kd.partial import Partial
@@ -102,24 +103,34 @@ def make_optimizer(network: nn.Module, train: TrainSpec) -> torch.optim.Optimize
 
 
 def train_stage(
-    stage: Stage, data: Data, guide: Guide | None, device: str, watch: Watch, partial: Partial | None = None
+    stage: Stage,
+    data: Data,
+    guide: Guide | None,
+    device: str,
+    watch: Watch,
+    partial: Partial | None = None,
+    compiled: bool = False,
 ) -> Trained:
     """Train a stage from its seed, or from its checkpoint in `partial`, to its kept weights.
 
-    Raises KnownError, with epoch, step and learning rate, as soon as a loss is not finite.
+    Raises KnownError, with epoch, step and learning rate, for a loss that is not finite: at once on a CPU, at the
+    end of its epoch on a GPU, which would have to be waited for in every step.
     """
-    training = _Training(stage, data, guide, device, watch)
+    training = _Training(stage, data, guide, device, watch, compiled)
     if partial is not None and (state := partial.load()) is not None:
         training.restore(state)
     return training.run(partial)
 
 
 class _Training:
-    def __init__(self, stage: Stage, data: Data, guide: Guide | None, device: str, watch: Watch) -> None:
+    def __init__(
+        self, stage: Stage, data: Data, guide: Guide | None, device: str, watch: Watch, compiled: bool
+    ) -> None:
         self.stage, self.train = stage, stage.train
         self.data, self.guide = data, guide
         self.device, self.watch = device, watch
         self.network = make_network(stage, device)
+        self.compiled = compile_network(self.network, device) if compiled else None
         self.optimizer = make_optimizer(self.network, self.train)
         self.scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=self.train.precision == "fp16")
         self.kept, self.history = _Kept(), list[Metrics]()
@@ -187,26 +198,33 @@ class _Training:
         order = random_stream(seed, epoch, ORDER).permutation(self.data.train)
         views = self.data.draw_views(random_stream(seed, epoch, VIEW))[order]
         guide_logits = self.guide.logits(order, views, self.watch.guided) if self.guide else None
-        samples, view = torch.from_numpy(order).to(device), torch.from_numpy(views).to(device)
+        samples, view = (torch.from_numpy(array).to(self.data.home) for array in (order, views))
+        labels = self.data.labels[samples.to(device)]
+        losses: list[Tensor] = []
         sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=device))
         seen = 0
         self.network.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int(random_stream(seed, epoch, DROPOUT).integers(2**63)))
             for step, batch in enumerate(batches(len(order), self.train.batch_size)):
-                images, labels = self.data.show(samples[batch], view[batch]), self.data.labels[samples[batch]]
-                logits, parts = self._step(images, labels, None if guide_logits is None else guide_logits[batch])
-                self._check(parts["loss"], epoch, step)
+                images, right = self.data.show(samples[batch], view[batch]), labels[batch]
+                logits, parts = self._step(images, right, None if guide_logits is None else guide_logits[batch])
+                losses.append(parts["loss"])
+                if device.type == "cpu":
+                    self._check(losses[-1:], epoch, step)
                 for name, value in parts.items():
-                    sums[name] += value * len(labels)
-                sums["train_acc"] += 100 * (logits.argmax(1) == labels).sum()
-                seen += len(labels)
-                self.watch.stepped(len(labels))
+                    sums[name] += value * len(right)
+                sums["train_acc"] += 100 * (logits.argmax(1) == right).sum()
+                seen += len(right)
+                self.watch.stepped(len(right))
+        self._check(losses, epoch, 0)
         return {name: round(total.item() / seen, 6) for name, total in sums.items()}
 
     def _step(self, images: Tensor, labels: Tensor, guide_logits: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        # One shape is compiled; an epoch's last batch may have another.
+        forward = self.network if self.compiled is None or len(images) < self.train.batch_size else self.compiled
         with autocast(self.train.precision, self.device):
-            logits = self.network(images)
+            logits = forward(images)
         # The loss is computed in fp32 whatever the network computes in, but for fp64.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if guide_logits is not None:
@@ -219,12 +237,15 @@ class _Training:
         self.scaler.update()
         return logits.detach(), {name: part.detach() for name, part in parts.items()}
 
-    def _check(self, loss: Tensor, epoch: int, step: int) -> None:
-        if not torch.isfinite(loss):
+    def _check(self, losses: list[Tensor], epoch: int, first: int) -> None:
+        """Raise for a loss that is not finite, of consecutive steps from `first` on."""
+        finite = torch.isfinite(torch.stack(losses))
+        if not finite.all():
+            step = int((~finite).nonzero()[0])
             lr = learning_rate(self.train, epoch)
             raise KnownError(
-                f"{self.stage.role} {self.stage.model}: the loss is {loss.item()} at epoch {epoch + 1}, "
-                f"step {step + 1}, learning rate {lr:g}; a lower train.lr, train.warmup or "
+                f"{self.stage.role} {self.stage.model}: the loss is {losses[step].item()} at epoch {epoch + 1}, "
+                f"step {first + step + 1}, learning rate {lr:g}; a lower train.lr, train.warmup or "
                 "train.precision=fp32 may help"
             )
 
@@ -252,6 +273,8 @@ def evaluate(
 ) -> float:
     """Top-1 accuracy in percent of uint8 images [sample, height, width, 3], counted exactly; leaves eval mode on.
 
+    Images in main memory are brought to the labels' device.
+
     With `mean_of_batches` it is the mean of the accuracies of batches of that size, in which a smaller last batch
     weighs too much: what Trained Teacher's code reports.
     """
@@ -259,7 +282,8 @@ def evaluate(
     chunks = []
     with torch.inference_mode(), autocast(precision, labels.device.type):
         for start in range(0, len(labels), _EVAL_BATCH):
-            logits = network(images[start : start + _EVAL_BATCH].permute(0, 3, 1, 2))
+            batch = bring(images[start : start + _EVAL_BATCH], labels.device)
+            logits = network(batch.permute(0, 3, 1, 2))
             chunks.append(logits.argmax(1) == labels[start : start + _EVAL_BATCH])
     hits = torch.cat(chunks).double()
     parts = torch.split(hits, mean_of_batches or len(hits))

@@ -12,7 +12,7 @@ ROWS = [
     ["kd.spec"],
     ["kd.losses", "kd.hardware", "kd.problems", "kd.statistics"],
     ["kd.stage"],
-    ["kd.models", "kd.datasets", "kd.recipes"],
+    ["kd.models", "kd.datasets", "kd.recipes", "kd.compilation"],
     ["kd.methods"],
     ["kd.bank", "kd.store", "kd.partial", "kd.given"],
     ["kd.guide", "kd.tracking", "kd.progress"],

@@ -181,7 +181,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(
         train_stage(stage, data, None, "cpu", Interrupted(3), partial)
     other = Partial(tmp_path, stage, {"threads": 2}, every=1)
     assert other.load() is None
-    assert "number of threads or torch; it is trained from the start" in capsys.readouterr().out
+    assert "number of threads, runtime.compile or torch; it is trained from the start" in capsys.readouterr().out
     assert Partial(tmp_path, a_stage(data, epochs=4), {"threads": 1}, every=1).load() is None
     assert partial.load() is not None
     (tmp_path / "state.pt").write_bytes(b"half of a")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kd.datasets import views
 from kd.datasets.base import Arrays
+from kd.hardware import bring, home_of
 from kd.spec import KnownError
 from kd.stage import DatasetSpec
 
@@ -19,9 +20,10 @@ _SPLIT = 0  # the stream of the split's seed that splits; views.py has another
 
 @dataclass(frozen=True)
 class Data:
-    """Images uint8 [sample, height, width, 3] and labels int64 [sample] on the device.
+    """Images uint8 [sample, height, width, 3], and labels int64 [sample] on the device.
 
-    `train` and `val` are positions in `labels`: a sample keeps its number whatever the split.
+    The images are on the device too where it has room for them, and in main memory otherwise: `home`. `train` and
+    `val` are positions in `labels`: a sample keeps its number whatever the split.
     """
 
     spec: DatasetSpec
@@ -37,8 +39,10 @@ class Data:
     def of(cls, spec: DatasetSpec, arrays: Arrays, device: str) -> Data:
         """Arrays brought to the device and split as the spec says. Raises KnownError for a split without images."""
 
-        def tensor(array: NDArray[np.uint8] | NDArray[np.int64]) -> Tensor:
-            return torch.from_numpy(np.array(array)).to(device)
+        home = home_of(arrays.images.nbytes + arrays.test_images.nbytes, device)
+
+        def tensor(array: NDArray[np.uint8] | NDArray[np.int64], place: str = device) -> Tensor:
+            return torch.from_numpy(np.array(array)).to(place)
 
         train, val = split(arrays.labels, spec.val_fraction, spec.split_seed)
         if len(train) == 0 or (len(val) == 0 and spec.val_fraction > 0):
@@ -46,9 +50,9 @@ class Data:
                 f"dataset.val_fraction: {spec.val_fraction:g} of each class leaves {len(train)} training and "
                 f"{len(val)} validation images; choose another, or 0 with train.select=last"
             )
-        padded = views.pad(tensor(arrays.images), spec.augment)
+        padded = views.pad(tensor(arrays.images, home), spec.augment)
         allowed = views.allowed(spec.augment, len(arrays.labels), spec.views, spec.split_seed)
-        test = tensor(arrays.test_images), tensor(arrays.test_labels)
+        test = tensor(arrays.test_images, home), tensor(arrays.test_labels)
         return cls(spec, padded, tensor(arrays.labels), train, val, *test, allowed)
 
     def draw_views(self, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -60,15 +64,23 @@ class Data:
         return chosen
 
     def show(self, samples: Tensor, view: Tensor) -> Tensor:
-        """The given views [batch] of samples [batch]: uint8 [batch, 3, height, width], channels_last."""
-        return views.show(self.padded, samples, view, self.spec.augment)
+        """The given views [batch] of samples [batch], both at `home`: uint8 [batch, 3, height, width], on the device.
+
+        The order of its memory is channels_last.
+        """
+        return bring(views.show(self.padded, samples, view, self.spec.augment), self.labels.device)
+
+    @property
+    def home(self) -> torch.device:
+        """Where the images are."""
+        return self.padded.device
 
     @property
     def val_images(self) -> Tensor:
         """The validation images as they are: uint8 [sample, height, width, 3]."""
         border = (self.padded.shape[1] - self.spec.image_size) // 2
         inside = slice(border, border + self.spec.image_size)
-        return self.padded[torch.from_numpy(self.val).to(self.padded.device)][:, inside, inside]
+        return self.padded[torch.from_numpy(self.val).to(self.home)][:, inside, inside]
 
     @property
     def val_labels(self) -> Tensor:
