@@ -24,17 +24,18 @@ def draw(found: dict[str, Any], path: Path) -> None:
     jobs = range(1, len(hours["ours"]) + 1)
     for kind, color in (("usual", _COLORS["usual"]), ("ours", _COLORS["warm"])):
         growth.plot(jobs, hours[kind], color=color, label="the usual script" if kind == "usual" else "ours")
-    growth.set(xlabel="jobs", ylabel="hours", yscale="log", title="kd resnet110 → resnet8, 160 epochs (computed)")
+    growth.set(xlabel="jobs", ylabel="hours", yscale="log", title="a sweep of resnet110 → resnet8 (computed)")
     growth.legend(frameon=False)
     parts = found["sweep"]["short"]
     numbers = range(1, len(parts["ours"]) + 1)
     short.bar([n - 0.2 for n in numbers], [parts["usual"]] * len(numbers), 0.4, color=_COLORS["usual"])
     bars = short.bar([n + 0.2 for n in numbers], parts["ours"], 0.4, color=_COLORS["warm"])
     short.bar_label(bars, fontsize=8)
-    short.set(xlabel="job (the 4th brings a new seed)", ylabel="seconds", title="plane10 → plane2, three short epochs")
+    short.set(xlabel="job (the 4th brings a new seed)", ylabel="seconds", title="a short sweep of plane10 → plane2")
     for axes in (speed, growth, short):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
+        axes.title.set_size(10)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
 

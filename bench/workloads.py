@@ -77,7 +77,7 @@ class Clock:
 def images(count: int) -> Arrays:
     """Random ones of CIFAR-10's shape."""
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
+    pixels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, count)
     return Arrays(pixels, labels, pixels[:1000], labels[:1000])
 
