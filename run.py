@@ -20,7 +20,7 @@ from kd.tracking import track
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    """One job: the mean validation accuracy of its students in percent, which a search maximises."""
+    """One job: the mean accuracy of its students in percent, on validation, which a search maximises."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     return sweep.job(folder, lambda: _job(cfg, folder), dry=cfg.get("dry_run") is True)
 
@@ -43,7 +43,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
         tracker.summarize(result.model_dump(mode="json", exclude={"chain"}))
     tables.print_run(result)
     print(f"this run: {folder}")
-    return result.objective
+    return result.value(config.sweep.objective)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from kd.losses import Loss
 from kd.partial import Partial
 from kd.progress import StageProgress
 from kd.spec import Frozen, KnownError
-from kd.stage import Given, Normalization, Role, RuntimeSpec, Select, Source, Stage
+from kd.stage import Given, Normalization, Objective, Role, RuntimeSpec, Select, Source, Stage
 from kd.statistics import spread
 from kd.store import StageResult, Store, Trained
 from kd.tracking import Tracker
@@ -68,6 +68,10 @@ class RunResult(Frozen):
     method: str
     dataset: str  # its name in tables
 
+    def value(self, objective: Objective) -> float | None:
+        """What a search is told: the mean accuracy of the students, on validation or, as the papers had it, on test."""
+        return self.objective if objective == "val_acc" else self.chain[-1].test_acc
+
 
 class ReplicatedResult(RunResult):
     """result.json of a run of several students; mean, std and ci95 are of their test accuracies."""
@@ -77,6 +81,10 @@ class ReplicatedResult(RunResult):
     std: float
     n: int
     ci95: tuple[float, float]  # what varies is the student's seed; the chain above it is one
+
+    def value(self, objective: Objective) -> float | None:
+        """As of one student, the mean of all."""
+        return self.objective if objective == "val_acc" else self.mean
 
 
 @dataclass

@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+if TYPE_CHECKING:
+    from kd.search import Locks
+
+from kd import summary
 from kd.spec import KnownError
 from kd.tables import JOB_MARKS, Job, job_folders, job_order, print_jobs, read_result
+
+SEARCH = "kd.search.hand_over"  # hydra.sweeper.custom_search_space of the searches that are ours
 
 
 class Multirun(Callback):
     """Hydra tells it that a multirun starts; summarize() asks it where, however that multirun ends."""
 
     folder: ClassVar[Path | None] = None
-    began: ClassVar[float] = 0.0
+    began: ClassVar[float] = 0.0  # a search goes on, and is shown with its trials of before
+    locks: ClassVar[Locks | None] = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember the multirun's folder."""
-        Multirun.folder, Multirun.began = Path(config.hydra.sweep.dir), time.time() - 1  # files' clocks are coarse
+        """Ready a search of ours, and remember the multirun's folder. Of a callback's exceptions Hydra only warns."""
+        if config.hydra.sweeper.get("custom_search_space") == SEARCH:
+            os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # of optuna 2, which needs sqlalchemy 1.4
+            from kd.search import prepare
+
+            try:
+                Multirun.folder, Multirun.locks = prepare(config, kwargs["config_name"])
+            except (KnownError, OSError) as error:
+                print(error, file=sys.stderr, flush=True)
+                sys.exit(2)
+            except Exception:
+                traceback.print_exc()
+                sys.exit(1)
+        else:
+            Multirun.folder, Multirun.began = Path(config.hydra.sweep.dir), time.time() - 1  # files' clocks are coarse
 
 
 def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | None:
@@ -90,7 +112,17 @@ def summarize() -> int:
     """Print the multirun that this process has run, if any. Returns how many of its jobs failed or are unfinished."""
     if Multirun.folder is None:
         return 0
+    if Multirun.locks is not None:
+        Multirun.locks.leave()
     done = jobs(Multirun.folder, Multirun.began)
     if done:
         print_jobs(done)
+        for line in summary.write(Multirun.folder, done, _objective(Multirun.folder / done[0].number)):
+            print(line)
     return sum(job.result is None for job in done)
+
+
+def _objective(place: Path) -> str:
+    """What the multirun of a job's folder maximises."""
+    config = place / ".hydra" / "config.yaml"
+    return str(OmegaConf.select(OmegaConf.load(config), "sweep.objective")) if config.exists() else "val_acc"
