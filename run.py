@@ -13,7 +13,7 @@ from kd import sweep, tables
 from kd.config import plan
 from kd.datasets import resolve
 from kd.parsing import parse, plain
-from kd.pipeline import Pipeline, run, write_result
+from kd.pipeline import Pipeline, Pruned, run, write_result
 from kd.store import Store
 from kd.tracking import track
 
@@ -36,9 +36,14 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     sources = [source for student in students for source in student.chain]
     with track(config.tracking, folder, sources, plain(cfg)) as tracker:
         teacher = config.teacher
-        pipeline = Pipeline(store, config.data_root, config.runtime, tracker, teacher.file, teacher.min_acc)
+        prune = sweep.pruning(config, students)
+        pipeline = Pipeline(store, config.data_root, config.runtime, tracker, teacher.file, teacher.min_acc, prune)
         labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
-        result = run(pipeline, students, labels)
+        try:
+            result = run(pipeline, students, labels)
+        except Pruned as pruned:
+            tracker.summarize({"pruned_after_epoch": pruned.epoch})
+            return sweep.record_pruned(folder, pruned)
         write_result(result, folder)
         tracker.summarize(result.model_dump(mode="json", exclude={"chain"}))
     tables.print_run(result)

@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import socket
+import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,10 +22,12 @@ from typing import Any, ClassVar
 import optuna
 from filelock import FileLock, Timeout
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from optuna.distributions import BaseDistribution
+from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -32,7 +35,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from kd.config import Config, plan
 from kd.datasets import resolve
 from kd.parsing import parse
+from kd.pipeline import Pruned
 from kd.spec import KnownError
+from kd.stage import Stage
+from kd.store import Metrics, Store
+from kd.tables import print_plan
 
 ORDINAL = "runtime.trial"  # the parameter by which a job learns which trial it is
 _PROCESS, _LOST = "process", "lost"  # a trial's attributes: who runs it; that its process was gone before it ended
@@ -139,9 +146,9 @@ class Locks:
 def prepare(config: DictConfig, config_name: str) -> tuple[Path, Locks]:
     """Ready the study that Hydra's sweeper is about to open. Returns the folder of its trials, and what is locked.
 
-    `config` is Hydra's of the multirun, whose sweeper learns the study's name, place and number of missing trials.
-    Raises KnownError for a search that cannot be: of settings that do not exist, of seeds, or of a study that another
-    process is at.
+    `config` is Hydra's of the multirun, whose sweeper learns the study's name, place and number of missing trials. A
+    dry run is told what would be searched, and ends. Raises KnownError for a search that cannot be: of settings that
+    do not exist, of seeds, or of a study that another process is at.
     """
     loader = GlobalHydra.instance().config_loader()
     overrides = OverridesParser.create(loader).parse_overrides(list(config.hydra.overrides.task))
@@ -153,9 +160,15 @@ def prepare(config: DictConfig, config_name: str) -> tuple[Path, Locks]:
     swept = dict(str(each.input_line).split("=", 1) for each in overrides if each.is_sweep_override())
     space = {**{str(name): str(values) for name, values in (sweeper.params or {}).items()}, **swept}
     _check(space, composed, base)
-    name = study_name(base, space, OmegaConf.to_container(sweeper.sampler))
+    students = plan(base, resolve(base.dataset, base.data_root, base.workers))
+    name = study_name(base, students, space, OmegaConf.to_container(sweeper.sampler))
     told = any(str(each).startswith("hydra.sweep.dir=") for each in config.hydra.overrides.hydra)
     folder = Path(config.hydra.sweep.dir if told else f"multirun/{name}").absolute()
+    if base.dry_run:
+        print(f"study {name} in {folder}: {sweeper.n_trials} trials in all, over")
+        print("\n".join(f"  {parameter}: {values}" for parameter, values in space.items()), flush=True)
+        print_plan(base.mode, students, Store(base.store_root), base.runtime.retrain)
+        sys.exit()
     folder.mkdir(parents=True, exist_ok=True)
     locks = Locks(base.store_root / "search" / name)
     locks.enter(name, base.sweep.join)
@@ -171,16 +184,16 @@ def prepare(config: DictConfig, config_name: str) -> tuple[Path, Locks]:
     return folder, locks
 
 
-def study_name(base: Config, space: Mapping[str, str], sampler: Any) -> str:
+def study_name(base: Config, students: Sequence[Stage], space: Mapping[str, str], sampler: Any) -> str:
     """A prefix for people, and a hash of what makes it this search: space, sampler, objective and all fixed keys.
 
     The number of trials, of parallel jobs, the launcher and the tracking are not in it.
     """
-    students = plan(base, resolve(base.dataset, base.data_root, base.workers))
     identity = {
         "space": dict(space),
         "sampler": sampler,
         "objective": base.sweep.objective,
+        "prune": base.sweep.prune,
         "students": [student.key for student in students],
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
@@ -199,6 +212,27 @@ def _check(space: Mapping[str, str], composed: DictConfig, base: Config) -> None
             "seed: a search would take the luckiest one for the best setting; replicates=3 has each trial train three "
             "students and maximises their mean"
         )
+
+
+def halving(trial: int, epochs: int) -> Callable[[Metrics], None]:
+    """Takes a student's epochs, and raises Pruned where successive halving ends the job's trial.
+
+    From an eighth of the epochs on, doubling, only the better half of the trials that came so far goes on.
+    """
+    sweeper = HydraConfig.get().sweeper
+    pruner = SuccessiveHalvingPruner(min_resource=max(1, round(epochs / 8)), reduction_factor=2)
+    study = optuna.load_study(study_name=sweeper.study_name, storage=sweeper.storage, pruner=pruner)
+    running = [each for each in study.get_trials(deepcopy=False) if each.state == TrialState.RUNNING]
+    (own,) = [each for each in running if each.params.get(ORDINAL) == trial and not each.user_attrs.get(_LOST)]
+    reported = Trial(study, own._trial_id)
+
+    def report(metrics: Metrics) -> None:
+        epoch, value = int(metrics["epoch"] or 0), float(metrics["val_acc"] or 0)
+        reported.report(value, epoch)
+        if epoch < epochs and reported.should_prune():
+            raise Pruned(epoch, epochs, value)
+
+    return report
 
 
 def _missing(study: Study, locks: Locks, n_trials: int) -> int:

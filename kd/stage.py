@@ -207,6 +207,7 @@ class SweepSpec(Frozen):
 
     objective: Objective = "val_acc"  # the mean over the job's students
     join: bool = False  # add trials to a study that another process sweeps
+    prune: bool = False  # end trials early that are behind others at the same epoch
 
 
 class RuntimeSpec(Frozen):

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from kd.search import Locks
 
 from kd import summary
+from kd.config import Config
+from kd.pipeline import Pruned
 from kd.spec import KnownError
+from kd.stage import Stage
+from kd.store import Metrics
 from kd.tables import JOB_MARKS, Job, job_folders, job_order, print_jobs, read_result
 
 SEARCH = "kd.search.hand_over"  # hydra.sweeper.custom_search_space of the searches that are ours
@@ -58,7 +62,8 @@ def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | No
     error.json in its folder and returns None, and the sweep goes on. Of other failures Hydra shows the traceback.
     A `dry` job leaves an earlier result.json where it is.
     """
-    (folder / "error.json").unlink(missing_ok=True)
+    for mark in ("error.json", "pruned.json"):
+        (folder / mark).unlink(missing_ok=True)
     if not dry:
         (folder / "result.json").unlink(missing_ok=True)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -80,6 +85,29 @@ def _record(folder: Path, reason: str) -> None:
     (folder / "error.json").write_text(json.dumps({"error": reason.splitlines()}, indent=2))
 
 
+def pruning(config: Config, students: Sequence[Stage]) -> Callable[[Metrics], None] | None:
+    """What ends the job's training early, where it is a trial of a search that prunes.
+
+    Raises KnownError where it is told to prune and is no trial.
+    """
+    if not config.sweep.prune:
+        return None
+    if config.runtime.trial is None:
+        raise KnownError("sweep.prune: compares the trials of a search, which this is not (-m sweep=tpe)")
+    from kd.search import halving
+
+    return halving(config.runtime.trial, students[0].train.epochs)
+
+
+def record_pruned(folder: Path, pruned: Pruned) -> float:
+    """Leave pruned.json; the value of a pruned job is what it had reached."""
+    print(pruned, flush=True)
+    (folder / "pruned.json").write_text(
+        json.dumps({"epoch": pruned.epoch, "val_acc": pruned.value, "said": str(pruned)})
+    )
+    return pruned.value
+
+
 def jobs(folder: Path, since: float = 0.0) -> list[Job]:
     """The jobs of a multirun's folder that started after `since`, in order; jobs of a dry run have nothing to tell."""
     found = [_look(folder, place) for place in job_folders(folder) if _changed(place) >= since and _counts(place)]
@@ -92,9 +120,12 @@ def _look(folder: Path, place: Path) -> Job:
         reason, result = "", read_result(place / "result.json")
     elif (place / "error.json").exists():
         reason = "; ".join(json.loads((place / "error.json").read_text())["error"])
+    pruned = (place / "pruned.json").exists()
+    if pruned:
+        reason = json.loads((place / "pruned.json").read_text())["said"]
     overrides = place / ".hydra" / "overrides.yaml"
     told = [str(override) for override in OmegaConf.load(overrides)] if overrides.exists() else []
-    return Job(str(place.relative_to(folder)), told, result, reason)
+    return Job(str(place.relative_to(folder)), told, result, reason, pruned)
 
 
 def _changed(place: Path) -> float:
@@ -119,7 +150,7 @@ def summarize() -> int:
         print_jobs(done)
         for line in summary.write(Multirun.folder, done, _objective(Multirun.folder / done[0].number)):
             print(line)
-    return sum(job.result is None for job in done)
+    return sum(job.failed for job in done)
 
 
 def _objective(place: Path) -> str:

@@ -35,6 +35,12 @@ class Job(NamedTuple):
     overrides: list[str]
     result: RunResult | None
     reason: str
+    pruned: bool = False  # ended early by its search
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has neither a result nor a reason to have none."""
+        return self.result is None and not self.pruned
 
 
 JOB_MARKS = (".hydra/config.yaml", "result.json", "error.json")
@@ -175,7 +181,7 @@ def print_jobs(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if job.result is None:
             line = f"job {job.number} ({' '.join(job.overrides)}): {job.reason}"
-            out.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+            out.print(line, style="red" if job.failed else None, highlight=False, markup=False, soft_wrap=True)
 
 
 def short(override: str) -> str:

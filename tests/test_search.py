@@ -115,9 +115,9 @@ def test_trials_of_a_process_that_lives_are_left_alone(tmp_path: Path) -> None:
 
 
 def named(*overrides: str, space: dict[str, str] | None = None, sampler: Any = None) -> str:
-    return study_name(
-        parse(composed(*QUICK, "method=kd", *overrides)), space or {"method.T": "interval(1,20)"}, sampler
-    )
+    config = parse(composed(*QUICK, "method=kd", *overrides))
+    students = plan(config, resolve(config.dataset, config.data_root))
+    return study_name(config, students, space or {"method.T": "interval(1,20)"}, sampler)
 
 
 def test_a_study_is_named_by_what_makes_it_this_search() -> None:
@@ -148,6 +148,14 @@ def test_searches_that_cannot_be(
     assert message in capsys.readouterr().err
 
 
+def test_a_dry_run_tells_what_would_be_searched(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job("sweep=tpe", "dry_run=true", multirun=True)
+    printed = capsys.readouterr().out
+    assert "30 trials in all, over\n  method.T: tag(log,interval(1,20))\n  method.lambda: interval(0.05,1)" in printed
+    assert "2 of 2 stages to train" in printed
+    assert not (tmp_path / "store").exists()
+
+
 def test_takd_searches_as_its_authors_did(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweeper = OmegaConf.load(ROOT / "conf" / "sweep" / "takd.yaml").hydra.sweeper
     assert sweeper.n_trials == 120
@@ -170,3 +178,44 @@ def test_the_best_command_trains_the_best_student(job: Job, tmp_path: Path) -> N
     keys = [stage.key for stage in plan(config, resolve(config.dataset, config.data_root))]
     assert keys == [replicate["key"] for replicate in best["replicates"]]
     assert json.loads((tmp_path / "out" / "0" / "result.json").read_text())["n"] == 2
+
+
+def test_hopeless_trials_end_early_and_can_be_gone_on_with(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = (
+        "sweep=tpe",
+        "sweep.prune=true",
+        "hydra.sweeper.n_trials=8",
+        "train.epochs=8",
+        "runtime.checkpoint_every=100",
+    )
+    finished = job(*common, "model.train.lr=choice(0.05,0.000001)", multirun=True)
+    marks = sorted((tmp_path / "out").glob("*/pruned.json"))
+    assert marks
+    assert len(finished) + len(marks) == 8
+    for mark in marks:
+        pruned = json.loads(mark.read_text())
+        assert pruned["epoch"] in (1, 2, 4)
+        rows = [json.loads(line) for line in (mark.parent / "metrics.jsonl").read_text().splitlines()]
+        values = [row["val_acc"] for row in rows if row["role"] == "student"]
+        assert len(values) == pruned["epoch"]
+        assert values[-1] == pruned["val_acc"]
+    told = trials(tmp_path / "out")
+    assert {told[int(mark.parent.name)][2] for mark in marks} == {json.loads(m.read_text())["val_acc"] for m in marks}
+    # Its checkpoint is there, and a run that is not pruned goes on from it.
+    words = OmegaConf.load(marks[0].parent / ".hydra" / "overrides.yaml")
+    overrides = [str(word) for word in words if not str(word).startswith(("sweep", "runtime.trial", "hydra"))]
+    capsys.readouterr()
+    job(*overrides, folder="alone")
+    epoch = json.loads(marks[0].read_text())["epoch"]
+    assert f"student plane2: going on after epoch {epoch}" in capsys.readouterr().out
+
+
+def test_pruning_is_for_searches_of_single_students(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job("sweep.prune=true", code=2)
+    assert "sweep.prune: compares the trials of a search, which this is not" in capsys.readouterr().err
+    job("sweep.prune=true", "replicates=2", code=2)
+    assert "sweep.prune: ends the training of one student (got replicates=2)" in capsys.readouterr().err
+    job("sweep.prune=true", "dataset.val_fraction=0", "train.select=last", code=2)
+    assert "sweep.prune: compares validation accuracies" in capsys.readouterr().err
