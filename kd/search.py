@@ -168,7 +168,7 @@ def prepare(config: DictConfig, config_name: str) -> tuple[Path, Locks]:
         print(f"study {name} in {folder}: {sweeper.n_trials} trials in all, over")
         print("\n".join(f"  {parameter}: {values}" for parameter, values in space.items()), flush=True)
         print_plan(base.mode, students, Store(base.store_root), base.runtime.retrain)
-        sys.exit()
+        sys.exit(0)
     folder.mkdir(parents=True, exist_ok=True)
     locks = Locks(base.store_root / "search" / name)
     locks.enter(name, base.sweep.join)
