@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd import hardware, sweep
+from kd import hardware, progress, sweep
 from kd.stage import RuntimeSpec
 from tests.conftest import QUICK, ROOT, run_py
 
@@ -80,7 +80,7 @@ def test_the_same_bits_by_basic_joblib_and_submitit(jobs: Path) -> None:
     """Of the preset `local` a job gets one thread without being told."""
     one = "runtime.threads=1"
     found = {}
-    for name, *overrides in (("basic", one), ("joblib", one, "hydra.launcher.n_jobs=4"), ("local",)):
+    for name, *overrides in (("basic", one), ("joblib", one, "hydra.launcher.n_jobs=2"), ("local",)):
         found[name] = check(jobs, name, launch(jobs, name, *overrides))
     assert len(found["basic"]) == 4
     assert found["joblib"] == found["basic"] == found["local"]
@@ -187,6 +187,14 @@ def test_share(
     shared = sweep.share(given)
     assert (shared.device, shared.threads) == expected
     assert RuntimeSpec(**{**shared.model_dump(), "device": given.device, "threads": given.threads}) == given
+
+
+def test_jobs_that_share_a_terminal_write_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their live bars would draw over each other."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    assert progress.console().is_terminal
+    monkeypatch.setattr(progress, "parent_process", object)
+    assert not progress.console().is_terminal
 
 
 def test_of_one_gpu_or_none_there_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
