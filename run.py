@@ -33,11 +33,12 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     if config.dry_run:
         tables.print_plan(config.mode, students, store, config.runtime.retrain)
         return None
+    runtime = sweep.share(config.runtime)
     sources = [source for student in students for source in student.chain]
     with track(config.tracking, folder, sources, plain(cfg)) as tracker:
         teacher = config.teacher
         prune = sweep.pruning(config, students)
-        pipeline = Pipeline(store, config.data_root, config.runtime, tracker, teacher.file, teacher.min_acc, prune)
+        pipeline = Pipeline(store, config.data_root, runtime, tracker, teacher.file, teacher.min_acc, prune)
         labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
         try:
             result = run(pipeline, students, labels)

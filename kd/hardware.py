@@ -32,13 +32,14 @@ def cpu_has_bf16() -> bool:
     return bool(words & _BF16_FLAGS)
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, job: int | None = None) -> str:
     """`auto` becomes cuda where torch sees a GPU and cpu elsewhere; anything else stays.
 
-    Raises KnownError for a GPU that is not there.
+    Of jobs that run side by side, number `job` takes its turn at the GPUs. Raises KnownError for a GPU that is not
+    there.
     """
     if device == "auto":
-        return "cuda" if has_nvidia_driver() and _gpus() else "cpu"
+        return _turn(_gpus() if has_nvidia_driver() else 0, job)
     if device == "cpu":
         return device
     gpus = _gpus()
@@ -47,6 +48,12 @@ def resolve_device(device: str) -> str:
             f"runtime.device: torch sees {gpus} NVIDIA GPUs here; cpu and auto always work (got {device!r})"
         )
     return device
+
+
+def _turn(gpus: int, job: int | None) -> str:
+    if gpus == 0:
+        return "cpu"
+    return "cuda" if job is None or gpus == 1 else f"cuda:{job % gpus}"
 
 
 @cache
@@ -105,10 +112,11 @@ def autocast(precision: str, device: str) -> torch.autocast:
     return torch.autocast(device.partition(":")[0], dtype, enabled=dtype is not None)
 
 
-def prepare(threads: int | None) -> None:
+def prepare(threads: int | None, device: str = "cpu") -> None:
     """Deterministic algorithms, and a thread count that does not depend on who started the process.
 
-    Both move the last bits of a result: launchers set OMP_NUM_THREADS each in its own way.
+    Both move the last bits of a result: launchers set OMP_NUM_THREADS each in its own way. Of several GPUs, what
+    does not say which one means the given `device`.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's condition for deterministic matrix products
     import torch
@@ -117,3 +125,5 @@ def prepare(threads: int | None) -> None:
     # Along with it torch fills new memory, to show whoever reads what nobody wrote; that costs 4 to 8 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_num_threads(threads or cpu_count())
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)

@@ -17,8 +17,8 @@ from kd.stage import Stage
 class Partial:
     """`folder`/state.pt, written every `every` epochs and taken up only under the key and runtime it began with.
 
-    `runtime` is device, threads, compiled or not, and torch's version: they move the last bits of a result, so a
-    state that began under others is not continued.
+    `runtime` is the kind of device, threads, compiled or not, and torch's version: they move the last bits of a
+    result, so a state that began under others is not continued.
     """
 
     folder: Path

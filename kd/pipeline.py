@@ -208,8 +208,9 @@ class Pipeline:
 
     @cached_property
     def _device(self) -> str:
-        hardware.prepare(self.runtime.threads)
-        return hardware.resolve_device(self.runtime.device)
+        device = hardware.resolve_device(self.runtime.device)
+        hardware.prepare(self.runtime.threads, device)
+        return device
 
     def _data(self, source: Source) -> Data:
         if self._loaded is None:  # every stage of a run has the same
@@ -229,7 +230,8 @@ class Pipeline:
     def _runtime(self) -> dict[str, Any]:
         """What is no part of the key and still moves the last bits of a result."""
         threads = self.runtime.threads or hardware.cpu_count()
-        return {"torch": version("torch"), "device": self._device, "threads": threads}
+        kind = self._device.partition(":")[0]  # whichever of the GPUs
+        return {"torch": version("torch"), "device": kind, "threads": threads}
 
 
 def run(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -> RunResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from multiprocessing import parent_process
 from types import TracebackType
 
 from rich.console import Console
@@ -18,9 +19,12 @@ _WARM, _MEASURED = 3, 33  # steps: the first few compile kernels, the next ones 
 
 
 def console() -> Console:
-    """Where people read; wide enough for a table even when the output goes to a file."""
+    """Where people read; wide enough for a table even when the output goes to a file.
+
+    Processes that share a terminal write lines: their live bars would draw over each other.
+    """
     shown = Console()
-    return shown if shown.is_terminal else Console(width=140)
+    return shown if shown.is_terminal and parent_process() is None else Console(width=140, force_terminal=False)
 
 
 class StageProgress:

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 from kd import summary
 from kd.config import Config
+from kd.hardware import cpu_count, resolve_device
 from kd.pipeline import Pruned
 from kd.spec import KnownError
-from kd.stage import Stage
+from kd.stage import RuntimeSpec, Stage
 from kd.store import Metrics
 from kd.tables import JOB_MARKS, Job, job_folders, job_order, print_jobs, read_result
 
@@ -59,7 +60,7 @@ def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | No
     """Do the work of one job. A failure with a known reason is printed without a traceback.
 
     A single run then exits with 2. In a multirun, where an exit would end the whole sweep, the job leaves
-    error.json in its folder and returns None, and the sweep goes on. Of other failures Hydra shows the traceback.
+    error.json in its folder and returns None, and the sweep goes on; other failures leave their traceback too.
     A `dry` job leaves an earlier result.json where it is.
     """
     for mark in ("error.json", "pruned.json"):
@@ -76,9 +77,38 @@ def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | No
         _record(folder, str(error))
         return None
     except Exception as error:
-        if multirun:
-            _record(folder, f"{type(error).__name__}: {error}")
-        raise
+        if not multirun:
+            raise
+        # Not handed to Hydra either: it would begin no further batch of jobs, and not every exception can be pickled.
+        traceback.print_exc()
+        _record(folder, f"{type(error).__name__}: {error}")
+        return None
+
+
+def share(runtime: RuntimeSpec) -> RuntimeSpec:
+    """The runtime of this job, where a launcher runs several side by side: its processors, and its turn at the GPUs.
+
+    What the user chose stays.
+    """
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN or hydra.runtime.choices["hydra/launcher"] == "basic":
+        return runtime
+    device = resolve_device(runtime.device, hydra.job.num)
+    threads = runtime.threads or processors_of_a_job(hydra.launcher, cpu_count())
+    return RuntimeSpec(**{**runtime.model_dump(), "device": device, "threads": threads})
+
+
+def processors_of_a_job(launcher: DictConfig, processors: int) -> int:
+    """How many processors each job has by the settings of its launcher, on a machine that has so many.
+
+    joblib's jobs share them; submitit's and Ray's ask for their own, and have one where they ask for none.
+    """
+    if "n_jobs" in launcher:
+        jobs = int(launcher.n_jobs)
+        jobs = jobs if jobs > 0 else processors + 1 + jobs  # as joblib counts
+        return max(processors // max(jobs, 1), 1)
+    asked = OmegaConf.select(launcher, "cpus_per_task") or OmegaConf.select(launcher, "ray.remote.num_cpus")
+    return max(int(asked or 1), 1)
 
 
 def _record(folder: Path, reason: str) -> None:

@@ -1,0 +1,204 @@
+"""Jobs at once: the same bits by every launcher, failures kept apart, and each job's share of the machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from kd import hardware, progress, sweep
+from kd.stage import RuntimeSpec
+from tests.conftest import QUICK, ROOT, run_py
+
+# A bug that only one job meets, in whatever process it runs; its exception cannot be unpickled.
+BUG = """
+import kd.pipeline
+
+class Odd(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+def write(result, folder, really=kd.pipeline.write_result):
+    if result.chain[-1].loss.T == 2:
+        raise Odd("bug", "no reason")
+    really(result, folder)
+
+kd.pipeline.write_result = write
+"""
+GRID = "method.T=1,-1,2,5"  # of which one value is bad, and one meets the bug
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Path:
+    """A folder for multiruns, with the bug in all their processes."""
+    (tmp_path / "bug").mkdir()
+    (tmp_path / "bug" / "sitecustomize.py").write_text(BUG)
+    return tmp_path
+
+
+def launch(jobs: Path, name: str, *overrides: str, path: Sequence[Path] = ()) -> str:
+    """The grid into `jobs`/<name>, with a store of its own; what it printed. `path`: folders of commands."""
+    place = jobs / name
+    place.mkdir()
+    own = (f"hydra.sweep.dir={place / 'sweep'}", f"runtime.store={place / 'store'}", f"hydra/launcher={name}")
+    quick = [override for override in QUICK if "threads" not in override]
+    done = run_py(
+        *("-m", *quick, GRID, *own, *overrides),
+        cwd=place,
+        COLUMNS="200",
+        HOME=str(place),
+        PYTHONPATH=f"{jobs / 'bug'}:{ROOT}",
+        PATH=":".join([*map(str, path), os.environ["PATH"]]),
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    return done.stdout[done.stdout.rindex("4 jobs") :]
+
+
+def check(jobs: Path, name: str, summary: str) -> dict[str, bytes]:
+    """Two jobs failed and are named, the others ran, the teacher was trained once; the stored weights by key."""
+    assert re.search(r"job 1 \(.*method.T=-1.*\): method.T: should be above 0 \(got -1\)\n", summary)
+    assert re.search(r"job 2 \(.*method.T=2.*\): Odd: bug and no reason\n", summary)
+    sweep = jobs / name / "sweep"
+    assert {path.parent.name for path in sweep.glob("*/result.json")} == {"0", "3"}
+    rows = [json.loads(line) for path in sweep.glob("*/metrics.jsonl") for line in path.read_text().splitlines()]
+    assert [row["epoch"] for row in rows if row["role"] == "teacher"] == [1, 2]
+    assert not [path for path in (jobs / name).rglob("*") if "%" in path.name]
+    stages = list((jobs / name / "store").glob("*/stage.json"))
+    assert {json.loads(path.read_text())["made_with"]["threads"] for path in stages} == {1}
+    return {path.parent.name: (path.parent / "model.safetensors").read_bytes() for path in stages}
+
+
+def test_the_same_bits_by_basic_joblib_and_submitit(jobs: Path) -> None:
+    """Of the preset `local` a job gets one thread without being told."""
+    one = "runtime.threads=1"
+    found = {}
+    for name, *overrides in (("basic", one), ("joblib", one, "hydra.launcher.n_jobs=2"), ("local",)):
+        found[name] = check(jobs, name, launch(jobs, name, *overrides))
+    assert len(found["basic"]) == 4
+    assert found["joblib"] == found["basic"] == found["local"]
+
+
+# SLURM's commands, on this machine: enough of them for submitit to run an array of jobs.
+COMMANDS = {
+    "sbatch": """
+cp "$1" script.sh
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' script.sh)
+for i in $(seq 0 "$last"); do
+  SLURM_JOB_ID=8$i SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$i bash script.sh > /dev/null 2>&1 &
+done
+echo "Submitted batch job 7"
+""",
+    "srun": """
+while [[ $1 == -* ]]; do [[ $1 == --output || $1 == --error ]] && shift; shift; done
+exec "$@"
+""",
+    "sacct": "",
+}
+
+
+@pytest.mark.slow
+def test_slurm(jobs: Path) -> None:
+    """The preset as an sbatch script, and its jobs run by what stands for SLURM here."""
+    commands = jobs / "bin"
+    commands.mkdir()
+    for name, text in COMMANDS.items():
+        (commands / name).write_text(f"#!/bin/bash\n{text}")
+        (commands / name).chmod(0o755)
+    own = ("partition=gpu", "cpus_per_task=1", "setup=['module load cuda']")
+    summary = launch(jobs, "slurm", *(f"hydra.launcher.{setting}" for setting in own), path=[commands])
+    assert len(check(jobs, "slurm", summary)) == 4
+    script = (jobs / "slurm" / "script.sh").read_text().splitlines()
+    asked = {"partition=gpu", "array=0-3%4", "cpus-per-task=1", "gpus-per-node=1", "mem=16GB", "time=720", "requeue"}
+    assert {f"#SBATCH --{line}" for line in asked} <= set(script)
+    assert "module load cuda" in script
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is None, reason="the extra `ray` is not installed"
+)
+def test_ray(jobs: Path) -> None:
+    own = ("+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false")
+    assert len(check(jobs, "ray", launch(jobs, "ray", *own))) == 4
+
+
+# a job's share of the machine ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processors", "threads"),
+    [
+        ({"n_jobs": -1}, 8, 1),
+        ({"n_jobs": -2}, 8, 1),
+        ({"n_jobs": 2}, 8, 4),
+        ({"n_jobs": 3}, 8, 2),
+        ({"n_jobs": 4}, 2, 1),
+        ({"cpus_per_task": 6}, 2, 6),  # on a node of the cluster
+        ({"cpus_per_task": None}, 8, 1),
+        ({"ray": {"remote": {"num_cpus": 3}}}, 8, 3),
+        ({"ray": {"remote": {"num_cpus": 0.5}}}, 8, 1),
+        ({"ray": {"remote": {}}}, 8, 1),
+    ],
+)
+def test_processors_of_a_job(launcher: dict[str, object], processors: int, threads: int) -> None:
+    assert sweep.processors_of_a_job(OmegaConf.create(launcher), processors) == threads
+
+
+def in_job(number: int, launcher: str, mode: RunMode = RunMode.MULTIRUN) -> DictConfig:
+    """Hydra's configuration in a job of a sweep by joblib's launcher, two at a time."""
+    choices = {"hydra/launcher": launcher}
+    return OmegaConf.create(
+        {"hydra": {"mode": mode, "job": {"num": number}, "runtime": {"choices": choices}, "launcher": {"n_jobs": 2}}}
+    )
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve processors and three GPUs."""
+    monkeypatch.setattr(sweep, "cpu_count", lambda: 12)
+    monkeypatch.setattr(hardware, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(hardware, "_gpus", lambda: 3)
+
+
+@pytest.mark.parametrize(
+    ("job", "given", "expected"),
+    [
+        (in_job(4, "joblib"), RuntimeSpec(), ("cuda:1", 6)),
+        (in_job(3, "joblib"), RuntimeSpec(threads=5), ("cuda:0", 5)),
+        (in_job(4, "joblib"), RuntimeSpec(device="cpu"), ("cpu", 6)),
+        (in_job(4, "joblib"), RuntimeSpec(device="cuda:2"), ("cuda:2", 6)),
+        (in_job(4, "basic"), RuntimeSpec(), ("auto", None)),
+        (in_job(0, "joblib", mode=RunMode.RUN), RuntimeSpec(), ("auto", None)),
+    ],
+)
+@pytest.mark.usefixtures("machine")
+def test_share(
+    job: DictConfig, given: RuntimeSpec, expected: tuple[str, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HydraConfig, "get", lambda: job.hydra)
+    shared = sweep.share(given)
+    assert (shared.device, shared.threads) == expected
+    assert RuntimeSpec(**{**shared.model_dump(), "device": given.device, "threads": given.threads}) == given
+
+
+def test_jobs_that_share_a_terminal_write_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their live bars would draw over each other."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    assert progress.console().is_terminal
+    monkeypatch.setattr(progress, "parent_process", object)
+    assert not progress.console().is_terminal
+
+
+def test_of_one_gpu_or_none_there_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "has_nvidia_driver", lambda: True)
+    for gpus, device in ((0, "cpu"), (1, "cuda"), (2, "cuda:1")):
+        monkeypatch.setattr(hardware, "_gpus", lambda gpus=gpus: gpus)
+        assert hardware.resolve_device("auto", job=3) == device
