@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from kd import sweep, tables
@@ -15,7 +16,7 @@ from kd.datasets import resolve
 from kd.parsing import parse, plain
 from kd.pipeline import Pipeline, run, write_result
 from kd.store import Store
-from kd.tracking import track
+from kd.tracking import group_of, track
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -33,14 +34,15 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     if config.dry_run:
         tables.print_plan(config.mode, students, store, config.runtime.retrain)
         return None
-    sources = [source for student in students for source in student.chain]
-    with track(config.tracking, folder, sources, plain(cfg)) as tracker:
+    hydra = HydraConfig.get()
+    multirun = group_of(Path(hydra.sweep.dir)) if hydra.mode == RunMode.MULTIRUN else None
+    with track(config.tracking, folder, students, plain(cfg), store, multirun) as tracker:
         teacher = config.teacher
         pipeline = Pipeline(store, config.data_root, config.runtime, tracker, teacher.file, teacher.min_acc)
         labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
         result = run(pipeline, students, labels)
         write_result(result, folder)
-        tracker.summarize(result.model_dump(mode="json", exclude={"chain"}))
+        tracker.summarize(result.columns)
     tables.print_run(result)
     print(f"this run: {folder}")
     return result.objective

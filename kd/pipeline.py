@@ -68,6 +68,11 @@ class RunResult(Frozen):
     method: str
     dataset: str  # its name in tables
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What a table of runs shows beside the accuracies of the stages."""
+        return self.model_dump(include={"objective", "mode", "method", "dataset"})
+
 
 class ReplicatedResult(RunResult):
     """result.json of a run of several students; mean, std and ci95 are of their test accuracies."""
@@ -77,6 +82,14 @@ class ReplicatedResult(RunResult):
     std: float
     n: int
     ci95: tuple[float, float]  # what varies is the student's seed; the chain above it is one
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """With a column for each student's test accuracy, and for what they come to."""
+        low, high = self.ci95
+        spread = {"mean": self.mean, "std": self.std, "n": self.n, "ci95_low": low, "ci95_high": high}
+        each = {f"s{replicate.seed}": replicate.test_acc for replicate in self.replicates}
+        return {**super().columns, **{f"test_acc/{name}": value for name, value in {**each, **spread}.items()}}
 
 
 @dataclass

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kd import tracking
 from kd.spec import KnownError
-from kd.tracking import axes, track
+from kd.store import Store
+from kd.tracking import TrackingSpec, probe, track
+from kd.tracking.names import axes
 from tests.conftest import QUICK, run_py
 from tests.test_stage import TEACHER, distilled, stage
+from tests.wandb_server import Server
 
 Job = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
 def _forget_the_decision() -> Iterator[None]:
-    tracking._decide.cache_clear()
+    probe.decide.cache_clear()
     yield
-    tracking._decide.cache_clear()
+    probe.decide.cache_clear()
 
 
 def test_axes_are_as_short_as_they_can_be() -> None:
@@ -102,96 +100,24 @@ def test_a_failed_job_ends_as_failed_and_does_not_leak(job: Job, tmp_path: Path)
     assert "student/epoch" not in failed["summary"]
 
 
-class Server:
-    """A loopback stand-in for W&B's backend: it takes whatever is sent and remembers it."""
-
-    def __init__(self) -> None:
-        self.runs: list[dict[str, Any]] = []
-        self.history: list[dict[str, Any]] = []
-        self.exits: list[int] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-            def handle(self) -> None:
-                with suppress(ConnectionError):  # the client hangs up when it has what it wants
-                    super().handle()
-
-            def reply(self, body: dict[str, Any]) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def do_GET(self) -> None:
-                self.reply({})
-
-            def do_PUT(self) -> None:
-                self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                self.reply({})
-
-            def do_POST(self) -> None:
-                data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                if self.headers.get("Content-Encoding") == "gzip":
-                    data = gzip.decompress(data)
-                self.reply(outer.answer(self.path, data))
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def answer(self, path: str, data: bytes) -> dict[str, Any]:
-        """What a request is answered with, by its path and GraphQL operation."""
-        if "file_stream" in path:
-            sent = json.loads(data)
-            rows = sent.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
-            self.history += [json.loads(row) for row in rows]
-            if sent.get("exitcode") is not None:
-                self.exits.append(sent["exitcode"])
-            return {"exitcode": None, "limits": {}}
-        if not path.endswith("/graphql"):
-            return {}
-        query = json.loads(data)
-        variables = query.get("variables") or {}
-        viewer = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
-        if "mutation UpsertBucket" in query["query"]:
-            self.runs.append(variables)
-            project = {"id": "p", "name": variables.get("project"), "entity": {"id": "e", "name": "me"}}
-            bucket = {"id": "r", "name": variables.get("name"), "displayName": "d", "config": "{}", "project": project}
-            return {"data": {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": True}}}
-        if "CreateRunFiles" in query["query"]:
-            files = [{"name": name, "uploadUrl": f"{self.url}/up/{name}"} for name in variables.get("files", [])]
-            return {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}}
-        info = {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None}
-        return {"data": {"viewer": viewer, "serverInfo": info, "model": None, "project": None}}
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
     started = Server()
     yield started
-    started.http.shutdown()
-    started.http.server_close()
+    started.close()
 
 
 def test_online_run_reaches_the_server(server: Server, tmp_path: Path) -> None:
-    account = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
-    done = run_py(
-        *QUICK, "tracking=wandb", "tracking.project=mine", f"hydra.run.dir={tmp_path / 'out'}", cwd=tmp_path, **account
-    )
+    mine = ("tracking=wandb", "tracking.project=mine", f"hydra.run.dir={tmp_path / 'out'}")
+    done = run_py(*QUICK, *mine, cwd=tmp_path, **server.account)
     assert done.returncode == 0, done.stderr
     assert "W&B" not in done.stdout  # nothing to explain
-    assert {run["project"] for run in server.runs if run.get("project")} == {"mine"}
-    names = {run["displayName"] for run in server.runs if run.get("displayName")}
-    assert names == {"plane2 ← plane4 · s0"}
-    assert {row["student/epoch"] for row in server.history if "student/epoch" in row} == {1, 2}
-    assert server.exits == [0]
+    (run,) = server.runs.values()
+    assert run.fields["project"] == "mine"
+    assert run.fields["displayName"] == "plane2 ← plane4 · T4 λ0.5 · s0"
+    assert "groupName" not in run.fields  # a single run
+    assert run.curve("student/epoch") == [1, 2]
+    assert run.exits == [0]
     assert not list((tmp_path / "out").glob("wandb/offline-*"))
 
 
@@ -204,11 +130,11 @@ def test_an_unreachable_server_means_offline_and_is_said(
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setattr("wandb.setup", lambda: type("Setup", (), {"settings": type("S", (), {"base_url": url})}))
     began = time.monotonic()
-    mode, reason = tracking._decide("auto")
+    mode, reason = probe.decide("auto")
     assert (mode, "cannot be reached" in reason) == ("offline", True)
     assert time.monotonic() - began < 4
     with pytest.raises(KnownError, match=r"online was asked for and .* cannot be reached"):
-        tracking._decide("online")
+        probe.decide("online")
 
 
 def _hang(*args: object) -> None:
@@ -217,29 +143,29 @@ def _hang(*args: object) -> None:
 
 
 def test_a_look_up_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(probe, "_PROBE_SECONDS", 0.2)
     monkeypatch.setattr("socket.create_connection", _hang)
     began = time.monotonic()
-    assert not tracking._answers("example.invalid", 443)
+    assert not probe._answers("example.invalid", 443)
     assert time.monotonic() - began < 0.8
 
 
 def test_a_key_in_netrc_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not tracking._has_key("api.wandb.ai")
+    assert not probe._has_key("api.wandb.ai")
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "a" * 40)
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert tracking._has_key("api.wandb.ai")
-    assert tracking._has_key("api.forge.coreweave.com")  # the same service under its new name
-    assert not tracking._has_key("elsewhere.example:8080")
+    assert probe._has_key("api.wandb.ai")
+    assert probe._has_key("api.forge.coreweave.com")  # the same service under its new name
+    assert not probe._has_key("elsewhere.example:8080")
 
 
 def test_behind_a_proxy_the_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
-    monkeypatch.setattr(tracking, "_answers", lambda host, port: asked.append((host, port)) or True)
-    assert tracking._decide("auto") == ("online", "")
+    monkeypatch.setattr(probe, "_answers", lambda host, port: asked.append((host, port)) or True)
+    assert probe.decide("auto") == ("online", "")
     assert asked == [("proxy.example", 3128)]
 
 
@@ -252,22 +178,22 @@ def test_a_wrong_address_is_one_line(tmp_path: Path) -> None:
 def test_the_server_is_asked_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setattr(tracking, "_answers", lambda host, port: asked.append(host))
-    assert [tracking._decide("auto")[0] for _ in range(3)] == ["offline"] * 3
+    monkeypatch.setattr(probe, "_answers", lambda host, port: asked.append(host))
+    assert [probe.decide("auto")[0] for _ in range(3)] == ["offline"] * 3
     assert len(asked) == 1
 
 
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
 def test_wandb_mode_is_respected(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert tracking._decide("auto") == (mode, "")
-    assert tracking._decide("offline") == ("offline", "")
+    assert probe.decide("auto") == (mode, "")
+    assert probe.decide("offline") == ("offline", "")
 
 
 def test_a_misspelt_wandb_mode_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "bogus")
     with pytest.raises(KnownError, match="WANDB_MODE: should be online, offline or disabled"):
-        tracking._decide("auto")
+        probe.decide("auto")
 
 
 def test_a_failure_prints_no_traceback(tmp_path: Path) -> None:
@@ -279,8 +205,8 @@ def test_a_failure_prints_no_traceback(tmp_path: Path) -> None:
 
 
 def test_online_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_answers", lambda host, port: True)
-    spec = tracking.TrackingSpec(name="wandb", project="p", mode="online")
+    monkeypatch.setattr(probe, "_answers", lambda host, port: True)
+    spec = TrackingSpec(name="wandb", project="p", mode="online")
     refusal = pytest.raises(KnownError, match=r"tracking: W&B did not start .*tracking\.mode=offline")
-    with refusal, track(spec, tmp_path, distilled().chain, {"method": {"name": "kd"}}):
+    with refusal, track(spec, tmp_path, [distilled()], {"method": {"name": "kd"}}, Store(tmp_path)):
         pytest.fail("it started")
