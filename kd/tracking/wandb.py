@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -11,42 +10,44 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kd.spec import KnownError
+from kd.spec import Frozen, KnownError
 from kd.store import Metrics
 from kd.tracking.base import Opening, Page, TrackingSpec
 from kd.tracking.probe import decide
 
 
-class RunId:
-    """`folder`/wandb.json: the id of a run that may go on, for one process at a time and for one `owner`.
+class _Record(Frozen):
+    id: str
+    run: str  # whose it is
 
-    Where another process has it, or it was another's, there is a new one.
+
+class RunId:
+    """`folder`/wandb.json: the id under which `run` may go on, for one process at a time.
+
+    Where another process holds it, or it is another run's, there is a new one.
     """
 
-    def __init__(self, folder: Path, owner: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, run: str) -> None:
         self.value = secrets.token_hex(4)
-        self.path = folder / "wandb.json"
+        path = folder / "wandb.json"
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / "wandb.lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             return
-        kept = self._read()
-        if kept.get("owner") == owner:
-            self.value = str(kept["id"])
+        try:
+            kept = _Record.model_validate_json(path.read_text())
+        except (FileNotFoundError, ValueError):
+            kept = None
+        if kept is not None and kept.run == run:
+            self.value = kept.id
         else:
-            self.path.write_text(json.dumps({"id": self.value, "owner": owner}))
+            path.write_text(_Record(id=self.value, run=run).model_dump_json())
 
     def release(self) -> None:
         """Let another process go on."""
         self._lock.release()
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads(self.path.read_text()))
-        except (OSError, ValueError):
-            return {}
 
 
 class WandbPage(Page):
@@ -63,8 +64,7 @@ class WandbPage(Page):
 
         self._id = None
         if opening.keep is not None and mode != "disabled":
-            owner = {"project": spec.project, "entity": spec.entity, "name": opening.name}
-            self._id = RunId(opening.keep, owner)
+            self._id = RunId(opening.keep, f"{spec.entity or ''}/{spec.project}/{opening.name}")
         try:
             self._run = wandb.init(
                 project=spec.project,
