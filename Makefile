@@ -35,7 +35,7 @@ profile: setup ## where a training step's time goes
 	$(BIN)/python -m bench.profile
 
 tensorboard: setup ## serve the runs of tracking=tensorboard on http://127.0.0.1:6006
-	$(BIN)/tensorboard --host 127.0.0.1 --logdir_spec runs:outputs,sweeps:multirun
+	$(BIN)/tensorboard --host 127.0.0.1 --logdir_spec outputs:outputs,multirun:multirun
 
 test-slow: setup ## the tests on real images and long trainings
 	$(BIN)/pytest -m slow

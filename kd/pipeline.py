@@ -70,8 +70,9 @@ class RunResult(Frozen):
 
     @property
     def columns(self) -> dict[str, Any]:
-        """What a table of runs shows beside the accuracies of the stages."""
-        return self.model_dump(include={"objective", "mode", "method", "dataset"})
+        """What a table of runs shows beside the accuracies of the stages; `test_acc` is the student's."""
+        common = self.model_dump(include={"objective", "mode", "method", "dataset"})
+        return {**common, "test_acc": self.chain[-1].test_acc}
 
 
 class ReplicatedResult(RunResult):
@@ -85,11 +86,12 @@ class ReplicatedResult(RunResult):
 
     @property
     def columns(self) -> dict[str, Any]:
-        """With a column for each student's test accuracy, and for what they come to."""
+        """Each student's test accuracy has a column too; `test_acc` is their mean."""
+        each = {f"test_acc/s{replicate.seed}": replicate.test_acc for replicate in self.replicates}
         low, high = self.ci95
-        spread = {"mean": self.mean, "std": self.std, "n": self.n, "ci95_low": low, "ci95_high": high}
-        each = {f"s{replicate.seed}": replicate.test_acc for replicate in self.replicates}
-        return {**super().columns, **{f"test_acc/{name}": value for name, value in {**each, **spread}.items()}}
+        spread = {"std": self.std, "n": self.n, "ci95_low": low, "ci95_high": high}
+        named = {f"test_acc/{name}": value for name, value in spread.items()}
+        return {**super().columns, "test_acc": self.mean, **each, **named}
 
 
 @dataclass

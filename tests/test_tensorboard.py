@@ -37,9 +37,11 @@ def test_the_page_of_a_run(job: Callable[..., Any], tmp_path: Path) -> None:
     for role in ("teacher", "student"):
         logged = [(event.step, pytest.approx(event.value)) for event in page.Scalars(f"{role}/loss")]
         assert [(row["epoch"], row["loss"]) for row in rows if row["role"] == role] == logged
-    (final,) = page.Scalars("final/student/test_acc")
-    assert final.value == pytest.approx(result["chain"][1]["test_acc"])
-    assert '"lambda": 0.5' in text(page, "configuration/text_summary")
+    for name, outcome in (("test_acc", result["chain"][1]), ("teacher/test_acc", result["chain"][0])):
+        (final,) = page.Scalars(f"final/{name}")
+        assert final.value == pytest.approx(outcome["test_acc"])
+    assert "| method.lambda | 0.5 |" in text(page, "configuration/text_summary")
+    assert f"| objective | {result['objective']:g} |" in text(page, "result/text_summary")
     compared = page.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"method.lambda" in compared
     assert b"runtime" not in compared

@@ -13,7 +13,9 @@ from kd.store import Metrics
 from kd.tracking.base import Opening, Page
 
 _FLUSH_SECONDS = 10  # how far the page may be behind
-_NOT_COMPARED = ("stages", "runtime", "tracking", "dry_run")  # what is no setting of the experiment
+# What the table of runs (HPARAMS) compares: more columns than a screen has help nobody.
+_COMPARED = ("dataset.name", "method.", "model.", "teacher.", "train.", "mode", "seed")
+_FINAL = ("objective", "test_acc", "teacher/test_acc")
 
 
 class TensorBoardPage(Page):
@@ -34,7 +36,7 @@ class TensorBoardPage(Page):
         self._writer = SummaryWriter(str(place / opening.name), flush_secs=_FLUSH_SECONDS)
         self._config, self._final = opening.config, dict[str, Any]()
         if self._config:
-            self._writer.add_text("configuration", f"```\n{json.dumps(self._config, indent=2)}\n```")
+            self._writer.add_text("configuration", _listing(dict(_settings(self._config))))
 
     def log(self, axis: str, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
@@ -54,10 +56,11 @@ class TensorBoardPage(Page):
             self._writer.add_image(figure.stem, pixels, dataformats="HWC")
 
     def close(self, failed: bool) -> None:
-        numbers = {f"final/{name}": value for name, value in self._final.items() if isinstance(value, (int, float))}
-        if self._config:
-            compared = {name: value for name, value in self._config.items() if name not in _NOT_COMPARED}
-            self._writer.add_hparams(dict(_settings(compared)), numbers, run_name=".")
+        if self._final:
+            self._writer.add_text("result", _listing(self._final))
+            settings = {name: value for name, value in _settings(self._config) if name.startswith(_COMPARED)}
+            final = {f"final/{name}": self._final[name] for name in _FINAL if self._final.get(name) is not None}
+            self._writer.add_hparams(settings, final, run_name=".")
         self._writer.close()
 
 
@@ -68,6 +71,10 @@ def _settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _settings(value, f"{prefix}{name}.")
         elif value is not None:
             yield f"{prefix}{name}", value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+
+
+def _listing(values: Mapping[str, Any]) -> str:
+    return _markdown([{"name": name, "value": value} for name, value in values.items()])
 
 
 def _markdown(table: Sequence[Mapping[str, Any]]) -> str:
