@@ -38,7 +38,7 @@ def test_the_page_of_a_run(job: Callable[..., Any], tmp_path: Path) -> None:
         logged = [(event.step, pytest.approx(event.value)) for event in page.Scalars(f"{role}/loss")]
         assert [(row["epoch"], row["loss"]) for row in rows if row["role"] == role] == logged
     for name, outcome in (("test_acc", result["chain"][1]), ("teacher/test_acc", result["chain"][0])):
-        (final,) = page.Scalars(f"final/{name}")
+        (final,) = page.Scalars(f"summary/{name}")
         assert final.value == pytest.approx(outcome["test_acc"])
     assert "| method.lambda | 0.5 |" in text(page, "configuration/text_summary")
     assert f"| objective | {result['objective']:g} |" in text(page, "result/text_summary")

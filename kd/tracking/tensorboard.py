@@ -59,7 +59,7 @@ class TensorBoardPage(Page):
         if self._final:
             self._writer.add_text("result", _listing(self._final))
             settings = {name: value for name, value in _settings(self._config) if name.startswith(_COMPARED)}
-            final = {f"final/{name}": self._final[name] for name in _FINAL if self._final.get(name) is not None}
+            final = {f"summary/{name}": self._final[name] for name in _FINAL if self._final.get(name) is not None}
             self._writer.add_hparams(settings, final, run_name=".")
         self._writer.close()
 
