@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python run.py
 
-.PHONY: help setup demo docs bench profile tensorboard test test-slow
+.PHONY: help setup demo best dashboard docs bench profile tensorboard test test-slow
 
 help: ## print this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -18,6 +18,13 @@ setup: .venv/.installed ## make .venv and install everything; does nothing when 
 demo: setup ## compare the four methods on real digits, three students each
 	$(RUN) -m method=scratch,kd,ta,trained_teacher replicates=3 hydra.sweep.dir=outputs/demo
 	$(BIN)/python -m kd.report outputs/demo
+
+best: setup ## train, or load, the best setting of the newest multirun again; FOLDER=multirun/… says which
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh $(or $(FOLDER),$$(dirname $$(ls -t multirun/*/best.sh multirun/*/*/best.sh outputs/*/best.sh | head -1)))/best.sh
+
+dashboard: setup ## Optuna's page on the newest search, on this machine only
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dashboard]'
+	$(BIN)/optuna-dashboard sqlite:///$$(ls -t multirun/*/study.db | head -1) --host 127.0.0.1 --port 8080
 
 test: setup ## ruff, mypy --strict and the tests
 	$(BIN)/ruff check .

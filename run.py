@@ -14,14 +14,14 @@ from kd import sweep, tables
 from kd.config import plan
 from kd.datasets import resolve
 from kd.parsing import parse, plain
-from kd.pipeline import Pipeline, run, write_result
+from kd.pipeline import Pipeline, Pruned, run, write_result
 from kd.store import Store
 from kd.tracking import group_of, track
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    """One job: the mean validation accuracy of its students in percent, which a search maximises."""
+    """One job: the mean accuracy of its students in percent, on validation, which a search maximises."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     return sweep.job(folder, lambda: _job(cfg, folder), dry=cfg.get("dry_run") is True)
 
@@ -38,14 +38,19 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     multirun = group_of(Path(hydra.sweep.dir)) if hydra.mode == RunMode.MULTIRUN else None
     with track(config.tracking, folder, students, plain(cfg), store, multirun) as tracker:
         teacher = config.teacher
-        pipeline = Pipeline(store, config.data_root, config.runtime, tracker, teacher.file, teacher.min_acc)
+        prune = sweep.pruning(config, students)
+        pipeline = Pipeline(store, config.data_root, config.runtime, tracker, teacher.file, teacher.min_acc, prune)
         labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
-        result = run(pipeline, students, labels)
+        try:
+            result = run(pipeline, students, labels)
+        except Pruned as pruned:
+            tracker.summarize({"pruned_after_epoch": pruned.epoch})
+            return sweep.record_pruned(folder, pruned)
         write_result(result, folder)
         tracker.summarize(result.columns)
     tables.print_run(result)
     print(f"this run: {folder}")
-    return result.objective
+    return result.value(config.sweep.objective)
 
 
 if __name__ == "__main__":

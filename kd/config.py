@@ -27,6 +27,7 @@ from kd.stage import (
     Role,
     RuntimeSpec,
     Stage,
+    SweepSpec,
     TrainOverrides,
     TrainSpec,
 )
@@ -85,6 +86,7 @@ class Config(Frozen):
     train: TrainConfig
     tracking: TrackingSpec
     runtime: RuntimeSpec
+    sweep: SweepSpec
     seed: Annotated[int, Field(ge=0)]
     replicates: Annotated[int, Field(ge=1)]
     dry_run: bool

@@ -39,7 +39,7 @@ def parse(cfg: DictConfig) -> Config:
             problems += explain(error, name)
         except KnownError as error:
             problems.append(str(error))
-    rules = (_dataset, _teacher, _reference, _training)
+    rules = (_dataset, _teacher, _reference, _sweep, _training)
     problems += [problem for rule in rules for problem in rule(sections)]
     if problems:
         raise KnownError("\n".join(dict.fromkeys(problems)))
@@ -107,6 +107,15 @@ def _reference(sections: dict[str, Any]) -> Iterator[str]:
                 f"method.name: mode=reference runs {code.system}'s code for {sections['model'].name}, which has "
                 f"{', '.join(code.methods)}"
             )
+
+
+def _sweep(sections: dict[str, Any]) -> Iterator[str]:
+    if "sweep" not in sections or not sections["sweep"].prune:
+        return
+    if sections["sweep"].objective != "val_acc" or ("dataset" in sections and not sections["dataset"].val_fraction):
+        yield "sweep.prune: compares validation accuracies, and so needs a validation split and sweep.objective=val_acc"
+    if sections.get("replicates", 1) > 1:
+        yield f"sweep.prune: ends the training of one student (got replicates={sections['replicates']})"
 
 
 def _training(sections: dict[str, Any]) -> Iterator[str]:

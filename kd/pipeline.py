@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -20,9 +20,9 @@ from kd.losses import Loss
 from kd.partial import Partial
 from kd.progress import StageProgress
 from kd.spec import Frozen, KnownError
-from kd.stage import Given, Normalization, Role, RuntimeSpec, Select, Source, Stage
+from kd.stage import Given, Normalization, Objective, Role, RuntimeSpec, Select, Source, Stage
 from kd.statistics import spread
-from kd.store import StageResult, Store, Trained
+from kd.store import Metrics, StageResult, Store, Trained
 from kd.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -74,6 +74,10 @@ class RunResult(Frozen):
         common = self.model_dump(include={"objective", "mode", "method", "dataset"})
         return {**common, "test_acc": self.chain[-1].test_acc}
 
+    def value(self, objective: Objective) -> float | None:
+        """What a search is told: the mean accuracy of the students, on validation or, as the papers had it, on test."""
+        return self.objective if objective == "val_acc" else self.chain[-1].test_acc
+
 
 class ReplicatedResult(RunResult):
     """result.json of a run of several students; mean, std and ci95 are of their test accuracies."""
@@ -93,6 +97,18 @@ class ReplicatedResult(RunResult):
         named = {f"test_acc/{name}": value for name, value in spread.items()}
         return {**super().columns, "test_acc": self.mean, **each, **named}
 
+    def value(self, objective: Objective) -> float | None:
+        """As of one student, the mean of all."""
+        return self.objective if objective == "val_acc" else self.mean
+
+
+class Pruned(Exception):  # noqa: N818, it is no error
+    """A search ended the training of a student early; `value` is its validation accuracy in percent."""
+
+    def __init__(self, epoch: int, epochs: int, value: float) -> None:
+        super().__init__(f"pruned after epoch {epoch} of {epochs}, at {value:.2f} % on validation")
+        self.epoch, self.value = epoch, value
+
 
 @dataclass
 class Pipeline:
@@ -104,6 +120,7 @@ class Pipeline:
     tracker: Tracker
     checkpoint: Path | None = None  # the file of a Given
     min_acc: float | None = None  # of a teacher, in percent of the test set; below it nothing is trained on it
+    prune: Callable[[Metrics], None] | None = None  # hears of each epoch of a student; raises Pruned
     _done: set[str] = field(default_factory=set)
     _loaded: Data | None = None
 
@@ -189,10 +206,15 @@ class Pipeline:
         partial = Partial(self.store.partial(stage.key), stage, runtime, self.runtime.checkpoint_every)
         if self.runtime.retrain:
             partial.remove()
-        with StageProgress(stage, len(data.train), self.tracker.log) as watch:
+        with StageProgress(stage, len(data.train), self._log) as watch:
             trained = train_stage(stage, data, guide, self._device, watch, partial, compiled)
         self._keep(stage, trained, {"compiled": compiled})
         partial.remove()
+
+    def _log(self, stage: Stage, metrics: Metrics) -> None:
+        self.tracker.log(stage, metrics)
+        if self.prune is not None and stage.role == "student":
+            self.prune(metrics)
 
     def _keep(self, source: Source, trained: Trained, origin: dict[str, Any]) -> None:
         made_with = {**self._runtime(), "python": platform.python_version(), "machine": hardware.describe(), **origin}

@@ -199,6 +199,17 @@ def _device(name: str) -> str:
     return name
 
 
+Objective = Literal["val_acc", "test_acc"]
+
+
+class SweepSpec(Frozen):
+    """What a search maximises, and how."""
+
+    objective: Objective = "val_acc"  # the mean over the job's students
+    join: bool = False  # add trials to a study that another process sweeps
+    prune: bool = False  # end trials early that are behind others at the same epoch
+
+
 class RuntimeSpec(Frozen):
     """Where and how fast a stage is trained: no part of the experiment, and so in no key."""
 
@@ -211,6 +222,7 @@ class RuntimeSpec(Frozen):
     compile: bool | Literal["auto"] = "auto"  # of the training step; auto: where it pays back over the stage
     bank: bool = True  # keep the guides' logits on disk, for later epochs and runs
     retrain: bool = False
+    trial: int | None = Field(None, ge=0)  # which of a search's trials this job is; the search tells it
 
 
 @dataclass(frozen=True)

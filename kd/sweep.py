@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+if TYPE_CHECKING:
+    from kd.search import Locks
+
+from kd import summary
+from kd.config import Config
+from kd.pipeline import Pruned
 from kd.spec import KnownError
+from kd.stage import Stage
+from kd.store import Metrics
 from kd.tables import JOB_MARKS, Job, job_folders, job_order, print_jobs, read_result
+
+SEARCH = "kd.search.hand_over"  # hydra.sweeper.custom_search_space of the searches that are ours
 
 
 class Multirun(Callback):
     """Hydra tells it that a multirun starts; summarize() asks it where, however that multirun ends."""
 
     folder: ClassVar[Path | None] = None
-    began: ClassVar[float] = 0.0
+    began: ClassVar[float] = 0.0  # a search goes on, and is shown with its trials of before
+    locks: ClassVar[Locks | None] = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember the multirun's folder."""
-        Multirun.folder, Multirun.began = Path(config.hydra.sweep.dir), time.time() - 1  # files' clocks are coarse
+        """Ready a search of ours, and remember the multirun's folder. Of a callback's exceptions Hydra only warns."""
+        if config.hydra.sweeper.get("custom_search_space") == SEARCH:
+            os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # of optuna 2, which needs sqlalchemy 1.4
+            from kd.search import prepare
+
+            try:
+                Multirun.folder, Multirun.locks = prepare(config, kwargs["config_name"])
+            except (KnownError, OSError) as error:
+                print(error, file=sys.stderr, flush=True)
+                sys.exit(2)
+            except Exception:
+                traceback.print_exc()
+                sys.exit(1)
+        else:
+            Multirun.folder, Multirun.began = Path(config.hydra.sweep.dir), time.time() - 1  # files' clocks are coarse
 
 
 def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | None:
@@ -36,7 +62,8 @@ def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | No
     error.json in its folder and returns None, and the sweep goes on. Of other failures Hydra shows the traceback.
     A `dry` job leaves an earlier result.json where it is.
     """
-    (folder / "error.json").unlink(missing_ok=True)
+    for mark in ("error.json", "pruned.json"):
+        (folder / mark).unlink(missing_ok=True)
     if not dry:
         (folder / "result.json").unlink(missing_ok=True)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
@@ -58,6 +85,29 @@ def _record(folder: Path, reason: str) -> None:
     (folder / "error.json").write_text(json.dumps({"error": reason.splitlines()}, indent=2))
 
 
+def pruning(config: Config, students: Sequence[Stage]) -> Callable[[Metrics], None] | None:
+    """What ends the job's training early, where it is a trial of a search that prunes.
+
+    Raises KnownError where it is told to prune and is no trial.
+    """
+    if not config.sweep.prune:
+        return None
+    if config.runtime.trial is None:
+        raise KnownError("sweep.prune: compares the trials of a search, which this is not (-m sweep=tpe)")
+    from kd.search import halving
+
+    return halving(config.runtime.trial, students[0].train.epochs)
+
+
+def record_pruned(folder: Path, pruned: Pruned) -> float:
+    """Leave pruned.json; the value of a pruned job is what it had reached."""
+    print(pruned, flush=True)
+    (folder / "pruned.json").write_text(
+        json.dumps({"epoch": pruned.epoch, "val_acc": pruned.value, "said": str(pruned)})
+    )
+    return pruned.value
+
+
 def jobs(folder: Path, since: float = 0.0) -> list[Job]:
     """The jobs of a multirun's folder that started after `since`, in order; jobs of a dry run have nothing to tell."""
     found = [_look(folder, place) for place in job_folders(folder) if _changed(place) >= since and _counts(place)]
@@ -70,9 +120,12 @@ def _look(folder: Path, place: Path) -> Job:
         reason, result = "", read_result(place / "result.json")
     elif (place / "error.json").exists():
         reason = "; ".join(json.loads((place / "error.json").read_text())["error"])
+    pruned = (place / "pruned.json").exists()
+    if pruned:
+        reason = json.loads((place / "pruned.json").read_text())["said"]
     overrides = place / ".hydra" / "overrides.yaml"
     told = [str(override) for override in OmegaConf.load(overrides)] if overrides.exists() else []
-    return Job(str(place.relative_to(folder)), told, result, reason)
+    return Job(str(place.relative_to(folder)), told, result, reason, pruned)
 
 
 def _changed(place: Path) -> float:
@@ -90,7 +143,17 @@ def summarize() -> int:
     """Print the multirun that this process has run, if any. Returns how many of its jobs failed or are unfinished."""
     if Multirun.folder is None:
         return 0
+    if Multirun.locks is not None:
+        Multirun.locks.leave()
     done = jobs(Multirun.folder, Multirun.began)
     if done:
         print_jobs(done)
-    return sum(job.result is None for job in done)
+        for line in summary.write(Multirun.folder, done, _objective(Multirun.folder / done[0].number)):
+            print(line)
+    return sum(job.failed for job in done)
+
+
+def _objective(place: Path) -> str:
+    """What the multirun of a job's folder maximises."""
+    config = place / ".hydra" / "config.yaml"
+    return str(OmegaConf.select(OmegaConf.load(config), "sweep.objective")) if config.exists() else "val_acc"

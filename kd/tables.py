@@ -35,6 +35,12 @@ class Job(NamedTuple):
     overrides: list[str]
     result: RunResult | None
     reason: str
+    pruned: bool = False  # ended early by its search
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has neither a result nor a reason to have none."""
+        return self.result is None and not self.pruned
 
 
 JOB_MARKS = (".hydra/config.yaml", "result.json", "error.json")
@@ -86,9 +92,9 @@ def print_run(result: RunResult) -> None:
     out.print(f'the student: kd.load("{student.key}")', highlight=False)
 
 
-def count(jobs: int) -> str:
-    """A number of jobs, in words."""
-    return "1 job" if jobs == 1 else f"{jobs} jobs"
+def count(number: int, thing: str = "job") -> str:
+    """A number of things, in words."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def interval_of(result: ReplicatedResult) -> str:
@@ -164,7 +170,7 @@ def print_jobs(jobs: Sequence[Job]) -> None:
     table = _table("job", "", "val %>", "test %>", "n>")
     for job in jobs:
         if job.result is not None:
-            own = " ".join(override for override in job.overrides if override not in shared)
+            own = " ".join(short(override) for override in job.overrides if override not in shared)
             table.add_row(job.number, escape(own), percent(job.result.objective), *test_of(job.result))
     if table.row_count:
         out.print(table)
@@ -175,7 +181,18 @@ def print_jobs(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if job.result is None:
             line = f"job {job.number} ({' '.join(job.overrides)}): {job.reason}"
-            out.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+            out.print(line, style="red" if job.failed else None, highlight=False, markup=False, soft_wrap=True)
+
+
+def short(override: str) -> str:
+    """An override as tables show it: numbers to four digits; "" for the number of a trial, which is the job's."""
+    name, _, value = override.partition("=")
+    if name == "runtime.trial":
+        return ""
+    try:
+        return f"{name}={float(value):.4g}" if len(value) > 6 else override
+    except ValueError:
+        return override
 
 
 def test_of(result: RunResult) -> tuple[str, str]:

@@ -142,7 +142,12 @@ class _Training:
             last_of_equals = self.train.select == "best_test_batches"  # as Trained Teacher's code has it
             self.kept.offer(self.network.network, epoch + 1, self._score(row), row["val_acc"], last_of_equals)
             self.history.append(row)
-            self.watch.epoch_ended(row)
+            try:
+                self.watch.epoch_ended(row)
+            except BaseException:  # pruned, say: the training may still be gone on with
+                if partial is not None:
+                    partial.save(self.state())
+                raise
             if partial is not None and (epoch + 1) % partial.every == 0 and epoch + 1 < self.train.epochs:
                 partial.save(self.state())
         self.network.network.load_state_dict(self.kept.state)

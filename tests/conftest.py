@@ -64,6 +64,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
         assert ended.value.code == code
+        if code and not multirun:
+            return None
         if not multirun:
             return json.loads((place / "result.json").read_text())
         results = sorted(place.glob("*/result.json"), key=lambda path: int(path.parent.name))

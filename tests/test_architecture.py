@@ -20,13 +20,14 @@ ROWS = [
     ["kd.parsing"],
     ["kd.pipeline"],
     ["kd.tables"],
-    ["kd.report", "kd.sweep"],
+    ["kd.report", "kd.summary", "kd.search"],
+    ["kd.sweep"],
     ["run", "kd"],
 ]
 HOMES = {
-    "hydra": {"run", "kd.sweep"},
-    "omegaconf": {"run", "kd.parsing", "kd.sweep"},
-    "optuna": {"kd.sweep"},
+    "hydra": {"run", "kd.sweep", "kd.search"},
+    "omegaconf": {"run", "kd.parsing", "kd.sweep", "kd.search"},
+    "optuna": {"kd.search"},
     "wandb": {"kd.tracking.wandb", "kd.tracking.probe"},
 }
 # The only modules that may import something slow at their top: none of them is on the way of --help and dry_run.

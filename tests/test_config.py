@@ -37,7 +37,11 @@ def options() -> list[str]:
 
 @pytest.mark.parametrize("option", options())
 def test_every_yaml_composes_parses_and_plans(option: str) -> None:
-    needed = {"dataset=folder": ["dataset.root=/nowhere"], "mode=reference": ["dataset=cifar10"]}
+    needed = {
+        "dataset=folder": ["dataset.root=/nowhere"],
+        "mode=reference": ["dataset=cifar10"],
+        "sweep=takd": ["dataset=cifar10"],
+    }
     extra = needed.get(option, [])
     config = parse(composed(option, *extra))
     chain = plan(

@@ -64,8 +64,7 @@ def test_a_missing_package_is_one_line(
     job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(FileNotFoundError):  # no result
-        job("tracking=tensorboard", code=2)
+    job("tracking=tensorboard", code=2)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "pip install 'tensorboard" in said

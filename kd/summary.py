@@ -1,0 +1,225 @@
+"""What a multirun came to: summary.csv, .md and .png in its folder, and the best setting with the command for it."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kd.pipeline import ReplicatedResult, RunResult
+from kd.statistics import spread
+from kd.tables import Job, count, percent, short
+
+# Overrides that tell jobs apart and decide no result.
+_NO_SETTING = ("runtime.", "tracking.", "tracking=", "hydra", "sweep", "dry_run")
+_SEED = "seed="
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The finished jobs that differ in their student's seed alone; accuracies in percent."""
+
+    overrides: tuple[str, ...]
+    jobs: tuple[Job, ...]
+
+    @cached_property
+    def results(self) -> list[RunResult]:
+        """The jobs' results."""
+        return [job.result for job in self.jobs if job.result]
+
+    @cached_property
+    def test(self) -> list[float]:
+        """The test accuracy of each student."""
+        return [accuracy for result in self.results for accuracy in students(result)]
+
+    @property
+    def val(self) -> float | None:
+        """Their mean validation accuracy; None without a validation split."""
+        known = [(result.objective, len(students(result))) for result in self.results if result.objective is not None]
+        return sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
+
+    @property
+    def mean(self) -> float:
+        """Their mean test accuracy."""
+        return sum(self.test) / len(self.test)
+
+    def told(self, shared: Sequence[str]) -> str:
+        """What it was told that not all settings were."""
+        return " ".join(short(override) for override in self.overrides if override not in shared)
+
+    def cells(self, shared: Sequence[str]) -> list[str]:
+        """As a row of the Markdown table."""
+        own, n = self.told(shared), len(self.test)
+        if n == 1:
+            return [own, percent(self.val), percent(self.mean), "1", ""]
+        apart = spread(self.test)
+        low, high = max(apart.ci95[0], 0), min(apart.ci95[1], 100)
+        return [own, percent(self.val), f"{apart.mean:.2f} ± {apart.std:.2f}", str(n), f"{low:.2f} to {high:.2f}"]
+
+
+def students(result: RunResult) -> list[float]:
+    """The test accuracy of each student of a run."""
+    if isinstance(result, ReplicatedResult):
+        return [replicate.test_acc for replicate in result.replicates]
+    return [result.chain[-1].test_acc]
+
+
+def settings(jobs: Sequence[Job]) -> list[Setting]:
+    """Finished jobs by what they were told, seeds apart, in the order in which they came."""
+    found: dict[tuple[str, ...], list[Job]] = {}
+    for job in jobs:
+        if job.result is not None:
+            told = tuple(each for each in job.overrides if not each.startswith((*_NO_SETTING, _SEED)))
+            found.setdefault(told, []).append(job)
+    return [Setting(told, tuple(group)) for told, group in found.items()]
+
+
+def best_of(found: Sequence[Setting], objective: str) -> Setting | None:
+    """The setting of the highest mean validation accuracy, the first of equals; of test where `objective` says so.
+
+    Where one setting has no validation split, none can be preferred without the test set: None.
+    """
+    if not found or (objective == "val_acc" and any(setting.val is None for setting in found)):
+        return None
+    return max(found, key=lambda setting: setting.mean if objective == "test_acc" else setting.val or 0.0)
+
+
+def command(setting: Setting) -> str:
+    """What trains the setting's students again, or loads them, as they are in the store."""
+    told = list(setting.overrides)
+    mode = setting.results[0].mode
+    if mode != "paper" and not any(each.startswith("mode=") for each in told):
+        told.append(f"mode={mode}")
+    seeds = [each for job in setting.jobs for each in job.overrides if each.startswith(_SEED)]
+    if len(seeds) > 1:
+        told = ["-m", *told, _SEED + ",".join(each.removeprefix(_SEED) for each in seeds)]
+    else:
+        told += seeds
+    return " ".join(["python", "run.py", *map(shlex.quote, told)])
+
+
+def write(folder: Path, jobs: Sequence[Job], objective: str) -> list[str]:
+    """Write the summary into the multirun's folder. Returns the lines that say what is best, for the screen.
+
+    `objective` is val_acc, or test_acc where the search was told to maximise that.
+    """
+    pool = settings(jobs)
+    # As the papers had it, the best is one lucky job; otherwise seeds are pooled.
+    alone = [Setting(setting.overrides, (job,)) for setting in pool for job in setting.jobs]
+    best = best_of(alone if objective == "test_acc" else pool, objective)
+    shared = [each for each in pool[0].overrides if all(each in setting.overrides for setting in pool)] if pool else []
+    lines = _best_lines(best, objective, shared) if len(pool) > 1 else []
+    _write_csv(folder / "summary.csv", jobs)
+    (folder / "summary.md").write_text(_markdown(pool, jobs, shared, lines))
+    if pool:
+        _draw(folder / "summary.png", pool, best)
+    if best is not None:
+        (folder / "best.sh").write_text(f"# the best setting of {folder.name}; make best runs it\n{command(best)}\n")
+    return lines
+
+
+def _best_lines(best: Setting | None, objective: str, shared: Sequence[str]) -> list[str]:
+    if best is None:
+        return ["no best setting is named: without a validation split only the test set could choose it"]
+    chosen = "CHOSEN ON THE TEST SET, as the paper had it" if objective == "test_acc" else "chosen on validation"
+    said = f"validation {percent(best.val)} %, test {best.mean:.2f} %, {count(len(best.test), 'student')}"
+    return [f"best setting, {chosen}: {best.told(shared)}: {said}", f"again: {command(best)}"]
+
+
+def _write_csv(path: Path, jobs: Sequence[Job]) -> None:
+    told = [dict(override.split("=", 1) for override in job.overrides if "=" in override) for job in jobs]
+    names = list(dict.fromkeys(name for each in told for name in each))
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["job", *names, "val_acc", "test_acc", "std", "n", "student", "failure"])
+        for job, each in zip(jobs, told, strict=True):
+            numbers: list[Any] = ["", "", "", "", ""]
+            if job.result is not None:
+                test = students(job.result)
+                std = spread(test).std if len(test) > 1 else ""
+                numbers = [job.result.objective, sum(test) / len(test), std, len(test), job.result.chain[-1].key]
+            rows.writerow([job.number, *(each.get(name, "") for name in names), *numbers, job.reason])
+
+
+def _markdown(pool: Sequence[Setting], jobs: Sequence[Job], shared: Sequence[str], best: Sequence[str]) -> str:
+    lines = [f"All with `{' '.join(shared)}`.", ""] if shared else []
+    lines += ["| setting | validation % | test % (mean ± std) | n | 95 % interval |", "|---" * 5 + "|"]
+    for setting in pool:
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in setting.cells(shared)) + " |")
+    lines += ["", "Students that differ in their seed alone are one line; the interval is Student's t.", ""]
+    lines += [f"{line}\n" for line in best]
+    lines += [f"- job {job.number} ({' '.join(job.overrides)}): {job.reason}" for job in jobs if job.result is None]
+    return "\n".join(lines) + "\n"
+
+
+def varied(pool: Sequence[Setting]) -> dict[str, list[float]]:
+    """The numbers that differ between settings: by name, the value of each setting."""
+    told = [dict(each.split("=", 1) for each in setting.overrides if "=" in each) for setting in pool]
+    found: dict[str, list[float]] = {}
+    for name in told[0]:
+        try:
+            values = [float(each[name]) for each in told]
+        except (KeyError, ValueError):
+            continue
+        if len(set(values)) > 1:
+            found[name] = values
+    return found
+
+
+def _draw(path: Path, pool: Sequence[Setting], best: Setting | None) -> None:
+    """Test accuracy over each number that varies, or by setting where none does; each student a dot."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    numbers = varied(pool)
+    wide = max(1, len(numbers))
+    figure, panels = pyplot.subplots(
+        1, wide, figsize=(1 + 5 * wide, 4), layout="constrained", squeeze=False, sharey=True
+    )
+    for axes, name in zip(panels[0], numbers or [""], strict=True):
+        others = [other for other in numbers if other != name]
+        _panel(axes, name, pool, best, numbers, others[0] if len(others) == 1 else None)
+    panels[0][0].set_ylabel("test accuracy, %")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _panel(
+    axes: Any,
+    name: str,
+    pool: Sequence[Setting],
+    best: Setting | None,
+    numbers: dict[str, list[float]],
+    other: str | None,
+) -> None:
+    places: Sequence[float] = numbers[name] if name else range(len(pool))
+    lines: dict[float | None, list[tuple[float, Setting]]] = {}
+    for index, (place, setting) in enumerate(zip(places, pool, strict=True)):
+        lines.setdefault(numbers[other][index] if other else None, []).append((place, setting))
+    joined = bool(name) and len(lines) <= 8 and all(len(line) > 1 for line in lines.values())
+    apart = 0.012 * (max(places) - min(places)) if joined else 0.0  # so that equal accuracies stay visible
+    for number, (value, line) in enumerate(sorted(lines.items(), key=lambda item: item[0] or 0)):
+        line.sort(key=lambda pair: pair[0])
+        color = f"C{number}" if joined else "C0"
+        label = f"{other}={value:g}" if joined and value is not None else None
+        shift = apart * (number - (len(lines) - 1) / 2)
+        for x, setting in line:
+            axes.plot([x + shift] * len(setting.test), setting.test, "o", color=color, alpha=0.5, markersize=4)
+        means = [setting.mean for _, setting in line]
+        axes.plot([x + shift for x, _ in line], means, "_-" if joined else "_", color=color, markersize=10, label=label)
+    for place, setting in zip(places, pool, strict=True):
+        if best is not None and setting.overrides == best.overrides:
+            axes.plot([place], [setting.mean], "o", color="black", mfc="none", markersize=16, label="best setting")
+    if name:
+        axes.set_xlabel(name)
+    else:
+        axes.set_xticks(places, [" ".join(s.overrides[-2:]) for s in pool], rotation=30, ha="right", fontsize=8)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,221 @@
+"""Searches: a study goes on to its number of trials, whatever happens in between, and never by the luck of a seed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from omegaconf import OmegaConf
+
+from kd.config import plan
+from kd.datasets import resolve
+from kd.parsing import parse
+from kd.search import ORDINAL, Locks, ordinal, study_name
+from tests.conftest import QUICK, ROOT, composed, run_py
+
+Job = Callable[..., Any]
+
+SEARCH = ("-m", *QUICK, "method=kd", "sweep=tpe", "train.epochs=1", "hydra.sweeper.sampler.n_startup_trials=3")
+TRIALS = "hydra.sweeper.n_trials=7"
+
+
+def trials(folder: Path) -> list[tuple[int, dict[str, float], float | None]]:
+    """Each trial that counts: its ordinal, parameters and value."""
+    storage = f"sqlite:///{folder / 'study.db'}"
+    (summary,) = optuna.get_all_study_summaries(storage)
+    study = optuna.load_study(study_name=summary.study_name, storage=storage)
+    kept = [trial for trial in study.trials if not trial.user_attrs.get("lost")]
+    assert all(trial.state.is_finished() for trial in kept)
+    return [
+        (ordinal(study, trial.number), {k: v for k, v in trial.params.items() if k != ORDINAL}, trial.value)
+        for trial in kept
+    ]
+
+
+def search(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return run_py(*SEARCH, f"hydra.sweep.dir={folder}", *overrides, cwd=folder.parent)
+
+
+def test_a_killed_search_ends_with_the_trials_of_an_unbroken_one(tmp_path: Path) -> None:
+    whole = search(tmp_path / "whole", TRIALS)
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, str(ROOT / "run.py"), *SEARCH, TRIALS, f"hydra.sweep.dir={tmp_path / 'broken'}"]
+    # A student's training is waited for, so that it is killed in the middle of a trial.
+    environment = {**os.environ, "KD_STORE": str(tmp_path / "other")}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "broken" / "4" / ".hydra").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = search(tmp_path / "broken", TRIALS)
+    assert again.returncode == 0, again.stderr
+    assert "4 trials done, 3 to go" in again.stdout
+    assert trials(tmp_path / "broken") == trials(tmp_path / "whole")
+    assert {place.name for place in (tmp_path / "broken").glob("[0-9]*")} == {str(number) for number in range(7)}
+    third = search(tmp_path / "broken", TRIALS)
+    assert "7 trials done, 0 to go" in third.stdout
+    assert "7 jobs" in third.stdout
+    more = search(tmp_path / "broken", "hydra.sweeper.n_trials=8")
+    assert "7 trials done, 1 to go" in more.stdout
+    assert len(trials(tmp_path / "broken")) == 8
+
+
+def test_a_failed_trial_is_named_and_counts_as_done(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ("sweep=tpe", "hydra.sweeper.n_trials=6", "method.T=choice(1,-1)", "train.epochs=1")
+    results = job(*overrides, multirun=True, code=1)
+    failed = len(list((tmp_path / "out").glob("*/error.json")))
+    assert 0 < failed < 6
+    assert len(results) == 6 - failed
+    printed = capsys.readouterr()
+    assert "method.T: should be" in printed.out
+    assert "(got -1)" in printed.out
+    assert "best setting, chosen on validation" in printed.out
+    job(*overrides, multirun=True, code=1)
+    assert "6 trials done, 0 to go" in capsys.readouterr().out
+
+
+def test_one_process_searches_and_others_join(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ("sweep=tpe", "hydra.sweeper.n_trials=2", "train.epochs=1")
+    job(*overrides, multirun=True)
+    (place,) = (tmp_path / "store" / "search").iterdir()
+    owner = Locks(place)
+    owner.enter("this", join=False)
+    capsys.readouterr()
+    job(*overrides, multirun=True, code=2)
+    said = capsys.readouterr().err
+    assert f"is being searched by process {os.getpid()} on" in said
+    assert "sweep.join=true adds trials beside it" in said
+    job(*overrides, "sweep.join=true", multirun=True)
+    assert [number for number, *_ in trials(tmp_path / "out")] == [0, 1, 2, 3]
+    owner.leave()
+
+
+def test_trials_of_a_process_that_lives_are_left_alone(tmp_path: Path) -> None:
+    one, other = Locks(tmp_path), Locks(tmp_path)
+    one.enter("study", join=False)
+    alive = Locks.process
+    other.enter("study", join=True)
+    assert other.alive(alive)
+    one.leave()
+    assert not other.alive(alive)
+    assert not other.alive(None)
+
+
+def named(*overrides: str, space: dict[str, str] | None = None, sampler: Any = None) -> str:
+    config = parse(composed(*QUICK, "method=kd", *overrides))
+    students = plan(config, resolve(config.dataset, config.data_root))
+    return study_name(config, students, space or {"method.T": "interval(1,20)"}, sampler)
+
+
+def test_a_study_is_named_by_what_makes_it_this_search() -> None:
+    name = named()
+    assert name.startswith("kd-plane4-plane2-digits-")
+    others = ("replicates=2", "method.lambda=0.3", "teacher.seed=4", "train.epochs=3", "sweep.objective=test_acc")
+    names = [name, *map(named, others), named(space={"method.T": "interval(1,10)"}), named(sampler={"seed": 2})]
+    assert len(set(names)) == len(names)
+    for same in ("tracking=wandb", "tracking.group=a", "runtime.threads=2", "sweep.join=true", "runtime.bank=false"):
+        assert named(same) == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("method=kd", "seed=20,31,55"),
+            "seed: a search would take the luckiest one for the best setting; replicates=3",
+        ),
+        (("method=scratch",), "method.T: cannot be searched, method=scratch has none"),
+        (("method=kd", "method.lambda=7"), "method.lambda: should be at most 1 (got 7)"),
+    ],
+)
+def test_searches_that_cannot_be(
+    job: Job, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], message: str
+) -> None:
+    job("sweep=tpe", *overrides, multirun=True, code=2)
+    assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_what_would_be_searched(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job("sweep=tpe", "dry_run=true", multirun=True)
+    printed = capsys.readouterr().out
+    assert "30 trials in all, over\n  method.T: tag(log,interval(1,20))\n  method.lambda: interval(0.05,1)" in printed
+    assert "2 of 2 stages to train" in printed
+    assert not (tmp_path / "store").exists()
+
+
+def test_takd_searches_as_its_authors_did(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweeper = OmegaConf.load(ROOT / "conf" / "sweep" / "takd.yaml").hydra.sweeper
+    assert sweeper.n_trials == 120
+    lambdas = [float(value) for value in sweeper.params["method.lambda"].removeprefix("choice(").rstrip(")").split(",")]
+    assert lambdas == pytest.approx([0.05 * step for step in range(1, 21)])
+    results = job("sweep=takd", "train=cifar10", "hydra.sweeper.n_trials=2", "train.epochs=1", multirun=True)
+    assert all(result["mode"] == "reference" and result["objective"] is None for result in results)
+    assert [value for *_, value in trials(tmp_path / "out")] == [result["chain"][-1]["test_acc"] for result in results]
+    printed = capsys.readouterr().out
+    assert "best setting, CHOSEN ON THE TEST SET, as the paper had it" in printed
+    assert "mode=reference" in (tmp_path / "out" / "best.sh").read_text()
+
+
+def test_the_best_command_trains_the_best_student(job: Job, tmp_path: Path) -> None:
+    results = job("sweep=tpe", "hydra.sweeper.n_trials=3", "train.epochs=1", "replicates=2", multirun=True)
+    best = max(results, key=lambda result: result["objective"])
+    words = shlex.split((tmp_path / "out" / "best.sh").read_text().splitlines()[-1])
+    assert words[:2] == ["python", "run.py"]
+    config = parse(composed(*QUICK, *words[2:]))
+    keys = [stage.key for stage in plan(config, resolve(config.dataset, config.data_root))]
+    assert keys == [replicate["key"] for replicate in best["replicates"]]
+    assert json.loads((tmp_path / "out" / "0" / "result.json").read_text())["n"] == 2
+
+
+def test_hopeless_trials_end_early_and_can_be_gone_on_with(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = (
+        "sweep=tpe",
+        "sweep.prune=true",
+        "hydra.sweeper.n_trials=8",
+        "train.epochs=8",
+        "runtime.checkpoint_every=100",
+    )
+    finished = job(*common, "model.train.lr=choice(0.05,0.000001)", multirun=True)
+    marks = sorted((tmp_path / "out").glob("*/pruned.json"))
+    assert marks
+    assert len(finished) + len(marks) == 8
+    for mark in marks:
+        pruned = json.loads(mark.read_text())
+        assert pruned["epoch"] in (1, 2, 4)
+        rows = [json.loads(line) for line in (mark.parent / "metrics.jsonl").read_text().splitlines()]
+        values = [row["val_acc"] for row in rows if row["role"] == "student"]
+        assert len(values) == pruned["epoch"]
+        assert values[-1] == pruned["val_acc"]
+    told = trials(tmp_path / "out")
+    assert {told[int(mark.parent.name)][2] for mark in marks} == {json.loads(m.read_text())["val_acc"] for m in marks}
+    # Its checkpoint is there, and a run that is not pruned goes on from it.
+    words = OmegaConf.load(marks[0].parent / ".hydra" / "overrides.yaml")
+    overrides = [str(word) for word in words if not str(word).startswith(("sweep", "runtime.trial", "hydra"))]
+    capsys.readouterr()
+    job(*overrides, folder="alone")
+    epoch = json.loads(marks[0].read_text())["epoch"]
+    assert f"student plane2: going on after epoch {epoch}" in capsys.readouterr().out
+
+
+def test_pruning_is_for_searches_of_single_students(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job("sweep.prune=true", code=2)
+    assert "sweep.prune: compares the trials of a search, which this is not" in capsys.readouterr().err
+    job("sweep.prune=true", "replicates=2", code=2)
+    assert "sweep.prune: ends the training of one student (got replicates=2)" in capsys.readouterr().err
+    job("sweep.prune=true", "dataset.val_fraction=0", "train.select=last", code=2)
+    assert "sweep.prune: compares validation accuracies" in capsys.readouterr().err
