@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python run.py
 
-.PHONY: help setup demo best dashboard docs bench profile test test-slow
+.PHONY: help setup demo best dashboard docs bench profile tensorboard test test-slow
 
 help: ## print this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ bench: setup ## training speed beside the usual script's, into results/speed.jso
 
 profile: setup ## where a training step's time goes
 	$(BIN)/python -m bench.profile
+
+tensorboard: setup ## serve the runs of tracking=tensorboard on http://127.0.0.1:6006
+	$(BIN)/tensorboard --host 127.0.0.1 --logdir_spec outputs:outputs,multirun:multirun
 
 test-slow: setup ## the tests on real images and long trainings
 	$(BIN)/pytest -m slow

@@ -34,8 +34,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
         tables.print_plan(config.mode, students, store, config.runtime.retrain)
         return None
     runtime = sweep.share(config.runtime)
-    sources = [source for student in students for source in student.chain]
-    with track(config.tracking, folder, sources, plain(cfg)) as tracker:
+    with track(config.tracking, folder, students, plain(cfg), store, sweep.group()) as tracker:
         teacher = config.teacher
         prune = sweep.pruning(config, students)
         pipeline = Pipeline(store, config.data_root, runtime, tracker, teacher.file, teacher.min_acc, prune)
@@ -46,7 +45,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
             tracker.summarize({"pruned_after_epoch": pruned.epoch})
             return sweep.record_pruned(folder, pruned)
         write_result(result, folder)
-        tracker.summarize(result.model_dump(mode="json", exclude={"chain"}))
+        tracker.summarize(result.columns)
     tables.print_run(result)
     print(f"this run: {folder}")
     return result.value(config.sweep.objective)

@@ -68,6 +68,12 @@ class RunResult(Frozen):
     method: str
     dataset: str  # its name in tables
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What a table of runs shows beside the accuracies of the stages; `test_acc` is the student's."""
+        common = self.model_dump(include={"objective", "mode", "method", "dataset"})
+        return {**common, "test_acc": self.chain[-1].test_acc}
+
     def value(self, objective: Objective) -> float | None:
         """What a search is told: the mean accuracy of the students, on validation or, as the papers had it, on test."""
         return self.objective if objective == "val_acc" else self.chain[-1].test_acc
@@ -81,6 +87,15 @@ class ReplicatedResult(RunResult):
     std: float
     n: int
     ci95: tuple[float, float]  # what varies is the student's seed; the chain above it is one
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Each student's test accuracy has a column too; `test_acc` is their mean."""
+        each = {f"test_acc/s{replicate.seed}": replicate.test_acc for replicate in self.replicates}
+        low, high = self.ci95
+        spread = {"std": self.std, "n": self.n, "ci95_low": low, "ci95_high": high}
+        named = {f"test_acc/{name}": value for name, value in spread.items()}
+        return {**super().columns, "test_acc": self.mean, **each, **named}
 
     def value(self, objective: Objective) -> float | None:
         """As of one student, the mean of all."""

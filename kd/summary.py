@@ -113,7 +113,11 @@ def write(folder: Path, jobs: Sequence[Job], objective: str) -> list[str]:
     best = best_of(alone if objective == "test_acc" else pool, objective)
     shared = [each for each in pool[0].overrides if all(each in setting.overrides for setting in pool)] if pool else []
     lines = _best_lines(best, objective, shared) if len(pool) > 1 else []
-    _write_csv(folder / "summary.csv", jobs)
+    table = rows(jobs)
+    with (folder / "summary.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, table[0])
+        writer.writeheader()
+        writer.writerows(table)
     (folder / "summary.md").write_text(_markdown(pool, jobs, shared, lines))
     if pool:
         _draw(folder / "summary.png", pool, best)
@@ -130,19 +134,23 @@ def _best_lines(best: Setting | None, objective: str, shared: Sequence[str]) -> 
     return [f"best setting, {chosen}: {best.told(shared)}: {said}", f"again: {command(best)}"]
 
 
-def _write_csv(path: Path, jobs: Sequence[Job]) -> None:
+def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """A row a job: what it was told, its accuracies in percent, or why it has none."""
     told = [dict(override.split("=", 1) for override in job.overrides if "=" in override) for job in jobs]
-    names = list(dict.fromkeys(name for each in told for name in each))
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["job", *names, "val_acc", "test_acc", "std", "n", "student", "failure"])
-        for job, each in zip(jobs, told, strict=True):
-            numbers: list[Any] = ["", "", "", "", ""]
-            if job.result is not None:
-                test = students(job.result)
-                std = spread(test).std if len(test) > 1 else ""
-                numbers = [job.result.objective, sum(test) / len(test), std, len(test), job.result.chain[-1].key]
-            rows.writerow([job.number, *(each.get(name, "") for name in names), *numbers, job.reason])
+    names = dict.fromkeys(name for each in told for name in each)
+    found = []
+    for job, each in zip(jobs, told, strict=True):
+        test = students(job.result) if job.result else []
+        numbers = {
+            "val_acc": job.result.objective if job.result else None,
+            "test_acc": sum(test) / len(test) if test else None,
+            "std": spread(test).std if len(test) > 1 else None,
+            "n": len(test),
+            "student": job.result.chain[-1].key if job.result else None,
+            "failure": job.reason,
+        }
+        found.append({"job": job.number, **{name: each.get(name) for name in names}, **numbers})
+    return found
 
 
 def _markdown(pool: Sequence[Setting], jobs: Sequence[Job], shared: Sequence[str], best: Sequence[str]) -> str:

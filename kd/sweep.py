@@ -27,6 +27,7 @@ from kd.spec import KnownError
 from kd.stage import RuntimeSpec, Stage
 from kd.store import Metrics
 from kd.tables import JOB_MARKS, Job, job_folders, job_order, print_jobs, read_result
+from kd.tracking import TrackingSpec, group_of, track_sweep
 
 SEARCH = "kd.search.hand_over"  # hydra.sweeper.custom_search_space of the searches that are ours
 
@@ -83,6 +84,12 @@ def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | No
         traceback.print_exc()
         _record(folder, f"{type(error).__name__}: {error}")
         return None
+
+
+def group() -> str | None:
+    """The name that W&B knows this job's multirun by; None for a single run."""
+    hydra = HydraConfig.get()
+    return group_of(Path(hydra.sweep.dir)) if hydra.mode == RunMode.MULTIRUN else None
 
 
 def share(runtime: RuntimeSpec) -> RuntimeSpec:
@@ -178,12 +185,17 @@ def summarize() -> int:
     done = jobs(Multirun.folder, Multirun.began)
     if done:
         print_jobs(done)
-        for line in summary.write(Multirun.folder, done, _objective(Multirun.folder / done[0].number)):
-            print(line)
+        _summarize(Multirun.folder, done)
     return sum(job.failed for job in done)
 
 
-def _objective(place: Path) -> str:
-    """What the multirun of a job's folder maximises."""
-    config = place / ".hydra" / "config.yaml"
-    return str(OmegaConf.select(OmegaConf.load(config), "sweep.objective")) if config.exists() else "val_acc"
+def _summarize(folder: Path, done: Sequence[Job]) -> None:
+    """The summary of a multirun, in its folder and where its runs are tracked."""
+    path = folder / done[0].number / ".hydra" / "config.yaml"
+    config = OmegaConf.load(path) if path.exists() else OmegaConf.create()
+    for line in summary.write(folder, done, OmegaConf.select(config, "sweep.objective", default="val_acc")):
+        print(line)
+    if any(job.result for job in done):  # else the settings of tracking may be what was wrong
+        spec = TrackingSpec.model_validate(OmegaConf.to_container(config.tracking, resolve=True))
+        figures = [path for path in [folder / "summary.png"] if path.exists()]
+        track_sweep(spec, folder, spec.group or group_of(folder), summary.rows(done), figures)

@@ -28,7 +28,7 @@ HOMES = {
     "hydra": {"run", "kd.sweep", "kd.search"},
     "omegaconf": {"run", "kd.parsing", "kd.sweep", "kd.search"},
     "optuna": {"kd.search"},
-    "wandb": {"kd.tracking"},
+    "wandb": {"kd.tracking.wandb", "kd.tracking.probe"},
 }
 # The only modules that may import something slow at their top: none of them is on the way of --help and dry_run.
 WITH_TORCH = {

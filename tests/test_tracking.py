@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import socket
+import os
+import re
+import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from kd import tracking
+from kd.losses import TeachableTeacher
 from kd.spec import KnownError
-from kd.tracking import axes, track
-from tests.conftest import QUICK, run_py
+from kd.store import Store
+from kd.tracking import TrackingSpec, group_of, probe, track, track_sweep
+from kd.tracking.names import axes, run_name
+from kd.tracking.wandb import RunId
+from tests.conftest import QUICK, ROOT, run_py
 from tests.test_stage import TEACHER, distilled, stage
+from tests.wandb_server import Server
 
 Job = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
 def _forget_the_decision() -> Iterator[None]:
-    tracking._decide.cache_clear()
+    probe.decide.cache_clear()
     yield
-    tracking._decide.cache_clear()
+    probe.decide.cache_clear()
 
 
 def test_axes_are_as_short_as_they_can_be() -> None:
@@ -65,6 +68,11 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in inspect(folder).splitlines() if line.startswith("{")]
 
 
+def started_of(folder: Path) -> dict[str, Any]:
+    (started,) = [record["run"] for record in records(folder) if record["type"] == "run"]
+    return dict(started)
+
+
 def summary(folder: Path) -> dict[str, Any]:
     text = inspect(folder, "--summary")
     parsed: dict[str, Any] = json.loads(text[text.index("{") :])
@@ -75,7 +83,7 @@ def test_offline_run_read_back(job: Job, tmp_path: Path, capsys: pytest.CaptureF
     result = job("tracking=wandb", "replicates=2", "tracking.tags=[a,b]", "tracking.group=g")
     assert "no key is configured" in capsys.readouterr().out
     written = records(tmp_path / "out")
-    (started,) = [r["run"] for r in written if r["type"] == "run"]
+    started = started_of(tmp_path / "out")
     config = started["config"]["update"]
     assert config["method"]["lambda"] == 0.5
     assert config["mode"] == "paper"
@@ -102,172 +110,25 @@ def test_a_failed_job_ends_as_failed_and_does_not_leak(job: Job, tmp_path: Path)
     assert "student/epoch" not in failed["summary"]
 
 
-class Server:
-    """A loopback stand-in for W&B's backend: it takes whatever is sent and remembers it."""
-
-    def __init__(self) -> None:
-        self.runs: list[dict[str, Any]] = []
-        self.history: list[dict[str, Any]] = []
-        self.exits: list[int] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-            def handle(self) -> None:
-                with suppress(ConnectionError):  # the client hangs up when it has what it wants
-                    super().handle()
-
-            def reply(self, body: dict[str, Any]) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def do_GET(self) -> None:
-                self.reply({})
-
-            def do_PUT(self) -> None:
-                self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                self.reply({})
-
-            def do_POST(self) -> None:
-                data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                if self.headers.get("Content-Encoding") == "gzip":
-                    data = gzip.decompress(data)
-                self.reply(outer.answer(self.path, data))
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def answer(self, path: str, data: bytes) -> dict[str, Any]:
-        """What a request is answered with, by its path and GraphQL operation."""
-        if "file_stream" in path:
-            sent = json.loads(data)
-            rows = sent.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
-            self.history += [json.loads(row) for row in rows]
-            if sent.get("exitcode") is not None:
-                self.exits.append(sent["exitcode"])
-            return {"exitcode": None, "limits": {}}
-        if not path.endswith("/graphql"):
-            return {}
-        query = json.loads(data)
-        variables = query.get("variables") or {}
-        viewer = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
-        if "mutation UpsertBucket" in query["query"]:
-            self.runs.append(variables)
-            project = {"id": "p", "name": variables.get("project"), "entity": {"id": "e", "name": "me"}}
-            bucket = {"id": "r", "name": variables.get("name"), "displayName": "d", "config": "{}", "project": project}
-            return {"data": {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": True}}}
-        if "CreateRunFiles" in query["query"]:
-            files = [{"name": name, "uploadUrl": f"{self.url}/up/{name}"} for name in variables.get("files", [])]
-            return {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}}
-        info = {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None}
-        return {"data": {"viewer": viewer, "serverInfo": info, "model": None, "project": None}}
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
     started = Server()
     yield started
-    started.http.shutdown()
-    started.http.server_close()
+    started.close()
 
 
 def test_online_run_reaches_the_server(server: Server, tmp_path: Path) -> None:
-    account = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
-    done = run_py(
-        *QUICK, "tracking=wandb", "tracking.project=mine", f"hydra.run.dir={tmp_path / 'out'}", cwd=tmp_path, **account
-    )
+    mine = ("tracking=wandb", "tracking.project=mine", f"hydra.run.dir={tmp_path / 'out'}")
+    done = run_py(*QUICK, *mine, cwd=tmp_path, **server.account)
     assert done.returncode == 0, done.stderr
     assert "W&B" not in done.stdout  # nothing to explain
-    assert {run["project"] for run in server.runs if run.get("project")} == {"mine"}
-    names = {run["displayName"] for run in server.runs if run.get("displayName")}
-    assert names == {"plane2 ← plane4 · s0"}
-    assert {row["student/epoch"] for row in server.history if "student/epoch" in row} == {1, 2}
-    assert server.exits == [0]
+    (run,) = server.runs.values()
+    assert run.fields["project"] == "mine"
+    assert run.fields["displayName"] == "plane2 ← plane4 · T4 λ0.5 · s0"
+    assert "groupName" not in run.fields  # a single run
+    assert run.curve("student/epoch") == [1, 2]
+    assert run.exits == [0]
     assert not list((tmp_path / "out").glob("wandb/offline-*"))
-
-
-def test_an_unreachable_server_means_offline_and_is_said(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with socket.socket() as closed:  # a port of which nobody listens
-        closed.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setattr("wandb.setup", lambda: type("Setup", (), {"settings": type("S", (), {"base_url": url})}))
-    began = time.monotonic()
-    mode, reason = tracking._decide("auto")
-    assert (mode, "cannot be reached" in reason) == ("offline", True)
-    assert time.monotonic() - began < 4
-    with pytest.raises(KnownError, match=r"online was asked for and .* cannot be reached"):
-        tracking._decide("online")
-
-
-def _hang(*args: object) -> None:
-    time.sleep(1)
-    raise OSError
-
-
-def test_a_look_up_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_PROBE_SECONDS", 0.2)
-    monkeypatch.setattr("socket.create_connection", _hang)
-    began = time.monotonic()
-    assert not tracking._answers("example.invalid", 443)
-    assert time.monotonic() - began < 0.8
-
-
-def test_a_key_in_netrc_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not tracking._has_key("api.wandb.ai")
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "a" * 40)
-    (tmp_path / "netrc").chmod(0o600)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert tracking._has_key("api.wandb.ai")
-    assert tracking._has_key("api.forge.coreweave.com")  # the same service under its new name
-    assert not tracking._has_key("elsewhere.example:8080")
-
-
-def test_behind_a_proxy_the_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, int]] = []
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
-    monkeypatch.setattr(tracking, "_answers", lambda host, port: asked.append((host, port)) or True)
-    assert tracking._decide("auto") == ("online", "")
-    assert asked == [("proxy.example", 3128)]
-
-
-def test_a_wrong_address_is_one_line(tmp_path: Path) -> None:
-    done = run_py(*QUICK, "tracking=wandb", "hydra.run.dir=out", cwd=tmp_path, WANDB_BASE_URL="notaurl")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "W&B's settings are wrong" in done.stderr
-
-
-def test_the_server_is_asked_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setattr(tracking, "_answers", lambda host, port: asked.append(host))
-    assert [tracking._decide("auto")[0] for _ in range(3)] == ["offline"] * 3
-    assert len(asked) == 1
-
-
-@pytest.mark.parametrize("mode", ["offline", "disabled"])
-def test_wandb_mode_is_respected(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", mode)
-    assert tracking._decide("auto") == (mode, "")
-    assert tracking._decide("offline") == ("offline", "")
-
-
-def test_a_misspelt_wandb_mode_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "bogus")
-    with pytest.raises(KnownError, match="WANDB_MODE: should be online, offline or disabled"):
-        tracking._decide("auto")
 
 
 def test_a_failure_prints_no_traceback(tmp_path: Path) -> None:
@@ -279,8 +140,146 @@ def test_a_failure_prints_no_traceback(tmp_path: Path) -> None:
 
 
 def test_online_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_answers", lambda host, port: True)
-    spec = tracking.TrackingSpec(name="wandb", project="p", mode="online")
+    monkeypatch.setattr(probe, "_answers", lambda host, port: True)
+    spec = TrackingSpec(name="wandb", project="p", mode="online")
     refusal = pytest.raises(KnownError, match=r"tracking: W&B did not start .*tracking\.mode=offline")
-    with refusal, track(spec, tmp_path, distilled().chain, {"method": {"name": "kd"}}):
+    with refusal, track(spec, tmp_path, [distilled()], {"method": {"name": "kd"}}, Store(tmp_path)):
         pytest.fail("it started")
+
+
+# names ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_runs() -> None:
+    assert run_name([stage(seed=31)]) == "resnet8 · s31"
+    assert run_name([distilled(T=5.0, seed=31)]) == "resnet8 ← resnet20 · T5 λ0.5 · s31"
+    assert run_name([distilled(T=2.5, lam=0.05, seed=s) for s in (31, 32, 33)]) == (
+        "resnet8 ← resnet20 · T2.5 λ0.05 · s31–33"
+    )
+    teacher = stage(role="teacher", model="resnet20", loss=TeachableTeacher(T=4, weight=0.005), guide=stage())
+    assert run_name([distilled(guide=teacher)]) == "resnet8 ← resnet20 ← resnet8 · T4 λ0.5 w0.005 · s0"
+
+
+def test_names_of_groups() -> None:
+    assert group_of(Path("multirun/2026-11-22/05-54-45-123456")) == "2026-11-22 05-54-45-123456"
+    assert group_of(Path("outputs/demo")) == "demo"
+
+
+# what a run comes to ----------------------------------------------------------------------------------------------
+
+
+def test_the_summary_has_teacher_and_replicates_also_when_nothing_is_trained(job: Job, tmp_path: Path) -> None:
+    result = job("replicates=3", "seed=5")
+    job("tracking=wandb", "replicates=3", "seed=5", folder="again")
+    teacher, columns = result["chain"][0], summary(tmp_path / "again")["summary"]
+    assert (columns["teacher/val_acc"], columns["teacher/test_acc"]) == (teacher["val_acc"], teacher["test_acc"])
+    each = {f"test_acc/s{r['seed']}": r["test_acc"] for r in result["replicates"]}
+    spread = {f"test_acc/{name}": result[name] for name in ("std", "n")}
+    assert (each | spread | {"test_acc": result["mean"]}).items() <= columns.items()
+    assert "replicates" not in columns
+    assert not list((tmp_path / "store" / "partial").glob("*/wandb.json"))  # nothing is unfinished
+
+
+# multiruns, and runs that go on -------------------------------------------------------------------------------------
+
+
+def test_a_multirun_is_one_group_of_one_run_a_job(server: Server, tmp_path: Path) -> None:
+    jobs = ("method=scratch", "tracking=wandb", "train.lr=0.01,1e30,0.02", "hydra.sweep.dir=sweeps/three")
+    done = run_py("-m", *QUICK, *jobs, cwd=tmp_path, **server.account)
+    assert done.returncode == 1
+    assert len(server.runs) == 3
+    assert {run.fields["groupName"] for run in server.runs.values()} == {"three"}
+    assert sorted(code for run in server.runs.values() for code in run.exits) == [0, 0, 1]
+
+
+def test_an_interrupted_run_goes_on_at_the_server(server: Server, tmp_path: Path) -> None:
+    """Interrupted in its student's training: one run, every epoch once."""
+    mine = (*QUICK, "tracking=wandb", "train.epochs=12", "runtime.checkpoint_every=1", "hydra.run.dir=out")
+    environment = {**os.environ, **server.account}
+    with subprocess.Popen([sys.executable, str(ROOT / "run.py"), *mine], cwd=tmp_path, env=environment) as first:
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count('"student"') >= 3):  # a checkpoint follows its row
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        first.send_signal(signal.SIGINT)
+    assert first.returncode == 130
+    done = run_py(*mine, cwd=tmp_path, **server.account)
+    assert "going on after epoch" in done.stdout
+    assert "Steps must be" not in done.stderr
+    (run,) = server.runs.values()
+    assert run.exits == [1, 0]
+    assert run.curve("teacher/epoch") == run.curve("student/epoch") == list(range(1, 13))
+    assert (
+        run.summary["student/test_acc"]
+        == json.loads((tmp_path / "out" / "result.json").read_text())["chain"][1]["test_acc"]
+    )
+
+
+def test_a_failed_run_goes_on_under_its_id(job: Job, tmp_path: Path) -> None:
+    """It failed before its student; what it trained is in the store."""
+    job("tracking=wandb", "teacher.min_acc=100", multirun=True, folder="failed", code=1)
+    job("tracking=wandb", folder="retried")
+    job("tracking=wandb", folder="anew")
+    started = {name: started_of(tmp_path / name) for name in ("failed/0", "retried", "anew")}
+    assert started["failed/0"]["run_id"] == started["retried"]["run_id"] != started["anew"]["run_id"]
+    assert started["failed/0"]["run_group"] == "failed"
+
+
+def test_two_runs_at_once_have_two_ids(tmp_path: Path) -> None:
+    first, second = RunId(tmp_path, "a"), RunId(tmp_path, "a")
+    assert first.value != second.value
+    first.release()
+    again = RunId(tmp_path, "a")
+    assert again.value == first.value
+    again.release()
+    assert RunId(tmp_path, "b").value != first.value
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"id": '])
+def test_a_damaged_record_of_an_id_means_a_new_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / "wandb.json").write_text(text)
+    first = RunId(tmp_path, "a")
+    first.release()
+    assert RunId(tmp_path, "a").value == first.value
+
+
+# the summary of a multirun ----------------------------------------------------------------------------------------
+
+TABLE = [{"T": 1.0, "test": 97.5}, {"T": "auto", "failed": "the loss is nan | inf"}]
+
+
+def write_figure(folder: Path) -> Path:
+    path = folder / "accuracy.png"
+    Image.new("RGB", (30, 20), (255, 0, 0)).save(path)
+    return path
+
+
+def test_a_multirun_is_summarized_in_its_group(tmp_path: Path) -> None:
+    spec = TrackingSpec(name="wandb", project="p", mode="offline")
+    track_sweep(spec, tmp_path, "three", TABLE, [write_figure(tmp_path)])
+    started = started_of(tmp_path)
+    assert (started["display_name"], started["job_type"], started["run_group"]) == (
+        "summary of three",
+        "summary",
+        "three",
+    )
+    assert started["run_id"] == json.loads((tmp_path / "wandb" / "wandb.json").read_text())["id"]  # if it goes on
+    logged = summary(tmp_path)["summary"]
+    assert (logged["jobs"]["ncols"], logged["jobs"]["nrows"]) == (3, 2)
+    assert (logged["accuracy"]["width"], logged["accuracy"]["height"]) == (30, 20)
+
+
+def test_a_summary_that_cannot_be_recorded_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("wandb", "tensorboard"):
+        spec = TrackingSpec.model_validate({"name": name, "project": "p", "mode": "offline"})
+        track_sweep(spec, tmp_path, "three", TABLE, [tmp_path / "missing.png"])
+        assert re.fullmatch(
+            "tracking: the multirun's summary is not recorded: .*missing.png.*\n", capsys.readouterr().out
+        )
+
+
+def test_without_tracking_a_summary_writes_nothing(tmp_path: Path) -> None:
+    track_sweep(TrackingSpec(name="none", project="p"), tmp_path, "three", TABLE, [])
+    assert not list(tmp_path.iterdir())
