@@ -14,8 +14,10 @@ from kd.config import plan
 from kd.datasets import resolve
 from kd.parsing import parse, plain
 from kd.pipeline import Pipeline, run, write_result
+from kd.ranks import team, world
 from kd.store import Store
 from kd.tracking import track
+from kd.workplace import follow
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -36,7 +38,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     sources = [source for student in students for source in student.chain]
     with track(config.tracking, folder, sources, plain(cfg)) as tracker:
         teacher = config.teacher
-        pipeline = Pipeline(store, config.data_root, config.runtime, tracker, teacher.file, teacher.min_acc)
+        pipeline = Pipeline(store, config.data_root, config.runtime, tracker, teacher.file, teacher.min_acc, team())
         labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
         result = run(pipeline, students, labels)
         write_result(result, folder)
@@ -47,6 +49,9 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
 
 
 if __name__ == "__main__":
+    if world().rank:
+        sys.exit(follow())
+    ranks = team()
     try:
         main()
     except KeyboardInterrupt:
@@ -56,4 +61,5 @@ if __name__ == "__main__":
         sys.exit(130)
     finally:
         failed = sweep.summarize()
+        ranks.dismiss()
     sys.exit(1 if failed else 0)

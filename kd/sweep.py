@@ -14,6 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from kd.ranks import world
 from kd.spec import KnownError
 from kd.tables import JOB_MARKS, Job, job_folders, job_order, print_jobs, read_result
 
@@ -26,7 +27,18 @@ class Multirun(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Remember the multirun's folder."""
+        if world().size > 1:
+            _check_plugins(config)
         Multirun.folder, Multirun.began = Path(config.hydra.sweep.dir), time.time() - 1  # files' clocks are coarse
+
+
+def _check_plugins(config: DictConfig) -> None:
+    """End a multirun under torchrun, whose jobs one process must lead in a known order; an exception only warns."""
+    for part in ("sweeper", "launcher"):
+        if not config.hydra[part]["_target_"].endswith(f".Basic{part.title()}"):
+            choice = config.hydra.runtime.choices[f"hydra/{part}"]
+            print(f"hydra/{part}: should be basic under torchrun (got {choice!r})", file=sys.stderr, flush=True)
+            sys.exit(2)
 
 
 def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | None:
