@@ -127,7 +127,8 @@ def train_spec(config: Config, role: Role, model: str) -> TrainSpec:
     for overrides in (config.train, own.get(role, TrainOverrides())):
         given |= overrides.model_dump(exclude_none=True, exclude={"recipe"})
     if given["ranks"] != ranks:
-        raise KnownError(f"{role} {model}: train.ranks={given['ranks']} is for torchrun --nproc_per_node (got {ranks})")
+        asked, here = given["ranks"], "1 rank" if ranks == 1 else f"{ranks} ranks"
+        raise KnownError(f"{role} {model}: train.ranks={asked} is for torchrun --nproc_per_node={asked} (got {here})")
     changed = {key for key in given.keys() - code.free if given[key] != known[key]} if code else set()
     if changed:
         kept = [f"train.{key}={known[key]} (got {given[key]})" for key in sorted(changed)]

@@ -167,7 +167,11 @@ class Ranks(Team):
     def dismiss(self) -> None:
         import torch.distributed as dist
 
-        if self.rank == 0 and not self._busy:
+        if self._busy:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)  # an orderly end would wait for what the others have not finished
+        if self.rank == 0:
             with suppress(RuntimeError):  # whoever is gone needs no word
                 self._broadcast(None)
         dist.destroy_process_group()

@@ -102,7 +102,8 @@ class TrainSpec(Frozen):
         if self.warmup >= self.epochs and self.warmup:
             problems.append(f"train.warmup should be below train.epochs (got {self.warmup} of {self.epochs})")
         if self.batch_size < self.ranks:
-            problems.append(f"train.batch_size: {self.ranks} ranks share each batch (got {self.batch_size})")
+            least = f"{self.ranks} ranks share each batch, so it should be at least {self.ranks}"
+            problems.append(f"train.batch_size: {least} (got {self.batch_size})")
         if problems:
             raise ValueError("; ".join(problems))
         return self
