@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# How long the others wait for what rank 0 does alone, which may be to wait for another process's stage. In the steps
-# of a training, which they do together, torch's own limits hold: half an hour for gloo, ten minutes for nccl.
+# How long the others wait for what rank 0 does alone, which may be to wait for another process's stage. It is not
+# what a dead rank takes to be noticed: its connections close at once, and torchrun ends the others.
 _PATIENCE = timedelta(days=30)
 
 LOST = "a rank has died, or torchrun was ended: the same command goes on after finished stages and the last checkpoint"
@@ -97,8 +97,10 @@ class Ranks(Team):
     def __init__(self, where: World) -> None:
         import torch.distributed as dist
 
-        self.rank, self.size, self._local_rank = where.rank, where.size, where.local_rank
-        self._busy, self._steps = False, dict[str, Any]()
+        self.rank, self.size = where.rank, where.size
+        self._busy = False
+        self._nccl: Any = None
+        self._group: Any = None  # what gradients travel by; None is gloo
         dist.init_process_group("gloo", timeout=_PATIENCE)
         if self.rank == 0:
             signal.signal(signal.SIGTERM, _end)  # torchrun's way to say that a rank has ended
@@ -121,10 +123,9 @@ class Ranks(Team):
         import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
 
-        backend = "gloo" if device == "cpu" else "nccl"
-        if backend not in self._steps:
-            self._steps[backend] = dist.new_group(backend=backend)
-        self._group = self._steps[backend]
+        if device != "cpu" and self._nccl is None:
+            self._nccl = dist.new_group(backend="nccl")
+        self._group = None if device == "cpu" else self._nccl
         # BatchNorm normalises each rank's share by itself; its running statistics are rank 0's.
         return DistributedDataParallel(network, process_group=self._group)
 
