@@ -14,8 +14,10 @@ from kd.config import plan
 from kd.datasets import resolve
 from kd.parsing import parse, plain
 from kd.pipeline import Pipeline, Pruned, run, write_result
+from kd.ranks import team, world
 from kd.store import Store
 from kd.tracking import track
+from kd.workplace import follow
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -37,7 +39,8 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     with track(config.tracking, folder, students, plain(cfg), store, sweep.group()) as tracker:
         teacher = config.teacher
         prune = sweep.pruning(config, students)
-        pipeline = Pipeline(store, config.data_root, runtime, tracker, teacher.file, teacher.min_acc, prune)
+        shared = store, config.data_root, runtime
+        pipeline = Pipeline(*shared, tracker, teacher.file, teacher.min_acc, team(), prune)
         labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
         try:
             result = run(pipeline, students, labels)
@@ -52,6 +55,9 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
 
 
 if __name__ == "__main__":
+    if world().rank:
+        sys.exit(follow())
+    ranks = team()
     try:
         main()
     except KeyboardInterrupt:
@@ -61,4 +67,5 @@ if __name__ == "__main__":
         sys.exit(130)
     finally:
         failed = sweep.summarize()
+        ranks.dismiss()
     sys.exit(1 if failed else 0)

@@ -23,7 +23,8 @@ from bench.workloads import BATCH, FACTS, RESULTS, Workload, planned
 from kd import hardware
 from kd.compilation import compile_network
 from kd.hardware import autocast
-from kd.train import make_network, make_optimizer
+from kd.optimization import make_optimizer
+from kd.train import make_network
 
 NETWORKS = ("resnet8", "resnet20", "resnet56", "preresnet20", "plane2", "plane4", "plane10", "net")
 _ROUNDS = 25

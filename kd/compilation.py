@@ -25,6 +25,10 @@ def resolve_compile(setting: bool | Literal["auto"], stage: Stage, images: int, 
     `auto` compiles what pays back by `PAYS_AFTER`; on a GPU nothing was measured, and nothing is. Where torch cannot
     compile, `auto` is false with a line that says why, and True raises KnownError.
     """
+    if stage.train.ranks > 1:
+        if setting is True:
+            raise KnownError("runtime.compile=true: what several ranks train is not compiled; auto and false are right")
+        return False
     if setting == "auto":
         pays_after = PAYS_AFTER.get(stage.model)
         if device != "cpu" or stage.train.precision != "bf16" or pays_after is None:

@@ -16,6 +16,7 @@ from kd.hardware import cpu_count, resolve_device, resolve_precision
 from kd.methods.base import Method
 from kd.models import MODELS, NetworkName
 from kd.problems import explain
+from kd.ranks import world
 from kd.recipes import GAMMA, Released, recipe, released
 from kd.spec import Frozen, KnownError
 from kd.stage import (
@@ -121,11 +122,15 @@ def train_spec(config: Config, role: Role, model: str) -> TrainSpec:
     _check_system(config, role, model)
     if code is not None and code.teacher_by_student and role == "teacher":
         family = MODELS[config.model.name].family
-    known = recipe(config.mode, config.train.recipe, family)
-    given: dict[str, Any] = {}
+    known = {**recipe(config.mode, config.train.recipe, family), "ranks": 1}
+    ranks = world().size
+    given: dict[str, Any] = {"ranks": ranks}
     own: dict[str, TrainOverrides] = {"student": config.model.train, "teacher": config.teacher.train}
     for overrides in (config.train, own.get(role, TrainOverrides())):
         given |= overrides.model_dump(exclude_none=True, exclude={"recipe"})
+    if given["ranks"] != ranks:
+        asked, here = given["ranks"], "1 rank" if ranks == 1 else f"{ranks} ranks"
+        raise KnownError(f"{role} {model}: train.ranks={asked} is for torchrun --nproc_per_node={asked} (got {here})")
     changed = {key for key in given.keys() - code.free if given[key] != known[key]} if code else set()
     if changed:
         kept = [f"train.{key}={known[key]} (got {given[key]})" for key in sorted(changed)]

@@ -7,27 +7,23 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kd import hardware
 from kd.compilation import resolve_compile
-from kd.datasets import load
 from kd.given import load_network
 from kd.losses import Loss
 from kd.partial import Partial
 from kd.progress import StageProgress
+from kd.ranks import ALONE, Team
 from kd.spec import Frozen, KnownError
-from kd.stage import Given, Normalization, Objective, Role, RuntimeSpec, Select, Source, Stage
+from kd.stage import Given, Normalization, Objective, Role, Select, Source, Stage
 from kd.statistics import spread
-from kd.store import Metrics, StageResult, Store, Trained
+from kd.store import Metrics, StageResult, Trained
 from kd.tracking import Tracker
-
-if TYPE_CHECKING:
-    from kd.datasets.data import Data
-
+from kd.workplace import Workplace
 
 _NEAR_CHANCE = 2  # times chance
 
@@ -111,18 +107,15 @@ class Pruned(Exception):  # noqa: N818, it is no error
 
 
 @dataclass
-class Pipeline:
-    """What the stages of a run share."""
+class Pipeline(Workplace):
+    """The stages of a run, and what they share."""
 
-    store: Store
-    data_root: Path
-    runtime: RuntimeSpec
     tracker: Tracker
     checkpoint: Path | None = None  # the file of a Given
     min_acc: float | None = None  # of a teacher, in percent of the test set; below it nothing is trained on it
+    team: Team = ALONE  # the processes that train each stage together
     prune: Callable[[Metrics], None] | None = None  # hears of each epoch of a student; raises Pruned
     _done: set[str] = field(default_factory=set)
-    _loaded: Data | None = None
 
     def run_chain(self, last: Stage) -> list[Outcome]:
         """Load or train each stage, oldest first. Raises KnownError for a teacher below `min_acc`."""
@@ -169,14 +162,14 @@ class Pipeline:
 
     def _take(self, given: Given) -> None:
         """Somebody's weights into the store, where a stage's would be, with their accuracy on the test set."""
+        from kd.evaluation import evaluate
         from kd.models.normalized import Normalized
-        from kd.train import evaluate
 
         assert self.checkpoint is not None  # a Given is planned from it
         began = time.perf_counter()
         network = load_network(self.checkpoint, given)
-        seeing = Normalized(network, given.normalize.mean, given.normalize.std).to(self._device)
-        data = self._data(given)
+        seeing = Normalized(network, given.normalize.mean, given.normalize.std).to(self.device)
+        data = self.data(given)
         result = StageResult(
             params=sum(p.numel() for p in network.parameters()),
             val_acc=None,  # nobody knows whether it was trained on these images
@@ -191,23 +184,17 @@ class Pipeline:
             print(f"  that is near chance: is it the right file, and does it see images by {given.normalize}?")
 
     def _train(self, stage: Stage) -> None:
-        from kd.guide import Guide, open_bank
         from kd.train import train_stage
 
-        guide, data = None, self._data(stage)
-        if stage.guide is not None:
-            seeing = data, stage.train.precision, self._device
-            key, bank = stage.guide.key, None
-            if self.runtime.bank:
-                bank = open_bank(self.store.banks, key, self.store.fingerprint(key), *seeing)
-            guide = Guide(self.store.network(key), *seeing, bank)
-        compiled = resolve_compile(self.runtime.compile, stage, len(data.train), self._device)
+        data, guide = self.data(stage), self.guide(stage)
+        compiled = resolve_compile(self.runtime.compile, stage, len(data.train), self.device)
         runtime = {**self._runtime(), "compiled": compiled}
         partial = Partial(self.store.partial(stage.key), stage, runtime, self.runtime.checkpoint_every)
         if self.runtime.retrain:
             partial.remove()
-        with StageProgress(stage, len(data.train), self._log) as watch:
-            trained = train_stage(stage, data, guide, self._device, watch, partial, compiled)
+        errand = stage, self.elsewhere()
+        with StageProgress(stage, len(data.train), self._log) as watch, self.team.together(errand):
+            trained = train_stage(stage, data, guide, self.device, watch, partial, compiled, self.team)
         self._keep(stage, trained, {"compiled": compiled})
         partial.remove()
 
@@ -221,17 +208,6 @@ class Pipeline:
         self.store.save(source, trained, made_with)
         self._done.add(source.key)
 
-    @cached_property
-    def _device(self) -> str:
-        device = hardware.resolve_device(self.runtime.device)
-        hardware.prepare(self.runtime.threads, device)
-        return device
-
-    def _data(self, source: Source) -> Data:
-        if self._loaded is None:  # every stage of a run has the same
-            self._loaded = load(source.dataset, self.data_root, self._device)
-        return self._loaded
-
     def _check_networks(self, last: Stage) -> None:
         """Build every network without memory: one that cannot take the images says so now, not after hours."""
         import torch
@@ -244,9 +220,8 @@ class Pipeline:
 
     def _runtime(self) -> dict[str, Any]:
         """What is no part of the key and still moves the last bits of a result."""
-        threads = self.runtime.threads or hardware.cpu_count()
-        kind = self._device.partition(":")[0]  # whichever of the GPUs
-        return {"torch": version("torch"), "device": kind, "threads": threads}
+        kind = self.device.partition(":")[0]  # whichever of the GPUs
+        return {"torch": version("torch"), "device": kind, "threads": self.threads}
 
 
 def run(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -> RunResult:

@@ -138,6 +138,22 @@ class StageProgress:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+class Unwatched:
+    """A training that nobody looks at."""
+
+    def resumed(self, history: list[Metrics]) -> None:
+        """Epochs done before."""
+
+    def guided(self, images: int) -> None:
+        """Images seen by the guide."""
+
+    def stepped(self, images: int) -> None:
+        """Images trained on."""
+
+    def epoch_ended(self, metrics: Metrics) -> None:
+        """An epoch's row."""
+
+
 def _duration(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} h"

@@ -41,6 +41,7 @@ Schedule = Literal["constant", "step", "cosine"]
 Milestones = tuple[Annotated[float, AfterValidator(_fraction)], ...]
 Gamma = Annotated[float, Field(gt=0, le=1)]
 Warmup = Annotated[int, Field(ge=0)]
+Ranks = Annotated[int, Field(ge=1)]
 Select = Literal["best_val", "last", "best_test", "best_test_batches"]
 
 
@@ -87,7 +88,7 @@ class TrainSpec(Frozen):
     precision: Precision
     select: Select  # which epoch's weights are kept
     test_curve: bool  # record test accuracy every epoch, without selecting by it
-    ranks: Literal[1] = 1  # processes that share a batch, each with BatchNorm of its own
+    ranks: Ranks = 1  # processes that share a batch, each with BatchNorm of its own
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainSpec":
@@ -100,6 +101,9 @@ class TrainSpec(Frozen):
             problems.append(f"train.milestones should increase (got {list(self.milestones)})")
         if self.warmup >= self.epochs and self.warmup:
             problems.append(f"train.warmup should be below train.epochs (got {self.warmup} of {self.epochs})")
+        if self.batch_size < self.ranks:
+            least = f"{self.ranks} ranks share each batch, so it should be at least {self.ranks}"
+            problems.append(f"train.batch_size: {least} (got {self.batch_size})")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -122,6 +126,7 @@ class TrainOverrides(Frozen):
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] | None = None
     select: Select | None = None
     test_curve: bool | None = None
+    ranks: Ranks | None = None  # null: as many as torchrun starts
 
 
 class Stage(Frozen):

@@ -23,6 +23,7 @@ from kd import summary
 from kd.config import Config
 from kd.hardware import cpu_count, resolve_device
 from kd.pipeline import Pruned
+from kd.ranks import world
 from kd.spec import KnownError
 from kd.stage import RuntimeSpec, Stage
 from kd.store import Metrics
@@ -41,6 +42,8 @@ class Multirun(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Ready a search of ours, and remember the multirun's folder. Of a callback's exceptions Hydra only warns."""
+        if world().size > 1:
+            _check_plugins(config)
         if config.hydra.sweeper.get("custom_search_space") == SEARCH:
             os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # of optuna 2, which needs sqlalchemy 1.4
             from kd.search import prepare
@@ -55,6 +58,15 @@ class Multirun(Callback):
                 sys.exit(1)
         else:
             Multirun.folder, Multirun.began = Path(config.hydra.sweep.dir), time.time() - 1  # files' clocks are coarse
+
+
+def _check_plugins(config: DictConfig) -> None:
+    """End a multirun under torchrun, whose jobs one process must lead in a known order; an exception only warns."""
+    for part in ("sweeper", "launcher"):
+        if not config.hydra[part]["_target_"].endswith(f".Basic{part.title()}"):
+            choice = config.hydra.runtime.choices[f"hydra/{part}"]
+            print(f"hydra/{part}: should be basic under torchrun (got {choice!r})", file=sys.stderr, flush=True)
+            sys.exit(2)
 
 
 def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | None:
@@ -195,7 +207,8 @@ def _summarize(folder: Path, done: Sequence[Job]) -> None:
     config = OmegaConf.load(path) if path.exists() else OmegaConf.create()
     for line in summary.write(folder, done, OmegaConf.select(config, "sweep.objective", default="val_acc")):
         print(line)
-    if any(job.result for job in done):  # else the settings of tracking may be what was wrong
+    # Where no job came to anything, the settings of tracking may be what was wrong.
+    if "tracking" in config and any(job.result for job in done):
         spec = TrackingSpec.model_validate(OmegaConf.to_container(config.tracking, resolve=True))
         figures = [path for path in [folder / "summary.png"] if path.exists()]
         track_sweep(spec, folder, spec.group or group_of(folder), summary.rows(done), figures)

@@ -123,6 +123,7 @@ def _parameters(loss: Loss | None) -> str:
 def _training(train: TrainSpec) -> str:
     milestones = f" at {list(train.milestones)} ×{train.gamma:g}" if train.schedule == "step" else ""
     extras = (f", warmup {train.warmup}" if train.warmup else "") + (", test_curve" if train.test_curve else "")
+    extras += f", {train.ranks} ranks" if train.ranks > 1 else ""
     momentum = f" momentum {train.momentum:g}{' (Nesterov)' if train.nesterov else ''}" if train.momentum else ""
     return (
         f"{train.optimizer}{momentum}, lr {train.lr:g} {train.schedule}{milestones}, weight decay "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from math import cos, pi
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -14,20 +13,21 @@ from torch import Tensor, nn
 
 from kd.compilation import compile_network
 from kd.datasets.data import Data
+from kd.evaluation import evaluate
 from kd.guide import Guide
-from kd.hardware import autocast, bring
+from kd.hardware import autocast
 from kd.models import build
 from kd.models.normalized import Normalized
+from kd.optimization import learning_rate, make_optimizer
 from kd.partial import Partial
+from kd.ranks import ALONE, Team, share
 from kd.spec import KnownError
-from kd.stage import Stage, TrainSpec
+from kd.stage import Stage
 from kd.store import Metrics, StageResult, Trained
 
 # The streams of randomness. A seed names a sequence by (seed, epoch, purpose), never by a sum of them: an epoch
 # can be replayed alone, and seed 0's epoch 1 is not seed 1's epoch 0.
 INIT, ORDER, VIEW, DROPOUT = range(4)
-
-_EVAL_BATCH = 1000
 
 
 class Watch(Protocol):
@@ -66,18 +66,6 @@ def random_stream(seed: int, epoch: int, purpose: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence((seed, epoch, purpose)))
 
 
-def learning_rate(train: TrainSpec, epoch: int) -> float:
-    """The learning rate of an epoch counted from 0, after `warmup` epochs of linear increase."""
-    if epoch < train.warmup:
-        return train.lr * (epoch + 1) / (train.warmup + 1)
-    if train.schedule == "step":
-        passed = sum(epoch >= round(fraction * train.epochs) for fraction in train.milestones)
-        return train.lr * train.gamma**passed
-    if train.schedule == "cosine":
-        return train.lr * (1 + cos(pi * (epoch - train.warmup) / (train.epochs - train.warmup))) / 2
-    return train.lr
-
-
 def make_network(stage: Stage, device: str) -> Normalized:
     """The stage's network as its seed initialises it; the global generator is left as it was."""
     data = stage.dataset
@@ -88,20 +76,6 @@ def make_network(stage: Stage, device: str) -> Normalized:
     return Normalized(network, data.mean, data.std).to(memory_format=torch.channels_last).to(device, dtype)
 
 
-def make_optimizer(network: nn.Module, train: TrainSpec) -> torch.optim.Optimizer:
-    """The optimiser over all parameters, weight decay on every one of them as in both papers' code."""
-    if train.optimizer == "adam":
-        return torch.optim.Adam(network.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
-    return torch.optim.SGD(
-        network.parameters(),
-        train.lr,
-        train.momentum,
-        weight_decay=train.weight_decay,
-        nesterov=train.nesterov,
-        fused=True,
-    )
-
-
 def train_stage(
     stage: Stage,
     data: Data,
@@ -110,26 +84,30 @@ def train_stage(
     watch: Watch,
     partial: Partial | None = None,
     compiled: bool = False,
+    team: Team = ALONE,
 ) -> Trained:
     """Train a stage from its seed, or from its checkpoint in `partial`, to its kept weights.
+
+    Every rank of a `team` trains its share of each batch and returns the same; rank 0 alone has `partial`.
 
     Raises KnownError, with epoch, step and learning rate, for a loss that is not finite: at once on a CPU, at the
     end of its epoch on a GPU, which would have to be waited for in every step.
     """
-    training = _Training(stage, data, guide, device, watch, compiled)
-    if partial is not None and (state := partial.load()) is not None:
+    training = _Training(stage, data, guide, device, watch, compiled, team)
+    if (state := team.first(lambda: partial.load() if partial is not None else None)) is not None:
         training.restore(state)
     return training.run(partial)
 
 
 class _Training:
     def __init__(
-        self, stage: Stage, data: Data, guide: Guide | None, device: str, watch: Watch, compiled: bool
+        self, stage: Stage, data: Data, guide: Guide | None, device: str, watch: Watch, compiled: bool, team: Team
     ) -> None:
         self.stage, self.train = stage, stage.train
         self.data, self.guide = data, guide
-        self.device, self.watch = device, watch
+        self.device, self.watch, self.team = device, watch, team
         self.network = make_network(stage, device)
+        self.parallel = team.parallel(self.network, device)
         self.compiled = compile_network(self.network, device) if compiled else None
         self.optimizer = make_optimizer(self.network, self.train)
         self.scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=self.train.precision == "fp16")
@@ -138,18 +116,29 @@ class _Training:
 
     def run(self, partial: Partial | None) -> Trained:
         for epoch in range(len(self.history), self.train.epochs):
-            row = self._epoch(epoch)
-            last_of_equals = self.train.select == "best_test_batches"  # as Trained Teacher's code has it
-            self.kept.offer(self.network.network, epoch + 1, self._score(row), row["val_acc"], last_of_equals)
-            self.history.append(row)
-            try:
-                self.watch.epoch_ended(row)
-            except BaseException:  # pruned, say: the training may still be gone on with
-                if partial is not None:
-                    partial.save(self.state())
-                raise
-            if partial is not None and (epoch + 1) % partial.every == 0 and epoch + 1 < self.train.epochs:
+            means = self._steps(epoch)
+            self.team.first(self._end_epoch, epoch, means, partial)
+        return self.team.first(self._finish)
+
+    def _end_epoch(self, epoch: int, means: dict[str, float], partial: Partial | None) -> None:
+        """What follows an epoch's steps: accuracies, the weights to keep, the record, a checkpoint."""
+        lr = learning_rate(self.train, epoch)
+        row: Metrics = {"epoch": epoch + 1, "lr": lr, **means, "val_acc": self._validate()}
+        if self.train.test_curve or self.train.select.startswith("best_test"):
+            row["test_acc"] = self._test()
+        last_of_equals = self.train.select == "best_test_batches"  # as Trained Teacher's code has it
+        self.kept.offer(self.network.network, epoch + 1, self._score(row), row["val_acc"], last_of_equals)
+        self.history.append(row)
+        try:
+            self.watch.epoch_ended(row)
+        except BaseException:  # pruned, say: the training may still be gone on with
+            if partial is not None:
                 partial.save(self.state())
+            raise
+        if partial is not None and (epoch + 1) % partial.every == 0 and epoch + 1 < self.train.epochs:
+            partial.save(self.state())
+
+    def _finish(self) -> Trained:
         self.network.network.load_state_dict(self.kept.state)
         result = StageResult(
             params=sum(p.numel() for p in self.network.parameters()),
@@ -159,7 +148,7 @@ class _Training:
             selected_epoch=self.kept.epoch,
             seconds=round(time.perf_counter() - self.began, 3),
         )
-        return Trained(self.kept.state, self.history, result)
+        return Trained({name: tensor.cpu() for name, tensor in self.kept.state.items()}, self.history, result)
 
     def _score(self, row: Metrics) -> float:
         score = row[{"best_val": "val_acc", "last": "epoch"}.get(self.train.select, "test_acc")]
@@ -187,47 +176,55 @@ class _Training:
         self.began = time.perf_counter() - state["seconds"]
         self.watch.resumed(self.history)
 
-    def _epoch(self, epoch: int) -> Metrics:
-        """Every training sample once. Returns the epoch's row: means over all samples, accuracies in percent."""
-        lr = learning_rate(self.train, epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        row: Metrics = {"epoch": epoch + 1, "lr": lr, **self._steps(epoch), "val_acc": self._validate()}
-        if self.train.test_curve or self.train.select.startswith("best_test"):
-            row["test_acc"] = self._test()
-        return row
-
     def _steps(self, epoch: int) -> dict[str, float]:
-        """One optimiser step a batch. Returns means over samples: the loss, its parts, train_acc in percent."""
+        """One optimiser step a batch, every training sample once, of each batch this rank's share.
+
+        Returns means over all samples: the loss, its parts, train_acc in percent.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.train, epoch)
         device, seed = self.data.labels.device, self.stage.seed
+        whole = batches(len(self.data.train), self.train.batch_size, self.team.size)
+        own = [share(batch, self.team.rank, self.team.size) for batch in whole]
         order = random_stream(seed, epoch, ORDER).permutation(self.data.train)
         views = self.data.draw_views(random_stream(seed, epoch, VIEW))[order]
-        guide_logits = self.guide.logits(order, views, self.watch.guided) if self.guide else None
+        order, views = (array[np.r_[tuple(own)]] for array in (order, views))
+        guide_logits = self.guide.logits(order, views, self._guided) if self.guide else None
         samples, view = (torch.from_numpy(array).to(self.data.home) for array in (order, views))
         labels = self.data.labels[samples.to(device)]
         losses: list[Tensor] = []
         sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=device))
-        seen = 0
+        seen = done = 0
         self.network.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(random_stream(seed, epoch, DROPOUT).integers(2**63)))
-            for step, batch in enumerate(batches(len(order), self.train.batch_size)):
+            dropout = random_stream(seed, epoch, DROPOUT).integers(2**63, size=self.team.size)
+            torch.manual_seed(int(dropout[self.team.rank]))
+            for step, (size, length) in enumerate(zip(map(_length, whole), map(_length, own), strict=True)):
+                batch, done = slice(done, done + length), done + length
                 images, right = self.data.show(samples[batch], view[batch]), labels[batch]
-                logits, parts = self._step(images, right, None if guide_logits is None else guide_logits[batch])
+                guided = None if guide_logits is None else guide_logits[batch]
+                logits, parts = self._step(images, right, guided, length / size)
                 losses.append(parts["loss"])
                 if device.type == "cpu":
                     self._check(losses[-1:], epoch, step)
                 for name, value in parts.items():
-                    sums[name] += value * len(right)
+                    sums[name] += value * size
                 sums["train_acc"] += 100 * (logits.argmax(1) == right).sum()
-                seen += len(right)
-                self.watch.stepped(len(right))
+                seen += size
+                self.watch.stepped(size)
         self._check(losses, epoch, 0)
+        sums["train_acc"] = self.team.total(sums["train_acc"])
         return {name: round(total.item() / seen, 6) for name, total in sums.items()}
 
-    def _step(self, images: Tensor, labels: Tensor, guide_logits: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _guided(self, images: int) -> None:
+        self.watch.guided(images * self.team.size)  # the other ranks' guides are as far
+
+    def _step(
+        self, images: Tensor, labels: Tensor, guide_logits: Tensor | None, part: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step on this rank's part of a batch. Returns its logits, and the whole batch's losses."""
         # One shape is compiled; an epoch's last batch may have another.
-        forward = self.network if self.compiled is None or len(images) < self.train.batch_size else self.compiled
+        forward = self.parallel if self.compiled is None or len(images) < self.train.batch_size else self.compiled
         with autocast(self.train.precision, self.device):
             logits = forward(images)
         # The loss is computed in fp32 whatever the network computes in, but for fp64.
@@ -237,10 +234,10 @@ class _Training:
         # Stage sees to it that a loss which reads a guide has one.
         parts = self.stage.loss(logits, labels, cast(Tensor, guide_logits))
         self.optimizer.zero_grad()
-        self.scaler.scale(parts["loss"]).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(self.team.weigh(parts["loss"], part)).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return logits.detach(), {name: part.detach() for name, part in parts.items()}
+        return logits.detach(), self.team.mean({name: value.detach() for name, value in parts.items()}, part)
 
     def _check(self, losses: list[Tensor], epoch: int, first: int) -> None:
         """Raise for a loss that is not finite, of consecutive steps from `first` on."""
@@ -264,32 +261,14 @@ class _Training:
         return evaluate(self.network, self.data.test_images, self.data.test_labels, self.train.precision, size)
 
 
-def batches(samples: int, size: int) -> list[slice]:
-    """Consecutive batches of an epoch; the last may be smaller, and a lone last sample is left out.
+def batches(samples: int, size: int, ranks: int = 1) -> list[slice]:
+    """Consecutive batches of an epoch; the last may be smaller, and is left out below two samples a rank.
 
     BatchNorm cannot normalise one value, which is what one sample on 1×1 maps is.
     """
     slices = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
-    return slices[:-1] if len(slices) > 1 and samples % size == 1 and size > 1 else slices
+    return slices[:-1] if len(slices) > 1 and _length(slices[-1]) < min(2 * ranks, size) else slices
 
 
-def evaluate(
-    network: nn.Module, images: Tensor, labels: Tensor, precision: str, mean_of_batches: int | None = None
-) -> float:
-    """Top-1 accuracy in percent of uint8 images [sample, height, width, 3], counted exactly; leaves eval mode on.
-
-    Images in main memory are brought to the labels' device.
-
-    With `mean_of_batches` it is the mean of the accuracies of batches of that size, in which a smaller last batch
-    weighs too much: what Trained Teacher's code reports.
-    """
-    network.eval()
-    chunks = []
-    with torch.inference_mode(), autocast(precision, labels.device.type):
-        for start in range(0, len(labels), _EVAL_BATCH):
-            batch = bring(images[start : start + _EVAL_BATCH], labels.device)
-            logits = network(batch.permute(0, 3, 1, 2))
-            chunks.append(logits.argmax(1) == labels[start : start + _EVAL_BATCH])
-    hits = torch.cat(chunks).double()
-    parts = torch.split(hits, mean_of_batches or len(hits))
-    return round(100 * torch.stack([part.mean() for part in parts]).mean().item(), 4)
+def _length(batch: slice) -> int:
+    return int(batch.stop - batch.start)

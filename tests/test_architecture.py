@@ -10,14 +10,14 @@ from tests.conftest import ROOT
 # From the bottom up. A module imports only from rows below its own; within a row, nobody.
 ROWS = [
     ["kd.spec"],
-    ["kd.losses", "kd.hardware", "kd.problems", "kd.statistics"],
+    ["kd.losses", "kd.hardware", "kd.problems", "kd.ranks", "kd.statistics"],
     ["kd.stage"],
-    ["kd.models", "kd.datasets", "kd.recipes", "kd.compilation"],
+    ["kd.models", "kd.datasets", "kd.recipes", "kd.compilation", "kd.evaluation", "kd.optimization"],
     ["kd.methods"],
     ["kd.bank", "kd.store", "kd.partial", "kd.given"],
     ["kd.guide", "kd.tracking", "kd.progress"],
     ["kd.train", "kd.config"],
-    ["kd.parsing"],
+    ["kd.parsing", "kd.workplace"],
     ["kd.pipeline"],
     ["kd.tables"],
     ["kd.report", "kd.summary", "kd.search"],
@@ -32,7 +32,9 @@ HOMES = {
 }
 # The only modules that may import something slow at their top: none of them is on the way of --help and dry_run.
 WITH_TORCH = {
+    "kd.evaluation",
     "kd.guide",
+    "kd.optimization",
     "kd.train",
     "kd.datasets.data",
     "kd.datasets.views",

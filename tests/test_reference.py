@@ -18,14 +18,16 @@ from kd.config import plan
 from kd.datasets import specify
 from kd.datasets.base import Arrays, Facts
 from kd.datasets.data import Data
+from kd.evaluation import evaluate
 from kd.guide import Guide
 from kd.models import MODELS
 from kd.models.normalized import Normalized
+from kd.optimization import learning_rate
 from kd.parsing import parse
 from kd.recipes import RECIPES
 from kd.spec import KnownError
 from kd.stage import Stage
-from kd.train import evaluate, learning_rate, make_network, random_stream, train_stage
+from kd.train import make_network, random_stream, train_stage
 from tests.conftest import composed
 from tests.test_train import Silent
 

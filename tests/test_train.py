@@ -17,15 +17,17 @@ from kd import train as training
 from kd.datasets import load, resolve
 from kd.datasets.base import DatasetConfig
 from kd.datasets.data import Data
+from kd.evaluation import evaluate
 from kd.guide import CHUNK, Guide
 from kd.losses import CrossEntropy, Distill
 from kd.models import build
 from kd.models.normalized import Normalized
+from kd.optimization import learning_rate
 from kd.partial import Partial
 from kd.spec import KnownError
 from kd.stage import Stage, TrainSpec
 from kd.store import Metrics, Trained
-from kd.train import batches, evaluate, learning_rate, make_network, random_stream, train_stage
+from kd.train import batches, make_network, random_stream, train_stage
 from tests.conftest import ROOT
 from tests.test_stage import TRAIN
 
