@@ -76,6 +76,7 @@ def check(jobs: Path, name: str, summary: str) -> dict[str, bytes]:
     return {path.parent.name: (path.parent / "model.safetensors").read_bytes() for path in stages}
 
 
+@pytest.mark.slow
 def test_the_same_bits_by_basic_joblib_and_submitit(jobs: Path) -> None:
     """Of the preset `local` a job gets one thread without being told."""
     one = "runtime.threads=1"

@@ -46,6 +46,7 @@ def search(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return run_py(*SEARCH, f"hydra.sweep.dir={folder}", *overrides, cwd=folder.parent)
 
 
+@pytest.mark.slow
 def test_a_killed_search_ends_with_the_trials_of_an_unbroken_one(tmp_path: Path) -> None:
     whole = search(tmp_path / "whole", TRIALS)
     assert whole.returncode == 0, whole.stderr

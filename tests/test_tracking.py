@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from PIL import Image
 
 from kd.losses import TeachableTeacher
@@ -140,6 +141,7 @@ def test_a_failure_prints_no_traceback(tmp_path: Path) -> None:
 
 
 def test_online_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb.teardown()  # its service keeps what other tests told it, and would wait for a server
     monkeypatch.setattr(probe, "_answers", lambda host, port: True)
     spec = TrackingSpec(name="wandb", project="p", mode="online")
     refusal = pytest.raises(KnownError, match=r"tracking: W&B did not start .*tracking\.mode=offline")
@@ -192,6 +194,7 @@ def test_a_multirun_is_one_group_of_one_run_a_job(server: Server, tmp_path: Path
     assert sorted(code for run in server.runs.values() for code in run.exits) == [0, 0, 1]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_at_the_server(server: Server, tmp_path: Path) -> None:
     """Interrupted in its student's training: one run, every epoch once."""
     mine = (*QUICK, "tracking=wandb", "train.epochs=12", "runtime.checkpoint_every=1", "hydra.run.dir=out")
