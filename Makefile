@@ -30,7 +30,7 @@ test: setup ## ruff, mypy --strict and the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict kd bench run.py
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 docs: setup ## write docs/experiments.md from conf/experiment
 	$(BIN)/python docs/experiments.py
