@@ -20,7 +20,7 @@ demo: setup ## compare the four methods on real digits, three students each
 	$(BIN)/python -m kd.report outputs/demo
 
 best: setup ## train, or load, the best setting of the newest multirun again; FOLDER=multirun/… says which
-	PATH="$(CURDIR)/$(BIN):$$PATH" sh $(or $(FOLDER),$$(dirname $$(ls -t multirun/*/best.sh multirun/*/*/best.sh outputs/*/best.sh | head -1)))/best.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh "$(or $(FOLDER),$$(dirname "$$(ls -t multirun/*/best.sh multirun/*/*/best.sh outputs/*/best.sh 2>/dev/null | head -1)"))/best.sh"
 
 dashboard: setup ## Optuna's page on the newest search, on this machine only
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dashboard]'

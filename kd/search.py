@@ -31,6 +31,7 @@ from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from kd.config import Config, plan
 from kd.datasets import resolve
@@ -158,23 +159,32 @@ def prepare(config: DictConfig, config_name: str) -> tuple[Path, Locks]:
         del composed["hydra"]
     base, sweeper = parse(composed), config.hydra.sweeper
     swept = dict(str(each.input_line).split("=", 1) for each in overrides if each.is_sweep_override())
+    given = {each.get_key_element() for each in overrides if not each.is_sweep_override()}
     space = {**{str(name): str(values) for name, values in (sweeper.params or {}).items()}, **swept}
+    space = {parameter: values for parameter, values in space.items() if parameter not in given}
     _check(space, composed, base)
     students = plan(base, resolve(base.dataset, base.data_root, base.workers))
     name = study_name(base, students, space, OmegaConf.to_container(sweeper.sampler))
     told = any(str(each).startswith("hydra.sweep.dir=") for each in config.hydra.overrides.hydra)
-    folder = Path(config.hydra.sweep.dir if told else f"multirun/{name}").absolute()
+    place = base.store_root / "search" / name
+    folder = Path(config.hydra.sweep.dir).absolute() if told else _folder(place, name)
     if base.dry_run:
         print(f"study {name} in {folder}: {sweeper.n_trials} trials in all, over")
         print("\n".join(f"  {parameter}: {values}" for parameter, values in space.items()), flush=True)
         print_plan(base.mode, students, Store(base.store_root), base.runtime.retrain)
         sys.exit(0)
     folder.mkdir(parents=True, exist_ok=True)
-    locks = Locks(base.store_root / "search" / name)
+    locks = Locks(place)
     locks.enter(name, base.sweep.join)
+    (place / "folder.txt").write_text(str(folder))
     storage = sweeper.storage or f"sqlite:///{folder / 'study.db'}"
     optuna.logging.set_verbosity(logging.WARNING)
-    study = optuna.create_study(study_name=name, storage=storage, direction=sweeper.direction, load_if_exists=True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    try:
+        study = optuna.create_study(study_name=name, storage=storage, direction=sweeper.direction, load_if_exists=True)
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise KnownError(f"hydra.sweeper.storage: {storage} cannot be opened ({said})") from error
     if not base.sweep.join:
         _tell(config, "hydra.sweeper.n_trials", _missing(study, locks, sweeper.n_trials))
     _tell(config, "hydra.sweeper.study_name", name)
@@ -182,6 +192,13 @@ def prepare(config: DictConfig, config_name: str) -> tuple[Path, Locks]:
     _tell(config, "hydra.sweep.dir", str(folder))
     _tell(config, "hydra.sweep.subdir", f"${{{ORDINAL}}}")
     return folder, locks
+
+
+def _folder(place: Path, name: str) -> Path:
+    """Where the study's trials are, whatever the working directory; at first below the present one."""
+    told = place / "folder.txt"
+    known = Path(told.read_text()) if told.exists() else None
+    return known if known is not None and known.is_dir() else Path("multirun", name).absolute()
 
 
 def study_name(base: Config, students: Sequence[Stage], space: Mapping[str, str], sampler: Any) -> str:

@@ -17,6 +17,7 @@ from kd.tables import Job, count, percent, short
 # Overrides that tell jobs apart and decide no result.
 _NO_SETTING = ("runtime.", "tracking.", "tracking=", "hydra", "sweep", "dry_run")
 _SEED = "seed="
+_MACHINE = ("tracking", "runtime.store", "runtime.data", "runtime.device", "runtime.threads", "runtime.compile")
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Setting:
 
     @cached_property
     def test(self) -> list[float]:
-        """The test accuracy of each student."""
-        return [accuracy for result in self.results for accuracy in students(result)]
+        """The test accuracy of each student; one that two jobs have is one."""
+        return list({key: acc for result in self.results for key, acc in students(result).items()}.values())
 
     @property
     def val(self) -> float | None:
@@ -61,20 +62,25 @@ class Setting:
         return [own, percent(self.val), f"{apart.mean:.2f} ± {apart.std:.2f}", str(n), f"{low:.2f} to {high:.2f}"]
 
 
-def students(result: RunResult) -> list[float]:
-    """The test accuracy of each student of a run."""
+def students(result: RunResult) -> dict[str, float]:
+    """The test accuracy of each student of a run, by key."""
     if isinstance(result, ReplicatedResult):
-        return [replicate.test_acc for replicate in result.replicates]
-    return [result.chain[-1].test_acc]
+        return {replicate.key: replicate.test_acc for replicate in result.replicates}
+    return {result.chain[-1].key: result.chain[-1].test_acc}
 
 
 def settings(jobs: Sequence[Job]) -> list[Setting]:
     """Finished jobs by what they were told, seeds apart, in the order in which they came."""
     found: dict[tuple[str, ...], list[Job]] = {}
+    known: dict[tuple[str, ...], set[str]] = {}
     for job in jobs:
         if job.result is not None:
             told = tuple(each for each in job.overrides if not each.startswith((*_NO_SETTING, _SEED)))
-            found.setdefault(told, []).append(job)
+            keys = set(students(job.result))
+            # A search may draw a setting twice; the same students in the store are no more students.
+            if not keys <= known.setdefault(told, set()):
+                found.setdefault(told, []).append(job)
+                known[told] |= keys
     return [Setting(told, tuple(group)) for told, group in found.items()]
 
 
@@ -91,6 +97,8 @@ def best_of(found: Sequence[Setting], objective: str) -> Setting | None:
 def command(setting: Setting) -> str:
     """What trains the setting's students again, or loads them, as they are in the store."""
     told = list(setting.overrides)
+    shared = set.intersection(*(set(job.overrides) for job in setting.jobs))
+    told += [each for each in setting.jobs[0].overrides if each in shared and each.startswith(_MACHINE)]
     mode = setting.results[0].mode
     if mode != "paper" and not any(each.startswith("mode=") for each in told):
         told.append(f"mode={mode}")
@@ -107,11 +115,14 @@ def write(folder: Path, jobs: Sequence[Job], objective: str) -> list[str]:
 
     `objective` is val_acc, or test_acc where the search was told to maximise that.
     """
-    pool = settings(jobs)
+    # With hydra.output_subdir=null nobody knows what a job was told.
+    pool = settings(jobs) if len(jobs) == 1 or all(job.overrides for job in jobs) else []
     # As the papers had it, the best is one lucky job; otherwise seeds are pooled.
     alone = [Setting(setting.overrides, (job,)) for setting in pool for job in setting.jobs]
     best = best_of(alone if objective == "test_acc" else pool, objective)
     shared = [each for each in pool[0].overrides if all(each in setting.overrides for setting in pool)] if pool else []
+    for stale in ("best.sh", "summary.png"):
+        (folder / stale).unlink(missing_ok=True)
     lines = _best_lines(best, objective, shared) if len(pool) > 1 else []
     table = rows(jobs)
     with (folder / "summary.csv").open("w", newline="") as file:
@@ -140,7 +151,7 @@ def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     names = dict.fromkeys(name for each in told for name in each)
     found = []
     for job, each in zip(jobs, told, strict=True):
-        test = students(job.result) if job.result else []
+        test = list(students(job.result).values()) if job.result else []
         numbers = {
             "val_acc": job.result.objective if job.result else None,
             "test_acc": sum(test) / len(test) if test else None,

@@ -82,6 +82,8 @@ def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | No
         (folder / "result.json").unlink(missing_ok=True)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
+        if not (multirun or dry) and HydraConfig.get().sweeper.get("custom_search_space") == SEARCH:
+            raise KnownError("sweep: a search is a multirun: python run.py -m sweep=…")
         return work()
     except (KnownError, OSError) as error:  # a full disk or a missing right names its file itself
         print(error, file=sys.stderr, flush=True)

@@ -220,3 +220,25 @@ def test_pruning_is_for_searches_of_single_students(job: Job, capsys: pytest.Cap
     assert "sweep.prune: ends the training of one student (got replicates=2)" in capsys.readouterr().err
     job("sweep.prune=true", "dataset.val_fraction=0", "train.select=last", code=2)
     assert "sweep.prune: compares validation accuracies" in capsys.readouterr().err
+
+
+def test_what_a_search_needs(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job("sweep=tpe", code=2)
+    assert "sweep: a search is a multirun: python run.py -m sweep=" in capsys.readouterr().err
+    job("sweep=tpe", "hydra.sweeper.storage=sqlite:////nowhere/at/all.db", multirun=True, code=2)
+    assert "hydra.sweeper.storage: sqlite:////nowhere/at/all.db cannot be opened" in capsys.readouterr().err
+
+
+def test_a_search_goes_on_from_another_working_directory(tmp_path: Path) -> None:
+    for place, said in (("one", "0 trials done, 1 to go"), ("two", "1 trials done, 0 to go")):
+        (tmp_path / place).mkdir()
+        done = run_py(*SEARCH, "hydra.sweeper.n_trials=1", cwd=tmp_path / place)
+        assert said in done.stdout
+    assert not (tmp_path / "two" / "multirun").exists()
+
+
+def test_a_fixed_setting_is_not_searched(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job("sweep=tpe", "method.T=5", "dry_run=true", multirun=True)
+    printed = capsys.readouterr().out
+    assert "method.lambda: interval" in printed
+    assert "method.T: " not in printed

@@ -99,3 +99,28 @@ def test_a_grid_leaves_its_summary(job: RunJob, tmp_path: Path, capsys: pytest.C
     rows = list(csv.DictReader((tmp_path / "out" / "summary.csv").read_text().splitlines()))
     assert {(row["method.T"], row["seed"]) for row in rows} == {("1", "0"), ("1", "1"), ("5", "0"), ("5", "1")}
     assert "again: python run.py -m " in capsys.readouterr().out
+
+
+def test_a_student_that_two_trials_found_is_one(tmp_path: Path) -> None:
+    """A search may draw a setting again; it is loaded, and adds nothing to n."""
+    jobs = [a_job(0, "method.T=1", test=70.0), a_job(1, "method.T=5", test=75.0)]
+    again = jobs[1]._replace(number="2")
+    lines = summary.write(tmp_path, [*jobs, again], "val_acc")
+    assert "| method.T=5 | 90.00 | 75.00 | 1 |  |" in (tmp_path / "summary.md").read_text()
+    assert lines[1] == "again: python run.py method.T=1"
+    assert len((tmp_path / "summary.csv").read_text().splitlines()) == 4  # every job has its row
+
+
+def test_jobs_that_do_not_say_what_they_were_told_are_not_pooled(tmp_path: Path) -> None:
+    assert summary.write(tmp_path, [a_job(0, test=70.0), a_job(1, test=75.0)], "val_acc") == []
+    assert not (tmp_path / "best.sh").exists()
+
+
+def test_the_command_keeps_what_all_jobs_were_told(tmp_path: Path) -> None:
+    told = ("tracking=none", "runtime.store=a store")
+    jobs = [
+        a_job(0, "method.T=1", *told, "runtime.trial=0"),
+        a_job(1, "method.T=5", *told, "runtime.trial=1", val=80.0),
+    ]
+    lines = summary.write(tmp_path, jobs, "val_acc")
+    assert lines[1] == "again: python run.py method.T=1 tracking=none 'runtime.store=a store'"
