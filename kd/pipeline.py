@@ -70,6 +70,11 @@ class RunResult(Frozen):
         common = self.model_dump(include={"objective", "mode", "method", "dataset"})
         return {**common, "test_acc": self.chain[-1].test_acc}
 
+    @property
+    def students(self) -> dict[str, float]:
+        """The test accuracy of each student, by key."""
+        return {self.chain[-1].key: self.chain[-1].test_acc}
+
     def value(self, objective: Objective) -> float | None:
         """What a search is told: the mean accuracy of the students, on validation or, as the papers had it, on test."""
         return self.objective if objective == "val_acc" else self.chain[-1].test_acc
@@ -92,6 +97,11 @@ class ReplicatedResult(RunResult):
         spread = {"std": self.std, "n": self.n, "ci95_low": low, "ci95_high": high}
         named = {f"test_acc/{name}": value for name, value in spread.items()}
         return {**super().columns, "test_acc": self.mean, **each, **named}
+
+    @property
+    def students(self) -> dict[str, float]:
+        """Those of all replicates."""
+        return {replicate.key: replicate.test_acc for replicate in self.replicates}
 
     def value(self, objective: Objective) -> float | None:
         """As of one student, the mean of all."""

@@ -28,12 +28,6 @@ def compare(folder: Path) -> None:
     print(f"{folder / 'comparison.md'} and {folder / 'comparison.png'} are written")
 
 
-def _students(result: RunResult) -> list[float]:
-    if isinstance(result, ReplicatedResult):
-        return [replicate.test_acc for replicate in result.replicates]
-    return [result.chain[-1].test_acc]
-
-
 def _markdown(results: Sequence[RunResult], failed: int) -> str:
     lines = [
         "| dataset | mode | method | chain | student | test % (mean ± std) | n | 95 % interval | epoch | stages |",
@@ -69,7 +63,7 @@ def _draw(results: Sequence[RunResult], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.55 * len(results)), layout="constrained")
     rows = range(len(results))
     for row, result in zip(rows, results, strict=True):
-        students = _students(result)
+        students = list(result.students.values())
         apart = [row + 0.12 * (i - (len(students) - 1) / 2) for i in range(len(students))]  # equal ones stay visible
         axes.plot(students, apart, "o", color="#0072b2", alpha=0.7, label="a student", zorder=3)
         if isinstance(result, ReplicatedResult):

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kd.pipeline import ReplicatedResult, RunResult
+from kd.pipeline import RunResult
 from kd.statistics import spread
 from kd.tables import Job, count, percent, short
 
@@ -35,12 +35,12 @@ class Setting:
     @cached_property
     def test(self) -> list[float]:
         """The test accuracy of each student; one that two jobs have is one."""
-        return list({key: acc for result in self.results for key, acc in students(result).items()}.values())
+        return list({key: acc for result in self.results for key, acc in result.students.items()}.values())
 
     @property
     def val(self) -> float | None:
         """Their mean validation accuracy; None without a validation split."""
-        known = [(result.objective, len(students(result))) for result in self.results if result.objective is not None]
+        known = [(result.objective, len(result.students)) for result in self.results if result.objective is not None]
         return sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
 
     @property
@@ -62,13 +62,6 @@ class Setting:
         return [own, percent(self.val), f"{apart.mean:.2f} ± {apart.std:.2f}", str(n), f"{low:.2f} to {high:.2f}"]
 
 
-def students(result: RunResult) -> dict[str, float]:
-    """The test accuracy of each student of a run, by key."""
-    if isinstance(result, ReplicatedResult):
-        return {replicate.key: replicate.test_acc for replicate in result.replicates}
-    return {result.chain[-1].key: result.chain[-1].test_acc}
-
-
 def settings(jobs: Sequence[Job]) -> list[Setting]:
     """Finished jobs by what they were told, seeds apart, in the order in which they came."""
     found: dict[tuple[str, ...], list[Job]] = {}
@@ -76,7 +69,7 @@ def settings(jobs: Sequence[Job]) -> list[Setting]:
     for job in jobs:
         if job.result is not None:
             told = tuple(each for each in job.overrides if not each.startswith((*_NO_SETTING, _SEED)))
-            keys = set(students(job.result))
+            keys = set(job.result.students)
             # A search may draw a setting twice; the same students in the store are no more students.
             if not keys <= known.setdefault(told, set()):
                 found.setdefault(told, []).append(job)
@@ -151,7 +144,7 @@ def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     names = dict.fromkeys(name for each in told for name in each)
     found = []
     for job, each in zip(jobs, told, strict=True):
-        test = list(students(job.result).values()) if job.result else []
+        test = list(job.result.students.values()) if job.result else []
         numbers = {
             "val_acc": job.result.objective if job.result else None,
             "test_acc": sum(test) / len(test) if test else None,

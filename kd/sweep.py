@@ -16,9 +16,6 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-if TYPE_CHECKING:
-    from kd.search import Locks
-
 from kd import summary
 from kd.config import Config
 from kd.hardware import cpu_count, resolve_device
@@ -29,6 +26,9 @@ from kd.stage import RuntimeSpec, Stage
 from kd.store import Metrics
 from kd.tables import JOB_MARKS, Job, job_folders, job_order, print_jobs, read_result
 from kd.tracking import TrackingSpec, group_of, track_sweep
+
+if TYPE_CHECKING:
+    from kd.search import Locks
 
 SEARCH = "kd.search.hand_over"  # hydra.sweeper.custom_search_space of the searches that are ours
 

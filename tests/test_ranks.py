@@ -92,7 +92,7 @@ def test_without_torchrun_torch_distributed_is_not_asked(
     job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.distributed, "init_process_group", None)
-    job("method=scratch", "train.epochs=1")
+    assert job("method=scratch", "train.epochs=1")["chain"][0]["reused"] is False
 
 
 # what enters the key, and what is refused ---------------------------------------------------------------------------
