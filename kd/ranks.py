@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -175,6 +176,7 @@ class Ranks(Team):
         if self.rank == 0:
             with suppress(RuntimeError):  # whoever is gone needs no word
                 self._broadcast(None)
+        gc.collect()  # what a failed stage left in cycles ends before the group: after it the process would abort
         dist.destroy_process_group()
 
     def _broadcast(self, value: Any) -> Any:
