@@ -9,7 +9,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from kd import sweep, tables
+from kd import job, records, sweep, tables
 from kd.config import plan
 from kd.datasets import resolve
 from kd.parsing import parse, plain
@@ -24,7 +24,7 @@ from kd.workplace import follow
 def main(cfg: DictConfig) -> float | None:
     """One job: the mean accuracy of its students in percent, on validation, which a search maximises."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    return sweep.job(folder, lambda: _job(cfg, folder), dry=cfg.get("dry_run") is True)
+    return job.job(folder, lambda: _job(cfg, folder), dry=cfg.get("dry_run") is True)
 
 
 def _job(cfg: DictConfig, folder: Path) -> float | None:
@@ -35,10 +35,10 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     if config.dry_run:
         tables.print_plan(config.mode, students, store, config.runtime.retrain)
         return None
-    runtime = sweep.share(config.runtime)
-    with track(config.tracking, folder, students, plain(cfg), store, sweep.group()) as tracker:
+    runtime = job.share(config.runtime)
+    with track(config.tracking, folder, students, plain(cfg), store, job.group()) as tracker:
         teacher = config.teacher
-        prune = sweep.pruning(config, students)
+        prune = job.pruning(config, students)
         shared = store, config.data_root, runtime
         pipeline = Pipeline(*shared, tracker, teacher.file, teacher.min_acc, team(), prune)
         labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
@@ -46,7 +46,9 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
             result = run(pipeline, students, labels)
         except Pruned as pruned:
             tracker.summarize({"pruned_after_epoch": pruned.epoch})
-            return sweep.record_pruned(folder, pruned)
+            print(pruned, flush=True)
+            records.record_pruned(folder, pruned)
+            return pruned.value  # what it had reached
         write_result(result, folder)
         tracker.summarize(result.columns)
     tables.print_run(result)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kd.pipeline import RunResult
+from kd.records import Job
 from kd.statistics import spread
-from kd.tables import Job, count, percent, short
+from kd.tables import count, percent, short
 
 # Overrides that tell jobs apart and decide no result.
 _NO_SETTING = ("runtime.", "tracking.", "tracking=", "hydra", "sweep", "dry_run")
@@ -103,10 +104,10 @@ def command(setting: Setting) -> str:
     return " ".join(["python", "run.py", *map(shlex.quote, told)])
 
 
-def write(folder: Path, jobs: Sequence[Job], objective: str) -> list[str]:
+def write(folder: Path, jobs: Sequence[Job], objective: str, missing: int = 0) -> list[str]:
     """Write the summary into the multirun's folder. Returns the lines that say what is best, for the screen.
 
-    `objective` is val_acc, or test_acc where the search was told to maximise that.
+    `objective` is val_acc, or test_acc where the search was told to maximise that. `missing` jobs left no folder.
     """
     # With hydra.output_subdir=null nobody knows what a job was told.
     pool = settings(jobs) if len(jobs) == 1 or all(job.overrides for job in jobs) else []
@@ -117,6 +118,8 @@ def write(folder: Path, jobs: Sequence[Job], objective: str) -> list[str]:
     for stale in ("best.sh", "summary.png"):
         (folder / stale).unlink(missing_ok=True)
     lines = _best_lines(best, objective, shared) if len(pool) > 1 else []
+    if missing:
+        lines.append(f"{missing} of {count(len(jobs) + missing)} left nothing: killed, or never begun")
     table = rows(jobs)
     with (folder / "summary.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, table[0])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -15,7 +13,7 @@ from rich.text import Text
 from kd.losses import Loss
 from kd.pipeline import Outcome, ReplicatedResult, RunResult
 from kd.progress import console
-from kd.spec import KnownError
+from kd.records import Job
 from kd.stage import Given, Normalization, Select, Source, Stage, TrainSpec
 from kd.store import Store
 
@@ -26,44 +24,6 @@ SELECTED: dict[Select | None, str] = {
     "best_test_batches": "EPOCH CHOSEN ON THE TEST SET, by the mean of its batches' accuracies, as Trained Teacher did",
     None: "given weights",
 }
-
-
-class Job(NamedTuple):
-    """One job of a multirun: its number, overrides, and its result or why there is none."""
-
-    number: str
-    overrides: list[str]
-    result: RunResult | None
-    reason: str
-    pruned: bool = False  # ended early by its search
-
-    @property
-    def failed(self) -> bool:
-        """Whether it has neither a result nor a reason to have none."""
-        return self.result is None and not self.pruned
-
-
-JOB_MARKS = (".hydra/config.yaml", "result.json", "error.json")
-
-
-def job_folders(folder: Path) -> set[Path]:
-    """The folders of a multirun's jobs, however deep; a store that lies among them has results of its own."""
-    places = {place.parents[mark.count("/")] for mark in JOB_MARKS for place in folder.rglob(mark)}
-    return {place for place in places if not (place / "stage.json").exists()}
-
-
-def job_order(number: str) -> tuple[int, str]:
-    """Sorts the names of jobs' folders: 2 before 10."""
-    return len(number), number
-
-
-def read_result(path: Path) -> RunResult:
-    """A run's result.json. Raises KnownError where there is none."""
-    try:
-        tree = json.loads(path.read_text())
-        return (ReplicatedResult if "replicates" in tree else RunResult).model_validate(tree)
-    except (OSError, ValueError, TypeError) as error:  # ValueError is pydantic's and json's too
-        raise KnownError(f"{path} is no result of a run ({str(error).splitlines()[0]})") from error
 
 
 def percent(value: float | None) -> str:

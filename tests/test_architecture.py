@@ -19,15 +19,18 @@ ROWS = [
     ["kd.train", "kd.config"],
     ["kd.parsing", "kd.workplace"],
     ["kd.pipeline"],
+    ["kd.records"],
     ["kd.tables"],
     ["kd.report", "kd.summary", "kd.search"],
+    ["kd.job"],
     ["kd.sweep"],
     ["run", "kd"],
 ]
+SEARCH = {"kd.search.sampler", "kd.search.study", "kd.search.pruning"}
 HOMES = {
-    "hydra": {"run", "kd.sweep", "kd.search"},
-    "omegaconf": {"run", "kd.parsing", "kd.sweep", "kd.search"},
-    "optuna": {"kd.search"},
+    "hydra": {"run", "kd.job", "kd.sweep", *SEARCH},
+    "omegaconf": {"run", "kd.job", "kd.parsing", "kd.records", "kd.sweep", "kd.search.study"},
+    "optuna": SEARCH,
     "wandb": {"kd.tracking.wandb", "kd.tracking.probe"},
 }
 # The only modules that may import something slow at their top: none of them is on the way of --help and dry_run.

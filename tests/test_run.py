@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kd import report, tables
+from kd import records, report, tables
 from kd.methods import METHODS
 from kd.pipeline import RunResult
 from kd.spec import KnownError
@@ -203,11 +204,9 @@ def test_a_failed_stage_is_not_in_the_store(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_job_counts(job: Job, tmp_path: Path) -> None:
-    from kd import sweep
-
     job("seed=0,1", multirun=True, folder="sweep")
     (tmp_path / "sweep" / "1" / "result.json").unlink()
-    found = sweep.jobs(tmp_path / "sweep")
+    found = records.jobs(tmp_path / "sweep")
     assert [(j.number, j.result is None, j.reason) for j in found] == [("0", False, ""), ("1", True, "unfinished")]
 
 
@@ -285,15 +284,33 @@ def test_failures_are_found_wherever_the_jobs_folders_are(job: Job, tmp_path: Pa
     assert len(list((tmp_path / "out").rglob("error.json"))) == len(list((tmp_path / "out").rglob("result.json"))) == 1
 
 
-def test_jobs_are_sorted_as_numbers() -> None:
-    assert sorted(["10", "2", "1"], key=tables.job_order) == ["1", "2", "10"]
+def test_jobs_that_left_nothing_count(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a worker does that is killed before its job begins."""
+    from kd.sweep import Multirun, summarize
+
+    job("seed=0,1", "train.epochs=1,2", multirun=True)
+    assert Multirun.expected == 4
+    for number in "13":
+        shutil.rmtree(tmp_path / "out" / number)
+    capsys.readouterr()
+    assert summarize() == 2
+    line = "2 of 4 jobs left nothing: killed, or never begun"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "out" / "summary.md").read_text()
+
+
+def test_jobs_are_sorted_as_numbers(tmp_path: Path) -> None:
+    for number in ("10", "2", "1"):
+        (tmp_path / number).mkdir()
+        records.record_failed(tmp_path / number, "no")
+    assert [found.number for found in records.jobs(tmp_path)] == ["1", "2", "10"]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"chain": 3}'])
 def test_a_foreign_result_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(KnownError, match="is no result of a run"):
-        tables.read_result(tmp_path / "result.json")
+        records.read_result(tmp_path / "result.json")
 
 
 @pytest.mark.parametrize(

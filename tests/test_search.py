@@ -85,7 +85,22 @@ def test_a_failed_trial_is_named_and_counts_as_done(
     assert "(got -1)" in printed.out
     assert "best setting, chosen on validation" in printed.out
     job(*overrides, multirun=True, code=1)
-    assert "6 trials done, 0 to go" in capsys.readouterr().out
+    assert f"6 trials done, {failed} of them failed, 0 to go; a larger hydra.sweeper" in capsys.readouterr().out
+
+
+def test_a_search_of_failures_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR")
+    overrides = ("hydra.sweeper.n_trials=2", "train.lr=1e30", "method=kd")
+    done = search(tmp_path / "out", *overrides)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line][-2].endswith(
+        "every trial has failed, so there is no best one"
+    )
+    assert "job 1 (" in done.stdout  # the summary is there
+    again = search(tmp_path / "out", *overrides)
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1].endswith("no best one; a larger hydra.sweeper.n_trials adds more")
 
 
 def test_one_process_searches_and_others_join(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

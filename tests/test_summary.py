@@ -11,7 +11,7 @@ import pytest
 
 from kd import summary
 from kd.pipeline import RunResult
-from kd.tables import Job
+from kd.records import Job
 from tests.test_stage import distilled
 
 RunJob = Callable[..., Any]
