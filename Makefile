@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python run.py
 
-.PHONY: help setup demo best dashboard docs bench profile tensorboard test test-slow
+.PHONY: help setup demo best dashboard docs bench profile tensorboard test test-slow torture
 
 help: ## print this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,3 +46,6 @@ tensorboard: setup ## serve the runs of tracking=tensorboard on http://127.0.0.1
 
 test-slow: setup ## the tests on real images and long trainings
 	$(BIN)/pytest -m slow
+
+torture: setup ## kill runs 220 times and compare what is left with undisturbed ones: about half an hour
+	$(BIN)/pytest -m torture

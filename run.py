@@ -15,6 +15,7 @@ from kd.datasets import resolve
 from kd.parsing import parse, plain
 from kd.pipeline import Pipeline, Pruned, run, write_result
 from kd.ranks import team, world
+from kd.signals import exit_code, raise_on_sigterm
 from kd.store import Store
 from kd.tracking import track
 from kd.workplace import follow
@@ -40,7 +41,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
         teacher = config.teacher
         prune = job.pruning(config, students)
         shared = store, config.data_root, runtime
-        pipeline = Pipeline(*shared, tracker, teacher.file, teacher.min_acc, team(), prune)
+        pipeline = Pipeline(*shared, tracker, teacher.file, config.train.on_nan, teacher.min_acc, team(), prune)
         labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
         try:
             result = run(pipeline, students, labels)
@@ -59,14 +60,15 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
 if __name__ == "__main__":
     if world().rank:
         sys.exit(follow())
+    raise_on_sigterm()
     ranks = team()
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(
             "interrupted: the same command goes on after the finished stages and the last checkpoint", file=sys.stderr
         )
-        sys.exit(130)
+        sys.exit(exit_code(interrupt))
     finally:
         failed = sweep.summarize()
         ranks.dismiss()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -34,19 +36,30 @@ def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | No
         if not (multirun or dry) and HydraConfig.get().sweeper.get("custom_search_space") == SEARCH:
             raise KnownError("sweep: a search is a multirun: python run.py -m sweep=…")
         return work()
-    except (KnownError, OSError) as error:  # a full disk or a missing right names its file itself
-        print(error, file=sys.stderr, flush=True)
+    except Exception as error:
+        reason = known_reason(error)
+        if reason is None and not multirun:
+            raise
+        if reason is None:
+            # Not handed to Hydra: it would begin no further batch of jobs, and not every exception can be pickled.
+            traceback.print_exc()
+        else:
+            print(reason, file=sys.stderr, flush=True)
         if not multirun:
             sys.exit(2)
-        records.record_failed(folder, str(error))
+        with suppress(OSError):  # on a full disk the summary finds the job unfinished
+            records.record_failed(folder, reason or f"{type(error).__name__}: {error}")
         return None
-    except Exception as error:
-        if not multirun:
-            raise
-        # Not handed to Hydra either: it would begin no further batch of jobs, and not every exception can be pickled.
-        traceback.print_exc()
-        records.record_failed(folder, f"{type(error).__name__}: {error}")
-        return None
+
+
+def known_reason(error: Exception) -> str | None:
+    """What a person needs to know of a failure; None where it takes a traceback."""
+    if isinstance(error, (KnownError, OSError)):  # a full disk or a missing right names its file itself
+        return str(error)
+    said = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", said):
+        return f"out of memory ({said[:120]}); a smaller train.batch_size or fewer jobs side by side need less"
+    return None
 
 
 def group() -> str | None:

@@ -20,3 +20,7 @@ class KnownError(Exception):
 
     One problem a line; each says what is wrong, where, and what would be right.
     """
+
+
+class NonFiniteError(KnownError):
+    """A training's loss or weights are NaN or infinite."""

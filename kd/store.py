@@ -72,6 +72,11 @@ class Store:
         """The spec of a finished stage, or of somebody's network. Raises KnownError where there is none to read."""
         return TypeAdapter[Source](Source).validate_python(json.loads(self._read(key, "stage.json"))["stage"])
 
+    def made_with(self, key: str) -> dict[str, Any]:
+        """What a finished stage's training was that its key does not say. Raises KnownError where there is none."""
+        made_with: dict[str, Any] = json.loads(self._read(key, "stage.json"))["made_with"]
+        return made_with
+
     def network(self, key: str) -> Normalized:
         """A finished stage's network on the CPU, in eval mode, its normalisation inside.
 

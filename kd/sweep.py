@@ -87,7 +87,10 @@ def summarize() -> int:
     missing = max(0, Multirun.expected - len(done))
     if done:
         print_jobs(done)
-        _summarize(Multirun.folder, done, missing)
+        try:
+            _summarize(Multirun.folder, done, missing)
+        except OSError as error:
+            print(f"the summary cannot be written: {error}", file=sys.stderr)
     return sum(job.failed for job in done) + missing
 
 

@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
 
 from kd import records, report, tables
+from kd.job import known_reason
 from kd.methods import METHODS
 from kd.pipeline import RunResult
-from kd.spec import KnownError
+from kd.spec import KnownError, NonFiniteError
+from kd.stage import Stage
 from kd.statistics import spread
 from kd.store import Store
 from tests.conftest import QUICK, run_py
@@ -342,3 +345,46 @@ def test_a_dry_run_leaves_results_and_fails_as_others_do(job: Job, tmp_path: Pat
     assert job("dry_run=true") == before
     job("dry_run=true", "seed=0,-1", multirun=True, folder="dry", code=1)
     job("dry_run=true", "seed=0,1", multirun=True, folder="fine")
+
+
+def test_a_loss_that_is_not_finite_may_be_tried_in_fp32(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import kd.train
+
+    really = kd.train.train_stage
+
+    def train_stage(stage: Stage, *rest: Any) -> Any:
+        if stage.train.precision == "bf16":
+            raise NonFiniteError("the loss is nan")
+        return really(stage, *rest)
+
+    monkeypatch.setattr(kd.train, "train_stage", train_stage)
+    common = ("method=scratch", "train.precision=bf16")
+    job(*common, code=2)
+    result = job(*common, "train.on_nan=retry_fp32")
+    assert "the loss is nan; train.on_nan=retry_fp32: once more in fp32" in capsys.readouterr().out
+    retried = load_file(tmp_path / "store" / result["chain"][0]["key"] / "model.safetensors")
+    exact = job("method=scratch")["chain"][0]["key"]
+    assert exact != result["chain"][0]["key"]
+    for name, tensor in load_file(tmp_path / "store" / exact / "model.safetensors").items():
+        assert tensor.equal(retried[name])
+    job(*common, code=2)
+    assert "was trained in fp32 after the loss is nan; train.on_nan=retry_fp32 takes it" in capsys.readouterr().err
+    assert job(*common, "train.on_nan=retry_fp32")["chain"][0]["reused"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 3.6 TiB"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_too_little_memory_is_one_line(error: Exception) -> None:
+    reason = known_reason(error)
+    assert reason is not None
+    assert reason.startswith("out of memory (")
+    assert "\n" not in reason
+    assert known_reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
