@@ -19,8 +19,10 @@ demo: setup ## compare the four methods on real digits, three students each
 	$(RUN) -m method=scratch,kd,ta,trained_teacher replicates=3 hydra.sweep.dir=outputs/demo
 	$(BIN)/python -m kd.report outputs/demo
 
-best: setup ## train, or load, the best setting of the newest multirun again; FOLDER=multirun/… says which
-	PATH="$(CURDIR)/$(BIN):$$PATH" sh "$(or $(FOLDER),$$(dirname "$$(ls -t multirun/*/best.sh multirun/*/*/best.sh outputs/*/best.sh 2>/dev/null | head -1)"))/best.sh"
+best: setup ## train, or load, the best setting of the newest finished multirun again; FOLDER=multirun/… says which
+	@best="$(or $(FOLDER:%=%/best.sh),$$(ls -t multirun/*/best.sh multirun/*/*/best.sh outputs/*/best.sh 2>/dev/null | head -1))"; \
+	if [ ! -f "$$best" ]; then echo "no multirun has left a best setting ($${best:-none is in multirun/ or outputs/})"; exit 1; fi; \
+	cat "$$best"; PATH="$(CURDIR)/$(BIN):$$PATH" sh "$$best"
 
 dashboard: setup ## Optuna's page on the newest search, on this machine only
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dashboard]'

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -249,9 +250,16 @@ class Pipeline(Workplace):
 
         from kd.models import build
 
+        sizes = {}
         with torch.device("meta"):
             for stage in last.chain:
-                build(stage.model, num_classes=stage.dataset.num_classes, image_size=stage.dataset.image_size)
+                data = stage.dataset
+                network = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
+                sizes[stage.key] = sum(parameter.numel() for parameter in network.parameters())
+        for guide, stage in pairwise(last.chain):
+            if stage.role == "assistant" and sizes[stage.key] > sizes[guide.key]:
+                told = f"{stage.model} ({sizes[stage.key]:,} parameters)", f"{guide.model} ({sizes[guide.key]:,})"
+                print(f"{stage.role} {told[0]} is larger than {guide.role} {told[1]}, which guides it", flush=True)
 
     def _runtime(self) -> dict[str, Any]:
         """What is no part of the key and still moves the last bits of a result."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -24,30 +26,33 @@ from kd.tables import print_jobs
 from kd.tracking import TrackingSpec, group_of, track_sweep
 
 if TYPE_CHECKING:
-    from kd.search import Locks
+    from kd.search import Search
 
 
 class Multirun(Callback):
     """Hydra tells it that a multirun starts; summarize() asks it where, however that multirun ends."""
 
     folder: ClassVar[Path | None] = None
-    began: ClassVar[float] = 0.0  # a search goes on, and is shown with its trials of before
+    began: ClassVar[float] = 0.0
     expected: ClassVar[int] = 0  # how many jobs it should come to, where that is known
-    locks: ClassVar[Locks | None] = None
+    search: ClassVar[Search | None] = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Ready a search of ours, and remember the multirun's folder. Of a callback's exceptions Hydra only warns."""
         if world().size > 1:
             _check_plugins(config)
+        _check_slurm(config)
+        Multirun.began = time.time() - 1  # files' clocks are coarse
         if config.hydra.sweeper.get("custom_search_space") != SEARCH:
             Multirun.folder, Multirun.expected = Path(config.hydra.sweep.dir), _jobs_of_a_grid(config)
-            Multirun.began = time.time() - 1  # files' clocks are coarse
             return
+        logging.getLogger("alembic").setLevel(logging.WARNING)
         os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # of optuna 2, which needs sqlalchemy 1.4
         from kd.search import prepare
 
         try:
-            Multirun.folder, Multirun.expected, Multirun.locks = prepare(config, kwargs["config_name"])
+            Multirun.search = search = prepare(config, kwargs["config_name"])
+            Multirun.folder, Multirun.expected = search.folder, search.expected
         except (KnownError, OSError) as error:
             print(error, file=sys.stderr, flush=True)
             sys.exit(2)
@@ -63,6 +68,13 @@ def _check_plugins(config: DictConfig) -> None:
             choice = config.hydra.runtime.choices[f"hydra/{part}"]
             print(f"hydra/{part}: should be basic under torchrun (got {choice!r})", file=sys.stderr, flush=True)
             sys.exit(2)
+
+
+def _check_slurm(config: DictConfig) -> None:
+    """End a multirun that is told to use a cluster where there is none; submitit would say it in a traceback."""
+    if config.hydra.launcher["_target_"].endswith(".SlurmLauncher") and shutil.which("srun") is None:
+        print("hydra/launcher: there is no SLURM here (no srun); hydra/launcher=local rehearses it", file=sys.stderr)
+        sys.exit(2)
 
 
 def _jobs_of_a_grid(config: DictConfig) -> int:
@@ -81,10 +93,11 @@ def summarize() -> int:
     """Print the multirun that this process has run, if any. Returns how many of its jobs have failed or are missing."""
     if Multirun.folder is None:
         return 0
-    if Multirun.locks is not None:
-        Multirun.locks.leave()
-    done = jobs(Multirun.folder, Multirun.began)
-    missing = max(0, Multirun.expected - len(done))
+    # A search goes on: it is shown with its trials of before, but for those that others are at.
+    elsewhere = Multirun.search.leave() if Multirun.search else set()
+    found = jobs(Multirun.folder, 0 if Multirun.search else Multirun.began)
+    done = [job for job in found if job.result or job.number not in elsewhere]
+    missing = max(0, Multirun.expected - len(found))
     if done:
         print_jobs(done)
         try:
@@ -96,12 +109,14 @@ def summarize() -> int:
 
 def _summarize(folder: Path, done: Sequence[Job], missing: int) -> None:
     """The summary of a multirun, in its folder and where its runs are tracked."""
-    path = folder / done[0].number / ".hydra" / "config.yaml"
+    newest = max(done, key=lambda job: (folder / job.number).stat().st_mtime)
+    path = folder / newest.number / ".hydra" / "config.yaml"
     config = OmegaConf.load(path) if path.exists() else OmegaConf.create()
     for line in summary.write(folder, done, OmegaConf.select(config, "sweep.objective", default="val_acc"), missing):
         print(line)
-    # Where no job came to anything, the settings of tracking may be what was wrong.
-    if "tracking" in config and any(job.result for job in done):
+    # Not where this process has run no job, nor where none came to anything: the settings of tracking may be wrong.
+    news = path.exists() and path.stat().st_mtime >= Multirun.began
+    if news and "tracking" in config and any(job.result for job in done):
         spec = TrackingSpec.model_validate(OmegaConf.to_container(config.tracking, resolve=True))
         figures = [path for path in [folder / "summary.png"] if path.exists()]
         track_sweep(spec, folder, spec.group or group_of(folder), summary.rows(done), figures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from rich.box import SIMPLE_HEAD
@@ -131,24 +131,36 @@ def print_jobs(jobs: Sequence[Job]) -> None:
     table = _table("job", "", "val %>", "test %>", "n>")
     for job in jobs:
         if job.result is not None:
-            own = " ".join(short(override) for override in job.overrides if override not in shared)
-            table.add_row(job.number, escape(own), percent(job.result.objective), *test_of(job.result))
+            table.add_row(job.number, escape(_own(job, shared)), percent(job.result.objective), *test_of(job.result))
     if table.row_count:
         out.print(table)
-    for select in ("best_test", "best_test_batches"):
-        peeked = [job.number for job in jobs if job.result and any(o.select == select for o in job.result.chain)]
-        if peeked:
-            out.print(f"jobs {', '.join(peeked)}: {SELECTED[select]}", highlight=False)
+    marks: dict[str, list[str]] = {}
     for job in jobs:
+        for mark in peeked(job.result) if job.result else ():
+            marks.setdefault(mark, []).append(job.number)
+    for mark, numbers in marks.items():
+        out.print(f"jobs {', '.join(numbers)}: {mark}", highlight=False)
+    for job in sorted(jobs, key=lambda job: job.failed):
         if job.result is None:
-            line = f"job {job.number} ({' '.join(job.overrides)}): {job.reason}"
-            out.print(line, style="red" if job.failed else None, highlight=False, markup=False, soft_wrap=True)
+            line = f"job {job.number} ({_own(job, shared)}): {job.reason}"
+            out.print(line, style="red" if job.failed else "dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def peeked(result: RunResult) -> list[str]:
+    """How the test set had a say in the choice of epochs, if it had."""
+    selects = dict.fromkeys(outcome.select for outcome in result.chain)
+    return [SELECTED[select] for select in selects if select in ("best_test", "best_test_batches")]
+
+
+def _own(job: Job, shared: Collection[str]) -> str:
+    """What a job was told that not all jobs were."""
+    return " ".join(filter(None, (short(override) for override in job.overrides if override not in shared)))
 
 
 def short(override: str) -> str:
-    """An override as tables show it: numbers to four digits; "" for the number of a trial, which is the job's."""
+    """An override as tables show it: numbers to four digits; "" for what a search tells its jobs for itself."""
     name, _, value = override.partition("=")
-    if name == "runtime.trial":
+    if name in ("runtime.trial", "sweep.join"):
         return ""
     try:
         return f"{name}={float(value):.4g}" if len(value) > 6 else override

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from kd.config import plan
 from kd.datasets import resolve
 from kd.parsing import parse
-from kd.search import ORDINAL, Locks, ordinal, study_name
+from kd.search import ORDINAL, Locks, hand_over, ordinal, study_name
 from tests.conftest import QUICK, ROOT, composed, run_py
 
 Job = Callable[..., Any]
@@ -114,8 +114,19 @@ def test_one_process_searches_and_others_join(job: Job, tmp_path: Path, capsys: 
     said = capsys.readouterr().err
     assert f"is being searched by process {os.getpid()} on" in said
     assert "sweep.join=true adds trials beside it" in said
+    # The other process is at a trial: that is neither ours to begin again nor a failure of this multirun.
+    storage = f"sqlite:///{tmp_path / 'out' / 'study.db'}"
+    study = optuna.load_study(study_name=place.name, storage=storage)
+    trial = study.ask()
+    hand_over(OmegaConf.create(), trial)
+    (tmp_path / "out" / "2" / ".hydra").mkdir(parents=True)
+    (tmp_path / "out" / "2" / ".hydra" / "config.yaml").write_text("seed: 0\n")
     job(*overrides, "sweep.join=true", multirun=True)
-    assert [number for number, *_ in trials(tmp_path / "out")] == [0, 1, 2, 3]
+    said = capsys.readouterr().out
+    assert "unfinished" not in said
+    assert "sweep.join" not in said
+    study.tell(trial, 1.0)
+    assert [number for number, *_ in trials(tmp_path / "out")] == [0, 1, 2, 3, 4]
     owner.leave()
 
 

@@ -8,6 +8,6 @@ after. So a search that was killed and started again ends with the trials of an 
 from kd.search.locks import Locks
 from kd.search.pruning import halving
 from kd.search.sampler import ByTrial, ordinal
-from kd.search.study import ORDINAL, hand_over, prepare, study_name
+from kd.search.study import ORDINAL, Search, hand_over, prepare, study_name
 
-__all__ = ["ORDINAL", "ByTrial", "Locks", "halving", "hand_over", "ordinal", "prepare", "study_name"]
+__all__ = ["ORDINAL", "ByTrial", "Locks", "Search", "halving", "hand_over", "ordinal", "prepare", "study_name"]

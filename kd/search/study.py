@@ -6,7 +6,9 @@ import hashlib
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from optuna.exceptions import ExperimentalWarning
 from optuna.study import Study
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from kd.config import Config, plan
@@ -40,10 +43,23 @@ def hand_over(config: DictConfig, trial: Trial) -> None:
     trial.suggest_int(ORDINAL, number, number)
 
 
-def prepare(config: DictConfig, config_name: str) -> tuple[Path, int, Locks]:
-    """Ready the study that Hydra's sweeper is about to open.
+@dataclass(frozen=True)
+class Search:
+    """What this process is at: the folder of the trials, how many it comes to (0 where it joins in), and its locks."""
 
-    Returns the folder of its trials, how many it comes to (0 where others join in), and what is locked.
+    folder: Path
+    expected: int
+    study: Study
+    locks: Locks
+
+    def leave(self) -> set[str]:
+        """Hold nothing any more. Returns the names of the folders of trials that other processes are still at."""
+        self.locks.leave()
+        return {str(ordinal(self.study, trial.number)) for trial in _running(self.study, self.locks)}
+
+
+def prepare(config: DictConfig, config_name: str) -> Search:
+    """Ready the study that Hydra's sweeper is about to open.
 
     `config` is Hydra's of the multirun, whose sweeper learns the study's name, place and number of missing trials. A
     dry run is told what would be searched, and ends. Raises KnownError for a search that cannot be: of settings that
@@ -75,7 +91,7 @@ def prepare(config: DictConfig, config_name: str) -> tuple[Path, int, Locks]:
     _tell(config, "hydra.sweeper.storage", storage)
     _tell(config, "hydra.sweep.dir", str(folder))
     _tell(config, "hydra.sweep.subdir", f"${{{ORDINAL}}}")
-    return folder, wanted, locks
+    return Search(folder, wanted, study, locks)
 
 
 def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]:
@@ -98,7 +114,8 @@ def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]
 def _open(name: str, storage: str, direction: str) -> Study:
     """The study of this name, made if it is not there. Raises KnownError where its storage cannot be opened."""
     optuna.logging.set_verbosity(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # The sweeper tells of the study what is said here, and of a job that failed that None is no number.
+    logging.getLogger("hydra_plugins.hydra_optuna_sweeper").setLevel(logging.ERROR)
     try:
         return optuna.create_study(study_name=name, storage=storage, direction=direction, load_if_exists=True)
     except (SQLAlchemyError, ImportError, ValueError) as error:
@@ -143,28 +160,37 @@ def _check(space: Mapping[str, str], composed: DictConfig, base: Config) -> None
         )
 
 
+def _running(study: Study, locks: Locks) -> list[FrozenTrial]:
+    """The trials that a process which lives is at."""
+    trials = study.get_trials(deepcopy=False)
+    states = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    return [trial for trial in states if locks.alive(trial.user_attrs.get(_PROCESS))]
+
+
 def _missing(study: Study, locks: Locks, n_trials: int) -> int:
     """How many trials are to go; those of processes that are gone are begun again with their parameters.
 
     Raises KnownError where none is, and all have failed.
     """
-    done = failed = running = 0
+    running = _running(study, locks)
+    alive = {trial.number for trial in running}
+    done = failed = 0
     for trial in study.get_trials():
-        if trial.state == TrialState.RUNNING and locks.alive(trial.user_attrs.get(_PROCESS)):
-            running += 1
-        elif trial.state == TrialState.RUNNING:
+        if trial.state == TrialState.RUNNING and trial.number not in alive:
             study._storage.set_trial_user_attr(trial._trial_id, LOST, True)
             study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial({name: value for name, value in trial.params.items() if name != ORDINAL})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)  # of enqueue_trial, in optuna 2
+                study.enqueue_trial({name: value for name, value in trial.params.items() if name != ORDINAL})
         elif trial.state.is_finished() and not trial.user_attrs.get(LOST, False):
             done += 1
             failed += trial.state == TrialState.FAIL
-    missing = max(0, n_trials - done - running)
+    missing = max(0, n_trials - done - len(running))
     more = "a larger hydra.sweeper.n_trials adds more"
-    if failed and failed == done and not missing + running:
+    if failed and failed == done and not (missing or running):
         raise KnownError(f"study {study.study_name}: {NO_BEST}; {more}")
     among = f", {failed} of them failed" if failed else ""
-    beside = f", {running} running elsewhere" if running else ""
+    beside = f", {len(running)} running elsewhere" if running else ""
     hint = f"; {more}" if failed and not missing else ""
     print(f"study {study.study_name}: {done} trials done{among}{beside}, {missing} to go{hint}", flush=True)
     return missing
