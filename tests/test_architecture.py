@@ -18,7 +18,7 @@ ROWS = [
     ["kd.guide", "kd.tracking", "kd.progress"],
     ["kd.train", "kd.config"],
     ["kd.parsing", "kd.workplace"],
-    ["kd.pipeline", "kd.store.__main__", "kd.store.housekeeping"],
+    ["kd.pipeline", "kd.store.__main__", "kd.store.listing"],
     ["kd.tables"],
     ["kd.report", "kd.summary", "kd.search"],
     ["kd.sweep"],

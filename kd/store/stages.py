@@ -88,10 +88,10 @@ class Store:
         except OSError as error:
             raise KnownError(f"stage {key} cannot be read: {error}") from error
 
-    def keys(self) -> list[str]:
-        """Those of the finished stages, sorted."""
-        found = os.listdir(self.root) if self.root.is_dir() else []
-        return sorted(name for name in found if re.fullmatch("[0-9a-f]{16}", name) and self.has(name))
+    def __iter__(self) -> Iterator[str]:
+        """The keys of the finished stages, sorted."""
+        found = sorted(os.listdir(self.root)) if self.root.is_dir() else []
+        return (name for name in found if re.fullmatch("[0-9a-f]{16}", name) and self.has(name))
 
     def result(self, key: str) -> StageResult:
         """The result of a finished stage. Raises KnownError where there is none, or it is damaged."""
@@ -146,7 +146,7 @@ class Store:
             "result.json": trained.result.model_dump_json(indent=2).encode(),
         }
         new = files.temporary(self.root / source.key)
-        with self._writing():
+        with self.writing():
             try:
                 shutil.rmtree(new, ignore_errors=True)  # left by an attempt of this process
                 os.makedirs(new)
@@ -199,7 +199,7 @@ class Store:
         Raises KnownError where the store cannot be written.
         """
         with ExitStack() as held:
-            with self._writing():
+            with self.writing():
                 held.enter_context(locks.hold(self.lock_file(key), f"stage {key} is being trained by"))
                 self.recover(key)
             yield
@@ -235,8 +235,10 @@ class Store:
             raise KnownError(f"no finished stage {key} in {self.root}")
         try:
             return sums.read(self.root / key, name)
-        except sums.Damage as damage:
-            raise KnownError(f"stage {key} is damaged ({damage}): a run that needs it trains it again") from damage
+        except sums.DamageError as damage:
+            raise sums.DamageError(
+                f"stage {key} is damaged ({damage}): a run that needs it trains it again"
+            ) from damage
         except OSError as error:
             raise KnownError(f"stage {key} cannot be read: {error}") from error
 
@@ -250,7 +252,8 @@ class Store:
             raise KnownError(f"stage {key} is of another version of kd, or not its own work ({said})") from error
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """What cannot be written within is a KnownError that says how to name another store."""
         try:
             yield
         except OSError as error:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from kd.spec import KnownError
+
 NAME = "SHA256SUMS"
 FILES = ("stage.json", "model.safetensors", "metrics.jsonl", "result.json")
 
@@ -16,8 +18,8 @@ _LINE = re.compile(r"([0-9a-f]{64})  (\S+)\n")
 _DAMAGE = (errno.EIO, errno.EISDIR, errno.ENOTDIR)  # others, as EACCES or EMFILE, say nothing about the data
 
 
-class Damage(Exception):
-    """What is wrong with a stage's files, in words."""
+class DamageError(KnownError):
+    """Files of a stage are not what was written."""
 
 
 def digest(content: bytes) -> str:
@@ -31,14 +33,14 @@ def describe(contents: Mapping[str, bytes]) -> bytes:
 
 
 def read(folder: Path, name: str) -> bytes:
-    """A file of a stage. Raises Damage where it is not what was written, OSError where it may not be read."""
+    """A file of a stage. Raises DamageError where it is not what was written, OSError where it may not be read."""
     lines = _bytes(folder / NAME).decode(errors="replace").splitlines(keepends=True)
     sums = {match[2]: match[1] for match in map(_LINE.fullmatch, lines) if match}
     if sorted(sums) != sorted(FILES) or len(lines) != len(FILES):
-        raise Damage(f"{NAME} is not what was written")
+        raise DamageError(f"{NAME} is not what was written")
     content = _bytes(folder / name)
     if digest(content) != sums[name]:
-        raise Damage(f"{name} is not what was written")
+        raise DamageError(f"{name} is not what was written")
     return content
 
 
@@ -47,7 +49,7 @@ def problem(folder: Path, key: str) -> str | None:
     try:
         contents = {name: read(folder, name) for name in FILES}
         found = json.loads(contents["stage.json"])["key"]
-    except Damage as damage:
+    except DamageError as damage:
         return str(damage)
     except (ValueError, KeyError, TypeError):
         return "stage.json describes no stage"
@@ -58,8 +60,8 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise Damage(f"it has no {path.name}") from error
+        raise DamageError(f"it has no {path.name}") from error
     except OSError as error:
         if error.errno not in _DAMAGE:
             raise
-        raise Damage(f"{path.name} cannot be read: {error.strerror}") from error
+        raise DamageError(f"{path.name} cannot be read: {error.strerror}") from error
