@@ -96,7 +96,7 @@ def _evaluate(store: Store, key: str, data_root: str | None, device: str) -> Non
     try:
         runtime = RuntimeSpec.model_validate({"device": device})
     except ValidationError as error:
-        raise KnownError("\n".join(explain(error, "--"))) from error
+        raise KnownError("\n".join(explain(error))) from error
     source, recorded = store.source(key), store.result(key)
     workplace = Workplace(store, place(data_root or os.environ.get("KD_DATA"), "data"), runtime)
     precision = source.train.precision if isinstance(source, Stage) else "fp32"

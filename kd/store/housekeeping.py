@@ -18,6 +18,7 @@ from kd.store import locks, sums
 from kd.store.stages import Store
 
 DAY = 86400
+_GONE = "of a process that is gone"
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ def remove(store: Store, key: str, with_dependents: bool) -> list[str]:
             "--with-dependents removes them too"
         )
     doomed = [*needing, key]
-    busy = [other for other in doomed if not _free(store.lock_file(other))]
-    if busy:
-        raise KnownError("\n".join(f"stage {b} is held by {locks.holder(store.lock_file(b))}" for b in busy))
     with store.writing():
+        busy = [other for other in doomed if not _free(store.lock_file(other))]
+        if busy:
+            raise KnownError("\n".join(f"stage {b} is held by {locks.holder(store.lock_file(b))}" for b in busy))
         for other in doomed:
             with locks.hold(store.lock_file(other), f"stage {other} is held by"):
                 _discard(store.root / other)
@@ -71,14 +72,15 @@ def collect(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
     cannot be removed.
     """
     with store.writing():
+        for folder in (store.root / "partial", store.banks, store.damaged):
+            yield from (_take(path, _GONE, dry) for path in files.temporaries(folder) if files.abandoned(path))
         yield from _of_stages(store, days, dry)
         yield from _of_banks(store, dry)
         for path in _entries(store.damaged):
             if _set_aside(path) < time.time() - days * DAY:
                 yield _take(path, f"damaged, set aside more than {days:g} days ago", dry)
-        for path in _entries(store.root / ".locks"):
-            if path.suffix == ".lock":
-                yield from _of_lock(path, dry)
+        for path in sorted({path.with_suffix(".lock") for path in _entries(store.root / ".locks")}):
+            yield from _of_lock(path, dry)
 
 
 def _of_stages(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
@@ -91,7 +93,7 @@ def _of_stages(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
             for path in [*files.temporaries(store.root, key), *files.temporaries(store.partial(key))]:
                 wanted = path.suffix == ".old" and not store.has(key) and sums.problem(path, key) is None
                 if files.abandoned(path) and not wanted:  # else the next run brings it back
-                    yield _take(path, "of a process that is gone", dry)
+                    yield _take(path, _GONE, dry)
             if key in partials and store.whole(key):
                 yield _take(store.partial(key), "checkpoint of a finished stage", dry)
             elif key in partials and _touched(store.partial(key)) < time.time() - days * DAY:
@@ -102,9 +104,6 @@ def _of_banks(store: Store, dry: bool) -> Iterator[Leftover]:
     """Only while nothing is trained: whoever holds a lock may be reading logits of a guide that was removed since."""
     if not all(_free(path) for path in _entries(store.root / ".locks") if path.suffix == ".lock"):
         return
-    for path in files.temporaries(store.banks):
-        if files.abandoned(path):
-            yield _take(path, "of a process that is gone", dry)
     for path in _entries(store.banks):
         guide = path.name.partition("-")[0]
         if re.fullmatch("[0-9a-f]{16}", guide) and not store.has(guide):
@@ -113,7 +112,7 @@ def _of_banks(store: Store, dry: bool) -> Iterator[Leftover]:
 
 def _of_lock(path: Path, dry: bool) -> Iterator[Leftover]:
     with _claim(path, dry) as free:
-        if free:
+        if free and path.exists():  # of a killed holder there may be the note alone, which goes when the lock is freed
             yield _take(path, "a lock that nobody holds", dry)  # whoever waits for it notices, and makes another
 
 

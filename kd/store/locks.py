@@ -31,7 +31,8 @@ def hold(path: Path, waiting: str | None) -> Iterator[bool]:
         return
     try:
         since = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
-        note.write_text(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}))
+        with suppress(OSError):  # a full disk is no reason not to make room in it
+            note.write_text(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}))
         yield True
     finally:
         try:
