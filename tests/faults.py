@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from kd.spec import KnownError
+
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync")
 FAULTS = ("ENOSPC", "EIO", "EACCES", "EROFS from there on", "crash")
 
@@ -90,6 +92,15 @@ class Faults:
         return watched
 
 
+def _outcome(work: Callable[[], object], faults: Faults) -> BaseException | None:
+    try:
+        with faults.injected():
+            work()
+    except (KnownError, CrashError) as error:
+        return error
+    return None
+
+
 def every_fault(
     work: Callable[[], object], fresh: Callable[[], None], check: Callable[[], None]
 ) -> tuple[list[str], int]:
@@ -97,8 +108,6 @@ def every_fault(
 
     Returns the calls, and how many failures were injected. An error may be overcome, or ends as one of `KnownError`.
     """
-    from kd.spec import KnownError
-
     fresh()
     undisturbed = Faults()
     with undisturbed.injected():
@@ -106,18 +115,9 @@ def every_fault(
     for at, call in enumerate(undisturbed.calls):
         for fault in FAULTS:
             fresh()
-            faults = Faults(at, fault)
-            try:
-                with faults.injected():
-                    work()
-            except KnownError as error:
-                assert fault != "crash", call
-                assert "\n" not in str(error)
-            except CrashError:
-                assert fault == "crash", call
-            try:
-                check()
-            except BaseException as error:
-                error.add_note(f"after {fault} at call {at}, {call}") if hasattr(error, "add_note") else None
-                raise
+            print(f"{fault} at call {at}, {call}")  # pytest shows it of a test that fails
+            error = _outcome(work, Faults(at, fault))
+            assert (fault == "crash") == isinstance(error, CrashError)
+            assert "\n" not in str(error)
+            check()
     return undisturbed.calls, len(undisturbed.calls) * len(FAULTS)

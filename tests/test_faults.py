@@ -60,8 +60,14 @@ def crashed(root: Path) -> None:
     (root / f".{KEY}.{os.getpid()}@{os.uname().nodename}.new").mkdir()
 
 
+@pytest.fixture(autouse=True)
+def _no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here outlives the machine, and a real fsync takes milliseconds."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 def told(name: str, calls: list[str], injections: int) -> None:
-    """Shown by `pytest -s`."""
+    """Shown by `pytest -rP`."""
     print(f"\n{name}: {len(calls)} calls, {injections} failures\n  " + "\n  ".join(calls).replace(KEY, "<key>"))
 
 
