@@ -45,7 +45,8 @@ def main(given: Sequence[str]) -> int:
     """Do what the command line says. Returns the exit code."""
     arguments = _arguments(given)
     store = Store(place(arguments.store or os.environ.get("KD_STORE"), "store"))
-    key = _complete(store, arguments.key) if getattr(arguments, "key", None) else None
+    beginning = getattr(arguments, "key", None)
+    key = None if beginning is None else _complete(store, beginning)
     match arguments.command:
         case "list":
             print_list(store, arguments.json)
@@ -84,7 +85,7 @@ def _clean(store: Store, days: float, dry: bool) -> None:
     for leftover in collect(store, days, dry):
         print(f"{in_bytes(leftover.size):>7}  {leftover.path.relative_to(store.root)}: {leftover.reason}")
         total, count = total + leftover.size, count + 1
-    print(f"{count} leftovers, {in_bytes(total)}, {'would be' if dry else 'were'} removed from {store.root}")
+    print(f"leftovers: {count}, {in_bytes(total)}, {'to be removed' if dry else 'removed'} from {store.root}")
 
 
 def _evaluate(store: Store, key: str, data_root: str | None, device: str) -> None:

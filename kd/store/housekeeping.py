@@ -72,6 +72,7 @@ def collect(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
     cannot be removed.
     """
     with store.writing():
+        before = _lock_files(store)
         for folder in (store.root / "partial", store.banks, store.damaged):
             yield from (_take(path, _GONE, dry) for path in files.temporaries(folder) if files.abandoned(path))
         yield from _of_stages(store, days, dry)
@@ -79,8 +80,8 @@ def collect(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
         for path in _entries(store.damaged):
             if _set_aside(path) < time.time() - days * DAY:
                 yield _take(path, f"damaged, set aside more than {days:g} days ago", dry)
-        for path in sorted({path.with_suffix(".lock") for path in _entries(store.root / ".locks")}):
-            yield from _of_lock(path, dry)
+        for path in _lock_files(store):
+            yield from (each for each in _of_lock(path, dry) if path in before)  # of others the user need not know
 
 
 def _of_stages(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
@@ -102,12 +103,17 @@ def _of_stages(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
 
 def _of_banks(store: Store, dry: bool) -> Iterator[Leftover]:
     """Only while nothing is trained: whoever holds a lock may be reading logits of a guide that was removed since."""
-    if not all(_free(path) for path in _entries(store.root / ".locks") if path.suffix == ".lock"):
+    if not all(map(_free, _lock_files(store))):
         return
     for path in _entries(store.banks):
         guide = path.name.partition("-")[0]
         if re.fullmatch("[0-9a-f]{16}", guide) and not store.has(guide):
             yield _take(path, "logits of a guide that is not in the store", dry)
+
+
+def _lock_files(store: Store) -> list[Path]:
+    """Those that are there, or have left a note."""
+    return sorted({path.with_suffix(".lock") for path in _entries(store.root / ".locks")})
 
 
 def _of_lock(path: Path, dry: bool) -> Iterator[Leftover]:
