@@ -132,7 +132,7 @@ def test_collecting(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gc", "--dry-run"]) == 0
     assert goes[2].exists()
     shown = capsys.readouterr().out
-    assert shown.splitlines()[-1].startswith("leftovers: 2, ")  # the logits, and a lock
+    assert shown.splitlines()[-1].startswith("leftovers: 3, ")  # the logits, a checkpoint and a lock
     stays.remove(store.partial("5" * 16))
     assert main(["gc"]) == 0
     assert not any(path.exists() for path in goes)
