@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -99,9 +100,11 @@ def test_what_may_not_be_read_is_not_set_aside(store: Store, monkeypatch: pytest
     assert not store.damaged.exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_store_gives_what_it_has(store: Store) -> None:
+    shutil.rmtree(store.root / ".locks")
     store.root.chmod(0o500)
+    if os.access(store.root, os.W_OK):
+        pytest.skip("who runs this may write anywhere, as root does")
     assert store.whole(KEY)
     with pytest.raises(KnownError, match=r"cannot write to the store: .*Permission denied"), store.lock(KEY):
         pass
