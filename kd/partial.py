@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from kd import files
 from kd.signals import Deferred
 from kd.spec import KnownError
 from kd.stage import Stage
@@ -69,22 +68,13 @@ class Partial:
 
         content = BytesIO()
         torch.save({"stage": self._identity(), "runtime": self.runtime, "state": state}, content)
-        path = self.folder / "state"
-        partial = path.with_suffix(f".{os.getpid()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with files.replacing(self.folder / "state") as file:
                 file.write(hashlib.sha256(content.getbuffer()).digest())
                 file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
         except OSError as error:
             raise KnownError(f"cannot write a checkpoint: {error}") from error
-
-    def remove(self) -> None:
-        """Forget the state: the stage is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _identity(self) -> dict[str, Any]:
         return {"key": self.stage.key, **self.stage.dump()}

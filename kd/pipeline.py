@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import time
@@ -13,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from kd import hardware
+from kd import files, hardware
 from kd.compilation import resolve_compile
 from kd.given import load_network
 from kd.losses import Loss
@@ -149,7 +148,7 @@ class Pipeline(Workplace):
                     else:
                         self._train(source)
         result = self.store.result(source.key)
-        retried = self.store.made_with(source.key).get(_RETRIED)
+        retried = self.store.record(source.key)["made_with"].get(_RETRIED)
         if retried and self.on_nan == "stop":
             raise KnownError(
                 f"stage {source.key} was trained in fp32 after {retried}; train.on_nan=retry_fp32 takes it"
@@ -178,7 +177,7 @@ class Pipeline(Workplace):
         return outcome
 
     def _reusable(self, source: Source) -> bool:
-        return self.store.has(source.key) and (not self.runtime.retrain or source.key in self._done)
+        return (not self.runtime.retrain or source.key in self._done) and self.store.whole(source.key)
 
     def _take(self, given: Given) -> None:
         """Somebody's weights into the store, where a stage's would be, with their accuracy on the test set."""
@@ -289,6 +288,4 @@ def run(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -
 
 def write_result(result: RunResult, folder: Path) -> None:
     """result.json, there whole or not at all."""
-    partial = folder / f".result.{os.getpid()}"
-    partial.write_text(result.model_dump_json(indent=2, by_alias=True))
-    partial.replace(folder / "result.json")
+    files.write(folder / "result.json", result.model_dump_json(indent=2, by_alias=True))

@@ -182,7 +182,7 @@ def print_plan(mode: str, students: Sequence[Stage], store: Store, retrain: bool
     table = _table("role", "network", "seed>", "loss", "epochs>", "stage", "")
     sources = {source.key: source for student in students for source in student.chain}
     stages = {key: source for key, source in sources.items() if isinstance(source, Stage)}
-    there = {key for key in stages if store.has(key) and not retrain}
+    there = {key for key in stages if not retrain and store.whole(key)}
     for source in sources.values():
         table.add_row(
             *_planned(source), "given" if source.key not in stages else "stored" if source.key in there else "to train"

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 # From the bottom up. A module imports only from rows below its own; within a row, nobody.
 ROWS = [
     ["kd.spec"],
-    ["kd.losses", "kd.hardware", "kd.problems", "kd.ranks", "kd.signals", "kd.statistics", "kd.streams"],
+    ["kd.files", "kd.losses", "kd.hardware", "kd.problems", "kd.ranks", "kd.signals", "kd.statistics", "kd.streams"],
     ["kd.stage"],
     ["kd.models", "kd.datasets", "kd.recipes", "kd.compilation", "kd.evaluation", "kd.optimization"],
     ["kd.methods"],
@@ -18,7 +18,7 @@ ROWS = [
     ["kd.guide", "kd.tracking", "kd.progress"],
     ["kd.train", "kd.config"],
     ["kd.parsing", "kd.workplace"],
-    ["kd.pipeline"],
+    ["kd.pipeline", "kd.store.__main__", "kd.store.listing"],
     ["kd.records"],
     ["kd.tables"],
     ["kd.report", "kd.summary", "kd.search"],

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kd import files
 from kd.datasets.base import Arrays, Facts, statistics
 from kd.spec import KnownError
 
@@ -42,15 +44,13 @@ def prepare(listing: Listing, place: Path, threads: int) -> Facts:
         facts = Facts(**json.loads(manifest.read_text()))
         if (place / str(facts.content)).is_dir():
             return facts
-    except OSError:
+    except (OSError, ValueError, TypeError):  # not there, or not ours
         pass
     print(f"decoding {len(listing.train) + len(listing.test):,} images of {listing.root}, once", flush=True)
     arrays = _decode(listing, threads)
     facts = _facts(arrays, listing.classes)
     _keep(arrays, place / str(facts.content))
-    partial = manifest.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(asdict(facts)))
-    partial.replace(manifest)
+    files.write(manifest, json.dumps(asdict(facts)))
     return facts
 
 
@@ -131,13 +131,14 @@ def _keep(arrays: Arrays, folder: Path) -> None:
     """Under a name of this process first, so that a folder is there whole or not at all."""
     if folder.is_dir():
         return
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True, exist_ok=True)
-    for name, array in vars(arrays).items():
-        np.save(partial / f"{name}.npy", array)
+    partial = files.temporary(folder)
     try:
-        partial.rename(folder)
-    except OSError:  # another process was first, with the same content
-        for file in partial.iterdir():
-            file.unlink()
-        partial.rmdir()
+        partial.mkdir(parents=True, exist_ok=True)
+        for name, array in vars(arrays).items():
+            np.save(partial / f"{name}.npy", array)
+        files.publish(partial, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
