@@ -50,4 +50,4 @@ test-slow: setup ## the tests on real images and long trainings
 	$(BIN)/pytest -m slow
 
 torture: setup ## kill runs 220 times and compare what is left with undisturbed ones: about half an hour
-	$(BIN)/pytest -m torture
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m torture -n 2

@@ -147,6 +147,7 @@ class Pipeline(Workplace):
                         self._take(source)
                     else:
                         self._train(source)
+        shutil.rmtree(self.store.partial(source.key), ignore_errors=True)  # a process may have died before it did
         result = self.store.result(source.key)
         retried = self.store.record(source.key)["made_with"].get(_RETRIED)
         if retried and self.on_nan == "stop":
@@ -218,7 +219,6 @@ class Pipeline(Workplace):
                 trained, origin = self._attempt(stage, stage.in_fp32(), folder / "fp32", signals)
                 origin[_RETRIED] = str(error)
             self._keep(stage, trained, origin)
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _attempt(self, planned: Stage, stage: Stage, folder: Path, signals: Deferred) -> tuple[Trained, dict[str, Any]]:
         """Train what was planned as `stage`, which is the same but for its precision."""

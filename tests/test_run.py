@@ -388,3 +388,13 @@ def test_too_little_memory_is_one_line(error: Exception) -> None:
     assert reason.startswith("out of memory (")
     assert "\n" not in reason
     assert known_reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_a_finished_stage_has_no_checkpoint(job: Job, tmp_path: Path) -> None:
+    """Its process may have been killed between the two."""
+    key = job("method=scratch")["chain"][0]["key"]
+    left = tmp_path / "store" / "partial" / key
+    left.mkdir(parents=True)
+    (left / "state").touch()
+    assert job("method=scratch")["chain"][0]["reused"]
+    assert not left.exists()

@@ -157,6 +157,12 @@ def test_kills_leave_no_trace(name: str, command: tuple[str, ...], stages: int, 
 def keep(name: str, record: Record) -> None:
     """Into results/torture.json."""
     path = ROOT / "results" / "torture.json"
+    with FileLock(path.with_suffix(".lock")):
+        _keep(path, name, record)
+    path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _keep(path: Path, name: str, record: Record) -> None:
     known = json.loads(path.read_text()) if path.exists() else {}
     lost = Counter(record.epochs_lost)
     known[name] = {
@@ -173,7 +179,8 @@ def no_traces(store: Path) -> None:
     """No lock is held, and nothing half-done lies about."""
     for path in store.glob(".locks/*.lock"):
         try:
-            FileLock(path).acquire(timeout=0).release()
+            with FileLock(path, timeout=0):
+                pass
         except Timeout as error:
             raise AssertionError(f"{path} is held by nobody that lives") from error
     names = {path.name for path in store.iterdir()}
