@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -37,6 +38,10 @@ class Multirun(Callback):
     expected: ClassVar[int] = 0  # how many jobs it should come to, where that is known
     search: ClassVar[Search | None] = None
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """See that the run's folder can be written: Hydra would say in a traceback that it cannot."""
+        _check_folder("hydra.run.dir", Path(config.hydra.run.dir))
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Ready a search of ours, and remember the multirun's folder. Of a callback's exceptions Hydra only warns."""
         if world().size > 1:
@@ -45,6 +50,7 @@ class Multirun(Callback):
         Multirun.began = time.time() - 1  # files' clocks are coarse
         if config.hydra.sweeper.get("custom_search_space") != SEARCH:
             Multirun.folder, Multirun.expected = Path(config.hydra.sweep.dir), _jobs_of_a_grid(config)
+            _check_folder("hydra.sweep.dir", Multirun.folder)
             return
         logging.getLogger("alembic").setLevel(logging.WARNING)
         os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # of optuna 2, which needs sqlalchemy 1.4
@@ -59,6 +65,16 @@ class Multirun(Callback):
         except Exception:
             traceback.print_exc()
             sys.exit(1)
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        print(f"{key}: {folder} cannot be written ({error.strerror})", file=sys.stderr)
+        sys.exit(2)
 
 
 def _check_plugins(config: DictConfig) -> None:

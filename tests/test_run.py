@@ -398,3 +398,11 @@ def test_a_finished_stage_has_no_checkpoint(job: Job, tmp_path: Path) -> None:
     (left / "state").touch()
     assert job("method=scratch")["chain"][0]["reused"]
     assert not left.exists()
+
+
+@pytest.mark.parametrize(("multirun", "key"), [((), "run"), (("-m",), "sweep")])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, multirun: tuple[str, ...], key: str) -> None:
+    (tmp_path / "taken").touch()
+    done = run_py(*multirun, *QUICK, f"hydra.{key}.dir=taken/out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"hydra.{key}.dir: taken/out cannot be written (Not a directory)\n"
