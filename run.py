@@ -7,14 +7,15 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from kd import sweep, tables
 from kd.config import plan
 from kd.datasets import resolve
-from kd.parsing import parse, plain
+from kd.parsing import parse, recorded
 from kd.pipeline import Pipeline, Pruned, run, write_result
 from kd.ranks import team, world
+from kd.spec import tilde
 from kd.store import Store
 from kd.tracking import track
 from kd.workplace import follow
@@ -24,7 +25,7 @@ from kd.workplace import follow
 def main(cfg: DictConfig) -> float | None:
     """One job: the mean accuracy of its students in percent, on validation, which a search maximises."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    return sweep.job(folder, lambda: _job(cfg, folder), dry=cfg.get("dry_run") is True)
+    return sweep.job(folder, lambda: _job(cfg, folder), dry=OmegaConf.select(cfg, "dry_run", throw_on_resolution_failure=False) is True)
 
 
 def _job(cfg: DictConfig, folder: Path) -> float | None:
@@ -36,7 +37,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
         tables.print_plan(config.mode, students, store, config.runtime.retrain)
         return None
     runtime = sweep.share(config.runtime)
-    with track(config.tracking, folder, students, plain(cfg), store, sweep.group()) as tracker:
+    with track(config.tracking, folder, students, recorded(cfg), store, sweep.group()) as tracker:
         teacher = config.teacher
         prune = sweep.pruning(config, students)
         shared = store, config.data_root, runtime
@@ -50,7 +51,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
         write_result(result, folder)
         tracker.summarize(result.columns)
     tables.print_run(result)
-    print(f"this run: {folder}")
+    print(tilde(f"this run: {folder}"))
     return result.value(config.sweep.objective)
 
 

@@ -34,7 +34,7 @@ def fingerprint(path: Path) -> str:
         status = path.stat()
         return _digest(path, status.st_size, status.st_mtime_ns)
     except OSError as error:
-        raise KnownError(f"teacher.checkpoint: cannot be read ({error})") from error
+        raise KnownError(f"teacher.checkpoint: {path} cannot be read ({error.strerror})") from error
 
 
 @cache

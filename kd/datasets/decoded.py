@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.datasets.base import Arrays, Facts, statistics
-from kd.spec import KnownError
+from kd.spec import KnownError, tilde
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 _SHOWN = 5  # offending files named in a message
@@ -44,7 +44,7 @@ def prepare(listing: Listing, place: Path, threads: int) -> Facts:
             return facts
     except OSError:
         pass
-    print(f"decoding {len(listing.train) + len(listing.test):,} images of {listing.root}, once", flush=True)
+    print(tilde(f"decoding {len(listing.train) + len(listing.test):,} images of {listing.root}, once"), flush=True)
     arrays = _decode(listing, threads)
     facts = _facts(arrays, listing.classes)
     _keep(arrays, place / str(facts.content))

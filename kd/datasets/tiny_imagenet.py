@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from kd.datasets import decoded
 from kd.datasets.base import Arrays, Facts
-from kd.spec import KnownError
+from kd.spec import KnownError, tilde
 
 _NAME = "tiny-imagenet-200"
 _URL = f"http://cs231n.stanford.edu/{_NAME}.zip"
@@ -58,7 +58,7 @@ def _unpack(archive: Path, root: Path) -> None:
         if root.is_dir():  # another process was first
             return
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        print(f"unpacking {archive}, once", flush=True)
+        print(tilde(f"unpacking {archive}, once"), flush=True)
         try:
             with zipfile.ZipFile(archive) as packed:
                 packed.extractall(partial)
