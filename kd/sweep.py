@@ -21,7 +21,7 @@ from kd.config import Config
 from kd.hardware import cpu_count, resolve_device
 from kd.pipeline import Pruned
 from kd.ranks import world
-from kd.spec import KnownError
+from kd.spec import KnownError, tilde
 from kd.stage import RuntimeSpec, Stage
 from kd.store import Metrics
 from kd.tables import JOB_MARKS, Job, job_folders, job_order, print_jobs, read_result
@@ -86,10 +86,11 @@ def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | No
             raise KnownError("sweep: a search is a multirun: python run.py -m sweep=…")
         return work()
     except (KnownError, OSError) as error:  # a full disk or a missing right names its file itself
-        print(error, file=sys.stderr, flush=True)
+        reason = tilde(str(error))
+        print(reason, file=sys.stderr, flush=True)
         if not multirun:
             sys.exit(2)
-        _record(folder, str(error))
+        _record(folder, reason)
         return None
     except Exception as error:
         if not multirun:
@@ -175,7 +176,7 @@ def _look(folder: Path, place: Path) -> Job:
     if pruned:
         reason = json.loads((place / "pruned.json").read_text())["said"]
     overrides = place / ".hydra" / "overrides.yaml"
-    told = [str(override) for override in OmegaConf.load(overrides)] if overrides.exists() else []
+    told = [tilde(str(override)) for override in OmegaConf.load(overrides)] if overrides.exists() else []
     return Job(str(place.relative_to(folder)), told, result, reason, pruned)
 
 
@@ -186,7 +187,8 @@ def _changed(place: Path) -> float:
 def _counts(place: Path) -> bool:
     """Whether the job has something to tell: a dry run has not, unless it failed."""
     config = place / ".hydra" / "config.yaml"
-    dry = config.exists() and bool(OmegaConf.select(OmegaConf.load(config), "dry_run"))
+    saved = OmegaConf.load(config) if config.exists() else OmegaConf.create()
+    dry = bool(OmegaConf.select(saved, "dry_run", throw_on_resolution_failure=False))
     return not dry or (place / "error.json").exists()
 
 
