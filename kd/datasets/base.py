@@ -15,6 +15,7 @@ class DatasetConfig(Frozen):
 
     name: str
     root: PathText | None = None  # where images that are decoded once lie
+    skip_unreadable: bool = False  # leave out what is no image; the rest is then the content
     augment: Augment | None  # null: the released code's, in mode=reference
     val_fraction: float = Field(ge=0, lt=1)
     split_seed: Seed
@@ -52,7 +53,7 @@ class Arrays:
 class Entry:
     """A data set of the table: the dotted path of its `read(data_root, content) -> Arrays`, and its facts.
 
-    A data set whose facts are not known beforehand has `prepare` instead: (root, data root, threads) -> Facts. Its
+    A data set whose facts are not known beforehand has `prepare` instead: (root, data root, threads, skip) -> Facts. Its
     root is `home` below the data root unless dataset.root names another; without a home it has to.
     """
 

@@ -23,7 +23,7 @@ _URL = f"http://cs231n.stanford.edu/{_NAME}.zip"
 _ANNOTATIONS = "val/val_annotations.txt"
 
 
-def prepare(root: Path, data_root: Path, threads: int) -> Facts:
+def prepare(root: Path, data_root: Path, threads: int, skip: bool = False) -> Facts:
     """The facts of the images in `root`, decoded; an absent root is first unpacked from the zip beside it.
 
     Raises KnownError, naming files, where neither is there or the folder is not as the archive has it.
@@ -39,7 +39,7 @@ def prepare(root: Path, data_root: Path, threads: int) -> Facts:
         for file in decoded.images(root / "train" / name / "images")
     ]
     listing = decoded.Listing(root, classes, train, _test(root, classes), (_ANNOTATIONS,))
-    return decoded.prepare(listing, data_root / "tiny_imagenet", threads)
+    return decoded.prepare(listing, data_root / "tiny_imagenet", threads, skip)
 
 
 def read(data_root: Path, content: str | None) -> Arrays:
