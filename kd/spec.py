@@ -25,7 +25,7 @@ class KnownError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(tilde(message))
+        super().__init__("\n".join(map(printable, tilde(message).split("\n"))))
 
 
 def tilde(text: str) -> str:
