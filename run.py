@@ -25,7 +25,11 @@ from kd.workplace import follow
 def main(cfg: DictConfig) -> float | None:
     """One job: the mean accuracy of its students in percent, on validation, which a search maximises."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    return sweep.job(folder, lambda: _job(cfg, folder), dry=OmegaConf.select(cfg, "dry_run", throw_on_resolution_failure=False) is True)
+    return sweep.job(
+        folder,
+        lambda: _job(cfg, folder),
+        dry=OmegaConf.select(cfg, "dry_run", throw_on_resolution_failure=False) is True,
+    )
 
 
 def _job(cfg: DictConfig, folder: Path) -> float | None:

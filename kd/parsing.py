@@ -103,7 +103,7 @@ def _unresolved(node: Any, path: str = "") -> Iterator[str]:
 
 def _discreet(problems: list[str], cfg: DictConfig) -> Iterator[str]:
     """The problems in lines that can be shown: no values of the environment, no control characters, none endless."""
-    values = {}
+    values: dict[str, str] = {}
     for name in re.findall(r"oc\.env:\s*(\w+)", str(OmegaConf.to_container(cfg))):
         if len(value := os.environ.get(name, "")) > _TELLING:
             values |= {value: name, repr(value)[1:-1]: name}

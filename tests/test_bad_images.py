@@ -82,7 +82,9 @@ def test_many_are_listed_in_a_file(tmp_path: Path) -> None:
     for file in (root / "train" / "cat").iterdir():
         if file.suffix == ".bmp" or file.stem > "4":
             file.write_text("")
-    with pytest.raises(KnownError, match=r"7 files cannot be read .* and 2 more \((.*/data/folder/\w+\.txt)\)") as caught:
+    with pytest.raises(
+        KnownError, match=r"7 files cannot be read .* and 2 more \((.*/data/folder/\w+\.txt)\)"
+    ) as caught:
         resolve(folder(root), tmp_path / "data")
     listed = Path(str(caught.value).rpartition("(")[2].rstrip(")"))
     assert len(listed.read_text().splitlines()) == 7
@@ -131,7 +133,7 @@ def test_one_class_and_none(tmp_path: Path) -> None:
     root = tmp_path / "pets"
     (root / "train" / "loop").mkdir(parents=True)
     (root / "test").mkdir()
-    with pytest.raises(KnownError, match="a folder a class, two or more .got 1."):
+    with pytest.raises(KnownError, match=r"a folder a class, two or more .got 1."):
         resolve(folder(root), tmp_path / "data")
     (root / "train" / "up").symlink_to(root / "train")
     with pytest.raises(KnownError, match="not in both train and test: loop, up"):
@@ -143,7 +145,9 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["images", "labels", "test_images", "test_labels", "manifest"])
-@pytest.mark.parametrize("harm", [cut, lambda file: file.write_bytes(b""), lambda file: file.write_text("[1]"), Path.unlink])
+@pytest.mark.parametrize(
+    "harm", [cut, lambda file: file.write_bytes(b""), lambda file: file.write_text("[1]"), Path.unlink]
+)
 def test_damaged_caches_are_made_again(tmp_path: Path, name: str, harm: Callable[[Path], object]) -> None:
     root, data = write_folder(tmp_path / "pets"), tmp_path / "data"
     spec = resolve(folder(root, val_fraction=0), data)
@@ -172,5 +176,5 @@ def test_fashion_mnist_of_garbage_is_a_line(tmp_path: Path, content: bytes, monk
     for part in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
             (raw / f"{part}-{kind}-ubyte").write_bytes(content)
-    with pytest.raises(KnownError, match="FashionMNIST is not in .*, or damaged"):
+    with pytest.raises(KnownError, match=r"FashionMNIST is not in .*, or damaged"):
         load(resolve(config("fashion_mnist"), tmp_path), tmp_path, "cpu")

@@ -25,7 +25,7 @@ from kd.datasets import resolve
 from kd.methods import METHODS
 from kd.parsing import parse, recorded
 from kd.spec import KnownError
-from tests.conftest import ROOT, composed, run_py
+from tests.conftest import composed, run_py
 
 EXAMPLES = int(os.environ.get("KD_FUZZ", "400"))
 SEEN = settings(
@@ -46,10 +46,12 @@ HOSTILE: list[Any] = [
     "/dev/null", "~", "~nobody/x", b"bytes", [], [[]], [None], [0.5, "x"], [1e400, -1], ["resnet8"] * 3, {}, {"a": {}},
     {"name": []}, {"name": "kd"}, {1: 2}, {"mean": [0, 0, 0], "std": [0, 1, 1]}, Path("x"),
     "${nope}", "${oc.env:HOME}", "${oc.env:CANARY}", "${oc.env:NOPE}", "${oc.decode:'['}", "${seed}",
-    "${method}", "${train}", "${tracking.project}", "${unclosed", "${a b}", "${nope:1}", "${..}", "???", "$", "x${seed}y",
-    ["${nope}"], ["???"], {"deep": {"deeper": "${nope}"}},
+    "${method}", "${train}", "${tracking.project}", "${unclosed", "${a b}", "${nope:1}", "${..}", "???", "$",
+    "x${seed}y",     ["${nope}"], ["???"], {"deep": {"deeper": "${nope}"}},
 ]  # fmt: skip
-WORDS = re.compile(r"validation error|pydantic|omegaconf|https?://(?!cs231n)|Input should|Traceback|<class '|object at 0x|Errno")
+WORDS = re.compile(
+    r"validation error|pydantic|omegaconf|https?://(?!cs231n)|Input should|Traceback|<class '|object at 0x|Errno"
+)
 
 
 @cache
@@ -114,7 +116,10 @@ def test_any_values_end_in_a_plan_or_in_readable_lines(drawn: tuple[DictConfig, 
     [
         (("seed=-1", "method.T=hot", "model.train.epochs=${nope}"), ("seed:", "method.T:", "model.train.epochs:")),
         (("seed=${seed}", "train.lr=???", "replicates=${oc.env:NOPE}"), ("seed:", "train.lr:", "replicates:")),
-        (("train.epochs=true", "method.T=true", "seed=false"), ("train.epochs: should be a number", "method.T:", "seed:")),
+        (
+            ("train.epochs=true", "method.T=true", "seed=false"),
+            ("train.epochs: should be a number", "method.T:", "seed:"),
+        ),
     ],
 )
 def test_all_bad_values_are_told_at_once(overrides: tuple[str, ...], lines: tuple[str, ...]) -> None:
@@ -157,6 +162,8 @@ def test_huge_numbers_are_a_line_or_a_plan_at_once(huge: str) -> None:
     ],
 )
 def test_the_command_line_shows_no_traceback(argument: str, code: int, said: str, tmp_path: Path) -> None:
-    done = run_py(argument, "dry_run=true" if "dry_run" not in argument else "seed=0", cwd=tmp_path, HYDRA_FULL_ERROR="0")
+    done = run_py(
+        argument, "dry_run=true" if "dry_run" not in argument else "seed=0", cwd=tmp_path, HYDRA_FULL_ERROR="0"
+    )
     assert "Traceback" not in done.stderr
     assert (done.returncode, said in done.stderr) == (code, True), done.stderr

@@ -1,4 +1,4 @@
-"""Files that are no checkpoints: damaged, hostile or strange ones end in lines or in the right weights, and run nothing.
+"""Files that are no checkpoints: damaged, hostile or strange ones end in lines or the right weights, and run nothing.
 
 KD_FUZZ=5000 draws so many instead of the suite's few.
 """
@@ -151,7 +151,10 @@ def header(**tensors: Any) -> bytes:
 
 
 def zip_bomb(file: Path) -> None:
-    with zipfile.ZipFile(io.BytesIO(contents()["zip"])) as whole, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out:
+    with (
+        zipfile.ZipFile(io.BytesIO(contents()["zip"])) as whole,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out,
+    ):
         for member in whole.namelist():
             out.writestr(member, whole.read(member) + bytes(400_000_000 if member.endswith("data/0") else 0))
 

@@ -114,7 +114,10 @@ def annotate(change: Callable[[str], str]) -> Callable[[Path], object]:
             lambda root: Image.new("RGB", (16, 9)).save(root / "val" / "images" / "val_1.JPEG"),
             "1 files are not 16×16 pixels .*val_1.JPEG: 16×9",
         ),
-        (lambda root: (root / "val/images/val_1.JPEG").write_bytes(b"no"), "1 files cannot be read as images.*: .*val_1"),
+        (
+            lambda root: (root / "val/images/val_1.JPEG").write_bytes(b"no"),
+            "1 files cannot be read as images.*: .*val_1",
+        ),
     ],
 )
 def test_a_layout_that_is_not_as_it_should_be(tmp_path: Path, harm: object, message: str) -> None:

@@ -53,7 +53,9 @@ def resolve(config: DatasetConfig, data_root: Path, threads: int = 1) -> Dataset
     try:
         facts = _attribute(str(entry.prepare))(root, data_root, threads, config.skip_unreadable)
     except OSError as error:
-        raise KnownError(f"dataset.root: {error.filename or root} cannot be read or written ({error.strerror})") from error
+        raise KnownError(
+            f"dataset.root: {error.filename or root} cannot be read or written ({error.strerror})"
+        ) from error
     return specify(config, facts)
 
 

@@ -53,8 +53,8 @@ class Arrays:
 class Entry:
     """A data set of the table: the dotted path of its `read(data_root, content) -> Arrays`, and its facts.
 
-    A data set whose facts are not known beforehand has `prepare` instead: (root, data root, threads, skip) -> Facts. Its
-    root is `home` below the data root unless dataset.root names another; without a home it has to.
+    A data set whose facts are not known beforehand has `prepare` instead: (root, data root, threads, skip) -> Facts.
+    Its root is `home` below the data root unless dataset.root names another; without a home it has to.
     """
 
     read: str

@@ -178,13 +178,16 @@ def _decode(listing: Listing, threads: int, listed: Path, skip: bool) -> tuple[A
 
 def _sorted_out(listing: Listing, pixels: NDArray[np.uint8], kept: NDArray[np.bool_]) -> Arrays:
     """The images that are kept, with their labels. Raises KnownError where a class has none left."""
-    parts = []
-    for files, of in ((listing.train, slice(len(listing.train))), (listing.test, slice(len(listing.train), None))):
+
+    def part(files: list[File], of: slice) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         labels = np.array([label for _, label in files], np.int64)[kept[of]]
-        bare = (name for label, name in enumerate(listing.classes) if label not in set(labels.tolist()))
+        left = set(labels.tolist())
+        bare = (name for label, name in enumerate(listing.classes) if label not in left)
         raise_for("have no image left that can be read", bare, "classes")
-        parts += [pixels[of] if kept[of].all() else pixels[of][kept[of]], labels]
-    return Arrays(*parts)
+        return pixels[of] if kept[of].all() else pixels[of][kept[of]], labels
+
+    split = len(listing.train)
+    return Arrays(*part(listing.train, slice(split)), *part(listing.test, slice(split, None)))
 
 
 def _facts(arrays: Arrays, classes: list[str]) -> Facts:

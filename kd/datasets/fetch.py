@@ -25,6 +25,6 @@ def fetch(make: Callable[..., Any], root: Path, files: str) -> tuple[Any, Any]:
     except Exception as error:
         name, said = make.__name__, " ".join(str(error).split())
         raise KnownError(
-            f"{name} is not in {root}, or damaged, and could not be downloaded ({said}): put {files} there, or name the folder "
-            "that has it by runtime.data=<path>"
+            f"{name} is not in {root}, or damaged, and could not be downloaded ({said}): put {files} there, or name "
+            "the folder that has it by runtime.data=<path>"
         ) from error

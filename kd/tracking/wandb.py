@@ -15,7 +15,6 @@ from kd.store import Metrics
 from kd.tracking.base import Opening, Page, TrackingSpec
 from kd.tracking.probe import decide
 
-
 # No metadata of the process: its paths, arguments, host, user and e-mail, git's remote, the code.
 _PRIVATE: dict[str, Any] = {"x_disable_meta": True, "disable_git": True, "disable_code": True, "host": ""}
 
