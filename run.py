@@ -7,15 +7,16 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from kd import job, records, sweep, tables
 from kd.config import plan
 from kd.datasets import resolve
-from kd.parsing import parse, plain
+from kd.parsing import parse, recorded
 from kd.pipeline import Pipeline, Pruned, run, write_result
 from kd.ranks import team, world
 from kd.signals import exit_code, raise_on_sigterm
+from kd.spec import tilde
 from kd.store import Store
 from kd.tracking import track
 from kd.workplace import follow
@@ -25,7 +26,8 @@ from kd.workplace import follow
 def main(cfg: DictConfig) -> float | None:
     """One job: the mean accuracy of its students in percent, on validation, which a search maximises."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    return job.job(folder, lambda: _job(cfg, folder), dry=cfg.get("dry_run") is True)
+    dry = OmegaConf.select(cfg, "dry_run", throw_on_resolution_failure=False) is True
+    return job.job(folder, lambda: _job(cfg, folder), dry)
 
 
 def _job(cfg: DictConfig, folder: Path) -> float | None:
@@ -37,7 +39,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
         tables.print_plan(config.mode, students, store, config.runtime.retrain)
         return None
     runtime = job.share(config.runtime)
-    with track(config.tracking, folder, students, plain(cfg), store, job.group()) as tracker:
+    with track(config.tracking, folder, students, recorded(cfg), store, job.group()) as tracker:
         teacher = config.teacher
         prune = job.pruning(config, students)
         shared = store, config.data_root, runtime
@@ -53,7 +55,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
         write_result(result, folder)
         tracker.summarize(result.columns)
     tables.print_run(result)
-    print(f"this run: {folder}")
+    print(tilde(f"this run: {folder}"))
     return result.value(config.sweep.objective)
 
 

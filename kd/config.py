@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from kd.models import MODELS, NetworkName
 from kd.problems import explain
 from kd.ranks import world
 from kd.recipes import GAMMA, Released, recipe, released
-from kd.spec import Frozen, KnownError
+from kd.spec import Frozen, KnownError, PathText
 from kd.stage import (
     DatasetSpec,
     Given,
@@ -28,6 +29,7 @@ from kd.stage import (
     Planner,
     Role,
     RuntimeSpec,
+    Seed,
     Stage,
     SweepSpec,
     TrainOverrides,
@@ -58,9 +60,9 @@ class TeacherConfig(Frozen):
     """The `teacher` section; the seed is the reference's too."""
 
     name: NetworkName
-    seed: int = Field(ge=0)
+    seed: Seed
     train: TrainOverrides
-    checkpoint: str | None = Field(None, min_length=1)  # somebody's weights: no teacher is trained
+    checkpoint: PathText | None = None  # somebody's weights: no teacher is trained
     part: Part | None = None  # which network, in a file of two
     normalize: Annotated[Normalization | None, BeforeValidator(_named)] = None  # null: the data set's
     min_acc: float | None = Field(None, ge=0, le=100)  # % on the test set that anything is trained on it for
@@ -68,7 +70,7 @@ class TeacherConfig(Frozen):
     @property
     def file(self) -> Path | None:
         """The checkpoint's path."""
-        return None if self.checkpoint is None else Path(self.checkpoint).expanduser()
+        return None if self.checkpoint is None else Path(os.path.expanduser(self.checkpoint))
 
 
 class TrainConfig(TrainOverrides):
@@ -90,8 +92,8 @@ class Config(Frozen):
     tracking: TrackingSpec
     runtime: RuntimeSpec
     sweep: SweepSpec
-    seed: Annotated[int, Field(ge=0)]
-    replicates: Annotated[int, Field(ge=1)]
+    seed: Seed
+    replicates: Annotated[int, Field(ge=1, le=1000)]  # planned all at once
     dry_run: bool
 
     @property

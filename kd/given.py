@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -32,9 +33,11 @@ def fingerprint(path: Path) -> str:
     """The sha256 of a file, in hex. Raises KnownError where there is none to read."""
     try:
         status = path.stat()
+        if not (path.is_file() or path.is_dir()):  # reading a pipe or a device might never end
+            raise KnownError(f"teacher.checkpoint: {path} cannot be read (it is no file)")
         return _digest(path, status.st_size, status.st_mtime_ns)
     except OSError as error:
-        raise KnownError(f"teacher.checkpoint: cannot be read ({error})") from error
+        raise KnownError(f"teacher.checkpoint: {path} cannot be read ({error.strerror})") from error
 
 
 @cache
@@ -109,9 +112,12 @@ def _read(path: Path) -> Any:
     try:
         if _is_safetensors(path):
             return load_file(path)
+        _refuse_bombs(path)
         with torch.serialization.safe_globals(allowed_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch guesses about files that are none
             return torch.load(path, map_location="cpu", weights_only=True)
+    except KnownError:
+        raise
     except (OSError, SafetensorError) as error:
         raise KnownError(f"teacher.checkpoint: {path} cannot be read ({' '.join(str(error).split())})") from error
     except Exception as error:  # whatever a foreign file makes torch's reader stumble over
@@ -122,6 +128,16 @@ def _read(path: Path) -> Any:
         raise KnownError(
             f"teacher.checkpoint: {path} cannot be loaded as weights and plain data alone ({reason})"
         ) from error
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Raise KnownError for a zip that holds more than its own size; torch.save never compresses."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as packed:
+        held = sum(member.file_size for member in packed.infolist())
+    if held > path.stat().st_size:
+        raise KnownError(f"teacher.checkpoint: {path} claims {held:,} bytes of content, more than the file has")
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -157,9 +173,9 @@ def _is_state(candidate: Any) -> bool:
 
 def _unwrapped(state: State) -> State:
     """Names as the network itself has them, without what DataParallel, torch.compile, Lightning or we put before."""
-    for prefix in ("module.", "_orig_mod.", "model.", "network."):
-        if all(name.startswith(prefix) for name in state):
-            return _unwrapped(_without(state, prefix))
+    prefixes = ("module.", "_orig_mod.", "model.", "network.")
+    while found := [prefix for prefix in prefixes if all(name.startswith(prefix) for name in state)]:
+        state = _without(state, found[0])
     return state
 
 
@@ -233,4 +249,4 @@ def _recognize(state: State, image_size: int) -> str:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return ", ".join(name[:100] for name in names[:_SHOWN]) + more

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from kd import records
 from kd.config import Config
 from kd.hardware import cpu_count, resolve_device
-from kd.spec import KnownError
+from kd.spec import KnownError, tilde
 from kd.stage import RuntimeSpec, Stage
 from kd.store import Metrics
 from kd.tracking import group_of
@@ -55,7 +55,7 @@ def job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | No
 def known_reason(error: Exception) -> str | None:
     """What a person needs to know of a failure; None where it takes a traceback."""
     if isinstance(error, (KnownError, OSError)):  # a full disk or a missing right names its file itself
-        return str(error)
+        return tilde(str(error))
     said = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", said):
         return f"out of memory ({said[:120]}); a smaller train.batch_size or fewer jobs side by side need less"

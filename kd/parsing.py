@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from kd.config import ANY_IMAGES, Config, TeacherConfig, plan, train_spec, trained_networks
 from kd.datasets import DATASETS, specify
@@ -17,8 +19,11 @@ from kd.methods.base import Method
 from kd.models import MODELS
 from kd.problems import explain
 from kd.recipes import RECIPES, released
-from kd.spec import KnownError
+from kd.spec import KnownError, printable, tilde
 from kd.stage import Role
+
+_SHOWN = 100  # characters of a wrong value
+_TELLING = 3  # an environment variable's value so short tells nothing, and may be part of any word
 
 
 def parse(cfg: DictConfig) -> Config:
@@ -26,15 +31,17 @@ def parse(cfg: DictConfig) -> Config:
 
     Raises KnownError with every problem found, one a line.
     """
-    tree = plain(cfg)
+    tree, problems = _resolved(cfg)
+    unread = {str(name) for name in cfg if str(name) not in tree}
     sections: dict[str, Any] = {}
-    problems = [f"{name}: unknown key" for name in tree.keys() - Config.model_fields.keys()]
+    problems += [f"{name}: unknown key" for name in tree if name not in Config.model_fields]
     for name, kind in get_type_hints(Config, include_extras=True).items():
-        if name not in Config.model_fields:
+        if name not in Config.model_fields or name in unread:
             continue
         try:
-            check = _method if name == "method" else TypeAdapter(kind).validate_python
-            sections[name] = check(tree.get(name))
+            section = _method(tree.get(name)) if name == "method" else TypeAdapter(kind).validate_python(tree.get(name))
+            problems += _truths(tree.get(name), section, name)
+            sections[name] = section
         except ValidationError as error:
             problems += explain(error, name)
         except KnownError as error:
@@ -42,22 +49,86 @@ def parse(cfg: DictConfig) -> Config:
     rules = (_dataset, _teacher, _reference, _sweep, _training)
     problems += [problem for rule in rules for problem in rule(sections)]
     if problems:
-        raise KnownError("\n".join(dict.fromkeys(problems)))
+        raise KnownError("\n".join(_discreet(problems, cfg)))
     return Config(**sections)
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as dictionaries with every interpolation resolved."""
-    try:
-        tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise KnownError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    return dict(tree)
+def recorded(cfg: DictConfig) -> dict[str, Any]:
+    """A valid configuration as others may read it, resolved; what is from the environment stays as it was typed."""
+
+    def typed(text: str) -> str:
+        return text.replace("${", r"\${") if "oc.env" in text else text
+
+    escaped = OmegaConf.create(_texts(OmegaConf.to_container(cfg), typed))
+    tree: dict[str, Any] = _texts(OmegaConf.to_container(escaped, resolve=True), tilde)
+    return tree
+
+
+def _texts(node: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(node, dict):
+        return {key: _texts(value, change) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_texts(value, change) for value in node]
+    return change(node) if isinstance(node, str) else node
+
+
+def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
+    """The sections with every interpolation resolved, and a line for each that cannot be, whose section is left out."""
+    tree = {}
+    for name in cfg:
+        try:
+            section = cfg[name]
+            is_tree = isinstance(section, (DictConfig, ListConfig))
+            plain = OmegaConf.to_container(section, resolve=True, throw_on_missing=True) if is_tree else section
+            tree[str(name)] = plain
+        except OmegaConfBaseException:
+            pass
+    return tree, [] if len(tree) == len(cfg) else list(_unresolved(cfg))
+
+
+def _unresolved(node: Any, path: str = "") -> Iterator[str]:
+    typed: Any = OmegaConf.to_container(node)
+    for part in typed if isinstance(typed, dict) else range(len(typed)):
+        key = f"{path}[{part}]" if isinstance(part, int) else f"{path}.{part}".lstrip(".")
+        try:
+            value = node[part]
+        except MissingMandatoryValue:
+            yield f"{key}: is missing"
+        except OmegaConfBaseException:
+            yield f"{key}: leads to no value, by no such key, variable or resolver or in a circle (got {typed[part]!r})"
+        else:
+            if isinstance(value, (DictConfig, ListConfig)) and not OmegaConf.is_interpolation(node, part):
+                yield from _unresolved(value, key)
+
+
+def _discreet(problems: list[str], cfg: DictConfig) -> Iterator[str]:
+    """The problems in lines that can be shown: no values of the environment, no control characters, none endless."""
+    values: dict[str, str] = {}
+    for name in re.findall(r"oc\.env:\s*(\w+)", str(OmegaConf.to_container(cfg))):
+        if len(value := os.environ.get(name, "")) > _TELLING:
+            values |= {value: name, repr(value)[1:-1]: name}
+    for line in "\n".join(dict.fromkeys(problems)).splitlines():
+        for value, name in values.items():
+            line = line.replace(value, f"${{oc.env:{name}}}")
+        yield printable(re.sub(rf"\(got (.{{{_SHOWN}}}).+\)$", r"(got \1 …)", line))
+
+
+def _truths(given: Any, taken: Any, key: str) -> Iterator[str]:
+    """Where true or false stands for a number; pydantic takes them for 1 and 0."""
+    if isinstance(given, dict) and isinstance(taken, BaseModel):
+        for name, field in type(taken).model_fields.items():
+            alias = field.serialization_alias or name
+            yield from _truths(given.get(alias), getattr(taken, name), f"{key}.{alias}")
+    elif isinstance(given, list) and isinstance(taken, tuple):
+        for index, (one, other) in enumerate(zip(given, taken, strict=True)):
+            yield from _truths(one, other, f"{key}[{index}]")
+    elif isinstance(given, bool) and not isinstance(taken, bool):
+        yield f"{key}: should be a number (got {str(given).lower()})"
 
 
 def _method(tree: Any) -> Method:
     name = tree.get("name") if isinstance(tree, dict) else tree
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise KnownError(f"method.name: should be one of {', '.join(METHODS)} (got {name!r})")
     return METHODS[name].model_validate(tree)
 

@@ -1,15 +1,17 @@
 """What is wrong with a value, in words: pydantic's verdicts as lines that name the key and what would be right."""
 
+from typing import Any
+
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kd.spec import Frozen
 
 _MESSAGES = {
-    "greater_than": "should be above {gt:g}",
-    "greater_than_equal": "should be at least {ge:g}",
-    "less_than": "should be below {lt:g}",
-    "less_than_equal": "should be at most {le:g}",
+    "greater_than": "should be above {gt:.16g}",
+    "greater_than_equal": "should be at least {ge:.16g}",
+    "less_than": "should be below {lt:.16g}",
+    "less_than_equal": "should be at most {le:.16g}",
     "literal_error": "should be {expected}",
     "extra_forbidden": "unknown key",
     "missing": "is missing",
@@ -49,5 +51,10 @@ def _line(details: ErrorDetails, section: str) -> str:
         expected = _TYPES.get(kind.split("_")[0])
         text = f"should be {expected}" if expected else details["msg"]
     given = details["input"]
-    shown = "" if isinstance(given, (dict, Frozen)) or kind == "missing" else f" (got {given!r})"
+    shown = "" if isinstance(given, (dict, Frozen)) or kind == "missing" else f" (got {_shown(given)})"
     return f"{key.lstrip('.')}: {text}{shown}" if key else text
+
+
+def _shown(given: Any) -> str:
+    """A value as YAML has it."""
+    return str(given).lower() if isinstance(given, bool) else "null" if given is None else repr(given)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from omegaconf import OmegaConf
 
 from kd.pipeline import Pruned, ReplicatedResult, RunResult
-from kd.spec import KnownError
+from kd.spec import KnownError, tilde
 
 _MARKS = (".hydra/config.yaml", "result.json", "error.json", "pruned.json")
 
@@ -69,7 +69,7 @@ def jobs(folder: Path, since: float = 0.0) -> list[Job]:
 
 def _look(folder: Path, place: Path) -> Job:
     overrides = place / ".hydra" / "overrides.yaml"
-    told = [str(override) for override in OmegaConf.load(overrides)] if overrides.exists() else []
+    told = [tilde(str(override)) for override in OmegaConf.load(overrides)] if overrides.exists() else []
     number = str(place.relative_to(folder))
     if (place / "result.json").exists():
         try:
@@ -99,5 +99,6 @@ def _changed(place: Path) -> float:
 def _counts(place: Path) -> bool:
     """Whether the job has something to tell: a dry run has not, unless it failed."""
     config = place / ".hydra" / "config.yaml"
-    dry = config.exists() and bool(OmegaConf.select(OmegaConf.load(config), "dry_run"))
+    saved = OmegaConf.load(config) if config.exists() else OmegaConf.create()
+    dry = bool(OmegaConf.select(saved, "dry_run", throw_on_resolution_failure=False))
     return not dry or (place / "error.json").exists()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from kd.losses import CrossEntropy, Distill, Loss, Reduction
-from kd.spec import Frozen
+from kd.spec import Frozen, PathText
 
 # The version of keys and weights: a change that moves either under unchanged settings raises it.
 FORMAT = 1
@@ -20,6 +20,7 @@ Part = Literal["student", "teacher"]
 Role = Literal["reference", "teacher", "assistant", "student"]
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 Channels = tuple[float, float, float]
+Seed = Annotated[int, Field(ge=0, le=10**15)]  # a whole number in every JSON
 Deviation = Annotated[float, Field(gt=0)]
 Augment = Literal["none", "crop_flip", "rotate_flip"]
 
@@ -31,8 +32,9 @@ def _fraction(milestone: float) -> float:
 
 
 # The settings of a training, each with its range; TrainSpec has all of them, TrainOverrides any.
-Epochs = Annotated[int, Field(ge=1)]
-BatchSize = Annotated[int, Field(ge=1)]
+# Upper bounds are where a slip of the keyboard begins, and arithmetic in 64 bits still holds.
+Epochs = Annotated[int, Field(ge=1, le=1_000_000)]
+BatchSize = Annotated[int, Field(ge=1, le=10_000_000)]
 Optimizer = Literal["sgd", "adam"]
 LearningRate = Annotated[float, Field(gt=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -225,10 +227,10 @@ class RuntimeSpec(Frozen):
     """Where and how fast a stage is trained: no part of the experiment, and so in no key."""
 
     device: Annotated[str, AfterValidator(_device)] = "auto"
-    threads: int | None = Field(None, ge=1)  # null: every processor this process may use
-    workers: int | None = Field(None, ge=1)  # threads that decode a folder of images; null as above
-    store: str | None = None  # null: store/ in the repository; a path is taken from the working directory
-    data: str | None = None  # null: data/ in the repository
+    threads: int | None = Field(None, ge=1, le=4096)  # null: every processor this process may use
+    workers: int | None = Field(None, ge=1, le=4096)  # threads that decode a folder of images; null as above
+    store: PathText | None = None  # null: store/ in the repository; a path is taken from the working directory
+    data: PathText | None = None  # null: data/ in the repository
     checkpoint_every: int = Field(10, ge=1)  # epochs between two checkpoints of an unfinished stage
     compile: bool | Literal["auto"] = "auto"  # of the training step; auto: where it pays back over the stage
     bank: bool = True  # keep the guides' logits on disk, for later epochs and runs

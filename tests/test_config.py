@@ -100,7 +100,7 @@ def test_experiments_and_sweeps_come_last() -> None:
         ),
         ("teacher.part=student", "teacher.part: says how to read teacher.checkpoint=<file>, which is not set"),
         ("teacher.checkpoint=", "teacher.checkpoint: should not be empty"),
-        ("teacher.checkpoint=nothing.pt", "teacher.checkpoint: cannot be read"),
+        ("teacher.checkpoint=nothing.pt", "teacher.checkpoint: nothing.pt cannot be read (No such file or directory)"),
         ("teacher.min_acc=101", "teacher.min_acc: should be at most 100 (got 101)"),
         ("model.train.momentum=0", "student resnet8: train.nesterov=true needs train.momentum above 0"),
         ("dataset.name=mnist", "dataset.name: should be one of digits"),

@@ -114,7 +114,10 @@ def annotate(change: Callable[[str], str]) -> Callable[[Path], object]:
             lambda root: Image.new("RGB", (16, 9)).save(root / "val" / "images" / "val_1.JPEG"),
             "1 files are not 16×16 pixels .*val_1.JPEG: 16×9",
         ),
-        (lambda root: (root / "val/images/val_1.JPEG").write_bytes(b"no"), "1 files cannot be read as images: .*val_1"),
+        (
+            lambda root: (root / "val/images/val_1.JPEG").write_bytes(b"no"),
+            "1 files cannot be read as images.*: .*val_1",
+        ),
     ],
 )
 def test_a_layout_that_is_not_as_it_should_be(tmp_path: Path, harm: object, message: str) -> None:
@@ -190,3 +193,51 @@ def test_real_images(tmp_path: Path) -> None:
     lines = sorted(line.split("\t") for line in (root / ANNOTATIONS).read_text().splitlines())
     assert data.test_labels.tolist() == [known.class_to_idx[line[1]] for line in lines]
     assert data.test_labels.bincount().tolist() == [50] * 20
+
+
+def link(packed: zipfile.ZipFile) -> None:
+    info = zipfile.ZipInfo("tiny-imagenet-200/link")
+    info.external_attr = 0o120777 << 16
+    packed.writestr(info, "/etc")
+
+
+def understate(packed: zipfile.ZipFile) -> None:
+    """A member that unpacks to more than it says."""
+    packed.writestr("tiny-imagenet-200/bomb", bytes(10**7), zipfile.ZIP_DEFLATED)
+    packed.filelist[-1].file_size = 10
+
+
+def bomb(packed: zipfile.ZipFile) -> None:
+    packed.writestr("tiny-imagenet-200/bomb", b"", zipfile.ZIP_DEFLATED)
+    packed.filelist[-1].file_size = 3 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("add", "message"),
+    [
+        (lambda packed: packed.writestr("../outside", "x"), "would lie outside"),
+        (lambda packed: packed.writestr("tiny-imagenet-200/../../outside", "x"), "would lie outside"),
+        (lambda packed: packed.writestr("/outside", "x"), "would lie outside"),
+        (link, "is a link or a device"),
+        (bomb, "more than 250,000 files or 2,000,000,000 bytes"),
+        (understate, "fetch it again"),
+    ],
+)
+def test_an_archive_that_attacks(tmp_path: Path, add: Callable[[zipfile.ZipFile], object], message: str) -> None:
+    archive, root = tmp_path / "data" / "tiny-imagenet-200.zip", write(tmp_path / "tiny")
+    archive.parent.mkdir()
+    pack(archive, root)
+    with zipfile.ZipFile(archive, "a") as packed:
+        add(packed)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(KnownError, match=message):
+        resolve(config(), tmp_path / "data")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert {path.name for path in archive.parent.iterdir()} <= {archive.name, ".tiny-imagenet-200.lock"}
+
+
+def test_an_archive_of_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd.datasets.tiny_imagenet._MOST_FILES", 10)
+    pack(tmp_path / "tiny-imagenet-200.zip", write(tmp_path / "tiny"))
+    with pytest.raises(KnownError, match="more than 10 files"):
+        resolve(config(), tmp_path)

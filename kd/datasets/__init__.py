@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.datasets.base import DatasetConfig, Entry, Facts
+from kd.spec import KnownError
 from kd.stage import DatasetSpec
 
 if TYPE_CHECKING:
@@ -49,7 +50,13 @@ def resolve(config: DatasetConfig, data_root: Path, threads: int = 1) -> Dataset
     if entry.facts is not None:
         return specify(config, entry.facts)
     root = data_root / str(entry.home) if config.root is None else Path(os.path.expanduser(config.root))
-    return specify(config, _attribute(str(entry.prepare))(root, data_root, threads))
+    try:
+        facts = _attribute(str(entry.prepare))(root, data_root, threads, config.skip_unreadable)
+    except OSError as error:
+        raise KnownError(
+            f"dataset.root: {error.filename or root} cannot be read or written ({error.strerror})"
+        ) from error
+    return specify(config, facts)
 
 
 def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:

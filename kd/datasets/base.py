@@ -6,20 +6,21 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kd.spec import Frozen
-from kd.stage import Augment, Channels
+from kd.spec import Frozen, PathText, Text
+from kd.stage import Augment, Channels, Seed
 
 
 class DatasetConfig(Frozen):
     """The `dataset` section of the configuration."""
 
     name: str
-    root: str | None = None  # where images that are decoded once lie
+    root: PathText | None = None  # where images that are decoded once lie
+    skip_unreadable: bool = False  # leave out what is no image; the rest is then the content
     augment: Augment | None  # null: the released code's, in mode=reference
     val_fraction: float = Field(ge=0, lt=1)
-    split_seed: int = Field(ge=0)
+    split_seed: Seed
     views: int | None = Field(None, ge=1)
-    label: str | None = None  # its name in tables; null is `name`
+    label: Text | None = None  # its name in tables; null is `name`
 
     @property
     def title(self) -> str:
@@ -52,8 +53,8 @@ class Arrays:
 class Entry:
     """A data set of the table: the dotted path of its `read(data_root, content) -> Arrays`, and its facts.
 
-    A data set whose facts are not known beforehand has `prepare` instead: (root, data root, threads) -> Facts. Its
-    root is `home` below the data root unless dataset.root names another; without a home it has to.
+    A data set whose facts are not known beforehand has `prepare` instead: (root, data root, threads, skip) -> Facts.
+    Its root is `home` below the data root unless dataset.root names another; without a home it has to.
     """
 
     read: str

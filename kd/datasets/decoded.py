@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 
 from kd import files
 from kd.datasets.base import Arrays, Facts, statistics
-from kd.spec import KnownError
+from kd.spec import KnownError, printable, tilde
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 _SHOWN = 5  # offending files named in a message
+_PIXELS = 1 << 24  # of an image: 4096×4096; larger ones are mistakes or bombs
 
 File = tuple[str, int]  # path below the root, label
 
@@ -33,89 +35,158 @@ class Listing:
     tables: tuple[str, ...] = ()
 
 
-def prepare(listing: Listing, place: Path, threads: int) -> Facts:
+def prepare(listing: Listing, place: Path, threads: int, skip: bool = False) -> Facts:
     """The facts of listed images; they are decoded into `place`/<content> if they have not been before.
 
     The listing is known again by its files' names, sizes and times, the array by the hash of what it holds, so
-    that copies share keys. Raises KnownError, naming files, where they are no square images of one size.
+    that copies share keys. Raises KnownError, naming files, where they are no square images of one size; those that
+    cannot be read at all are left out where `skip` says so.
     """
-    manifest = place / f"{_fingerprint(listing)}.json"
-    try:
-        facts = Facts(**json.loads(manifest.read_text()))
-        if (place / str(facts.content)).is_dir():
-            return facts
-    except (OSError, ValueError, TypeError):  # not there, or not ours
-        pass
-    print(f"decoding {len(listing.train) + len(listing.test):,} images of {listing.root}, once", flush=True)
-    arrays = _decode(listing, threads)
-    facts = _facts(arrays, listing.classes)
-    _keep(arrays, place / str(facts.content))
-    files.write(manifest, json.dumps(asdict(facts)))
+    manifest = place / f"{_fingerprint(listing)}{'-readable' if skip else ''}.json"
+    known = _known(manifest)
+    if known is None:
+        print(tilde(f"decoding {len(listing.train) + len(listing.test):,} images of {listing.root}, once"), flush=True)
+        place.mkdir(parents=True, exist_ok=True)
+        arrays, skipped = _decode(listing, threads, manifest.with_suffix(".txt"), skip)
+        facts = _facts(arrays, listing.classes)
+        _keep(arrays, place / str(facts.content))
+        known = facts, skipped
+        files.write(manifest, json.dumps({**asdict(facts), "skipped": skipped}))
+    facts, skipped = known
+    if skipped:
+        listed = manifest.with_suffix(".txt")
+        print(tilde(f"{skipped:,} images of {listing.root} are left out: they cannot be read ({listed})"), flush=True)
     return facts
 
 
+def _known(manifest: Path) -> tuple[Facts, int] | None:
+    """What was found before, and how many images were left out; None where it is not there whole."""
+    if not manifest.exists():
+        return None
+    try:
+        told = json.loads(manifest.read_text())
+        skipped = int(told.pop("skipped", 0))
+        facts = Facts(**told)
+        if (folder := manifest.parent / str(facts.content)).is_dir():
+            if read(folder).images.shape[1:] == (facts.image_size, facts.image_size, 3):
+                return facts, skipped
+            raise ValueError("images of another size")
+    except (OSError, ValueError, TypeError, AttributeError, KnownError):
+        print(tilde(f"{manifest}, or what it names, is damaged: the images are decoded again"), flush=True)
+    return None
+
+
 def read(folder: Path) -> Arrays:
-    """The arrays that prepare() left in a folder, mapped from disk."""
-    return Arrays(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in Arrays.__dataclass_fields__))
+    """The arrays that prepare() left in a folder, mapped from disk. Raises KnownError where they are not whole."""
+    try:
+        arrays = Arrays(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in Arrays.__dataclass_fields__))
+        images, labels = arrays.images, arrays.labels
+        fits = images.ndim == 4 and labels.shape == images.shape[:1] and images.dtype == np.uint8
+        test_fits = arrays.test_labels.shape == arrays.test_images.shape[:1] and arrays.test_images.dtype == np.uint8
+        if fits and test_fits and arrays.test_images.shape[1:] == images.shape[1:]:
+            return arrays
+        reason = "their shapes do not fit together"
+    except (OSError, ValueError, EOFError) as error:
+        reason = str(error)
+    raise KnownError(f"{folder}: decoded images are damaged or gone ({reason}); started again, they are decoded again")
 
 
 def images(folder: Path) -> list[str]:
     """The names of a folder's images, sorted. Raises KnownError where it has none."""
     found = sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(ENDINGS))
     if not found:
-        raise KnownError(f"dataset.root: {folder} has no images ({', '.join(ENDINGS)})")
+        raise KnownError(f"dataset.root: {printable(str(folder))} has no images ({', '.join(ENDINGS)})")
     return found
 
 
-def raise_for(what: str, found: Iterable[str], kind: str = "files") -> None:
-    """Raise KnownError, naming the first few, if anything of the kind was found."""
-    names = list(found)
+def raise_for(what: str, found: Iterable[str], kind: str = "files", listed: Path | None = None) -> None:
+    """Raise KnownError, naming the first few, if anything of the kind was found; all of them are in `listed`."""
+    names = list(map(printable, found))
     if names:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        if listed is not None and more:
+            listed.write_text("".join(f"{name}\n" for name in names))
+            more += f" ({listed})"
         raise KnownError(f"dataset.root: {len(names)} {kind} {what}: {'; '.join(names[:_SHOWN])}{more}")
 
 
 def _fingerprint(listing: Listing) -> str:
-    names = [*listing.tables, *(name for name, _ in listing.train + listing.test)]
-    stats = ((name, (listing.root / name).stat()) for name in names)
-    rows = (f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
-    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:16]
-
-
-def _decode(listing: Listing, threads: int) -> Arrays:
-    from PIL import Image, UnidentifiedImageError
-
-    def decode(path: Path) -> NDArray[np.uint8] | str:
+    def row(name: str) -> str:
         try:
-            with Image.open(path) as image:
-                return np.asarray(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"{path}: {error}"
+            status = (listing.root / name).stat()
+        except OSError:  # a link that leads nowhere or in a circle: the decoder will name it
+            return f"{name} absent"
+        return f"{name} {status.st_size} {status.st_mtime_ns}"
 
-    paths = [listing.root / name for name, _ in listing.train + listing.test]
-    first = (image for image in map(decode, paths) if not isinstance(image, str))
-    height, width, _ = next(first, np.zeros((1, 1, 3))).shape
-    pixels = np.empty((len(paths), height, width, 3), np.uint8)  # filled in place: a list would hold them twice
-    unreadable, odd = "cannot be read as images", f"are not {width}×{height} pixels as {paths[0]} is"
+    names = [*listing.tables, *(name for name, _ in listing.train + listing.test)]
+    return hashlib.sha256("\n".join(sorted(map(row, names))).encode(errors="surrogateescape")).hexdigest()[:16]
 
-    def fill(index: int) -> tuple[str, str] | None:
-        image = decode(paths[index])
-        if isinstance(image, str):
-            return unreadable, image
-        if image.shape != pixels.shape[1:]:
-            return odd, f"{paths[index]}: {image.shape[1]}×{image.shape[0]}"
-        pixels[index] = image
-        return None
 
-    with ThreadPoolExecutor(threads) as pool:
-        problems = [problem for problem in pool.map(fill, range(len(paths))) if problem]
-    raise_for(unreadable, (file for what, file in problems if what == unreadable))
+def _open(path: Path) -> NDArray[np.uint8] | str:
+    """An image's pixels [height, width, 3], or why there are none."""
+    from PIL import Image
+
+    try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            return f"{path}: no file"
+        with Image.open(path) as image:
+            if image.width * image.height > _PIXELS:
+                return f"{path}: {image.width}×{image.height} are more than {_PIXELS:,} pixels"
+            if image.mode.startswith(("I", "F")):
+                return f"{path}: pixels of more than 8 bits ({image.mode}), which would be cut off"
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # whatever a foreign file makes a decoder stumble over
+        return f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+
+
+def _decode(listing: Listing, threads: int, listed: Path, skip: bool) -> tuple[Arrays, int]:
+    """The images, and how many were left out."""
+    files = listing.train + listing.test
+    paths = [listing.root / name for name, _ in files]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's of large images and odd palettes
+        first = (image for image in map(_open, paths) if not isinstance(image, str))
+        height, width, _ = next(first, np.zeros((1, 1, 3))).shape
+        try:
+            pixels = np.empty((len(paths), height, width, 3), np.uint8)  # filled in place: a list would hold them twice
+        except MemoryError as error:
+            raise KnownError(f"dataset.root: {len(paths):,} images of {width}×{height} do not fit in memory") from error
+
+        def fill(index: int) -> tuple[bool, str] | None:
+            image = _open(paths[index])
+            if isinstance(image, str):
+                return False, image
+            if image.shape != pixels.shape[1:]:
+                return True, f"{paths[index]}: {image.shape[1]}×{image.shape[0]}"
+            pixels[index] = image
+            return None
+
+        with ThreadPoolExecutor(threads) as pool:
+            problems = list(pool.map(fill, range(len(paths))))
+    unreadable = [problem[1] for problem in problems if problem and not problem[0]]
+    if not skip:
+        raise_for("cannot be read as images; dataset.skip_unreadable=true leaves them out", unreadable, listed=listed)
     if height != width:
-        raise KnownError(f"dataset.root: images should be square ({paths[0]} is {width}×{height})")
-    raise_for(odd, (file for what, file in problems if what == odd))
+        raise KnownError(f"dataset.root: images should be square ({printable(str(paths[0]))} is {width}×{height})")
+    odd = [problem[1] for problem in problems if problem and problem[0]]
+    raise_for(f"are not {width}×{height} pixels as the first one is", odd, listed=listed)
+    if unreadable:
+        listed.write_text("".join(f"{printable(name)}\n" for name in unreadable))
+    return _sorted_out(listing, pixels, np.array([problem is None for problem in problems])), len(unreadable)
+
+
+def _sorted_out(listing: Listing, pixels: NDArray[np.uint8], kept: NDArray[np.bool_]) -> Arrays:
+    """The images that are kept, with their labels. Raises KnownError where a class has none left."""
+
+    def part(files: list[File], of: slice) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        labels = np.array([label for _, label in files], np.int64)[kept[of]]
+        left = set(labels.tolist())
+        bare = (name for label, name in enumerate(listing.classes) if label not in left)
+        raise_for("have no image left that can be read", bare, "classes")
+        return pixels[of] if kept[of].all() else pixels[of][kept[of]], labels
+
     split = len(listing.train)
-    labels = [np.array([label for _, label in files], np.int64) for files in (listing.train, listing.test)]
-    return Arrays(pixels[:split], labels[0], pixels[split:], labels[1])
+    return Arrays(*part(listing.train, slice(split)), *part(listing.test, slice(split, None)))
 
 
 def _facts(arrays: Arrays, classes: list[str]) -> Facts:
@@ -129,8 +200,11 @@ def _facts(arrays: Arrays, classes: list[str]) -> Facts:
 
 def _keep(arrays: Arrays, folder: Path) -> None:
     """Under a name of this process first, so that a folder is there whole or not at all."""
-    if folder.is_dir():
+    try:
+        read(folder)
         return
+    except KnownError:
+        shutil.rmtree(folder, ignore_errors=True)
     partial = files.temporary(folder)
     try:
         partial.mkdir(parents=True, exist_ok=True)

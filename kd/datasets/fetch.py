@@ -16,15 +16,15 @@ def fetch(make: Callable[..., Any], root: Path, files: str) -> tuple[Any, Any]:
     """
     try:
         return make(root, train=True), make(root, train=False)
-    except (RuntimeError, ValueError):  # torchvision's words for files that are absent, of another checksum, cut off
+    except Exception:  # torchvision's words for files that are absent, of another checksum, or garbage: any
         pass
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{make.__name__}.lock"):  # of two processes the second finds the first one's files
             return make(root, train=True, download=True), make(root, train=False, download=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:
         name, said = make.__name__, " ".join(str(error).split())
         raise KnownError(
-            f"{name} is not in {root} and could not be downloaded ({said}): put {files} there, or name the folder "
-            "that has it by runtime.data=<path>"
+            f"{name} is not in {root}, or damaged, and could not be downloaded ({said}): put {files} there, or name "
+            "the folder that has it by runtime.data=<path>"
         ) from error

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from kd.datasets import decoded
 from kd.datasets.base import Arrays, Facts
-from kd.spec import KnownError
+from kd.spec import KnownError, printable
 
 
-def prepare(root: Path, data_root: Path, threads: int) -> Facts:
+def prepare(root: Path, data_root: Path, threads: int, skip: bool = False) -> Facts:
     """A folder's facts, its images decoded. Raises KnownError, naming files, where it is not as it should be."""
     classes = _classes(root)
     train, test = (list(_files(root, split, classes)) for split in ("train", "test"))
-    return decoded.prepare(decoded.Listing(root, classes, train, test), data_root / "folder", threads)
+    return decoded.prepare(decoded.Listing(root, classes, train, test), data_root / "folder", threads, skip)
 
 
 def read(data_root: Path, content: str | None) -> Arrays:
@@ -30,7 +30,7 @@ def _classes(root: Path) -> list[str]:
     if len(train) < 2:
         raise KnownError(f"dataset.root: {root / 'train'} should have a folder a class, two or more (got {len(train)})")
     if train != test:
-        odd = ", ".join(sorted(train ^ test))
+        odd = ", ".join(map(printable, sorted(train ^ test)))
         raise KnownError(f"dataset.root: these classes of {root} are not in both train and test: {odd}")
     return sorted(train)
 

@@ -7,7 +7,9 @@ order.
 """
 
 import os
+import re
 import shutil
+import stat
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,14 +18,17 @@ from filelock import FileLock
 
 from kd.datasets import decoded
 from kd.datasets.base import Arrays, Facts
-from kd.spec import KnownError
+from kd.spec import KnownError, tilde
 
 _NAME = "tiny-imagenet-200"
 _URL = f"http://cs231n.stanford.edu/{_NAME}.zip"
+# Twice the members of the archive (110,000 images and 400 tables), and several times its bytes.
+_MOST_FILES = 250_000
+_MOST_BYTES = 2_000_000_000
 _ANNOTATIONS = "val/val_annotations.txt"
 
 
-def prepare(root: Path, data_root: Path, threads: int) -> Facts:
+def prepare(root: Path, data_root: Path, threads: int, skip: bool = False) -> Facts:
     """The facts of the images in `root`, decoded; an absent root is first unpacked from the zip beside it.
 
     Raises KnownError, naming files, where neither is there or the folder is not as the archive has it.
@@ -39,7 +44,7 @@ def prepare(root: Path, data_root: Path, threads: int) -> Facts:
         for file in decoded.images(root / "train" / name / "images")
     ]
     listing = decoded.Listing(root, classes, train, _test(root, classes), (_ANNOTATIONS,))
-    return decoded.prepare(listing, data_root / "tiny_imagenet", threads)
+    return decoded.prepare(listing, data_root / "tiny_imagenet", threads, skip)
 
 
 def read(data_root: Path, content: str | None) -> Arrays:
@@ -58,17 +63,31 @@ def _unpack(archive: Path, root: Path) -> None:
         if root.is_dir():  # another process was first
             return
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        print(f"unpacking {archive}, once", flush=True)
+        print(tilde(f"unpacking {archive}, once"), flush=True)
         try:
             with zipfile.ZipFile(archive) as packed:
+                _check(packed)
                 packed.extractall(partial)
             if not (partial / _NAME).is_dir():
                 raise zipfile.BadZipFile(f"no folder {_NAME}/ in it")
             (partial / _NAME).rename(root)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted, unknown
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:  # encrypted, unknown
             raise KnownError(f"{archive} is not whole, or not {_URL} ({error}): fetch it again") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check(packed: zipfile.ZipFile) -> None:
+    """Raise BadZipFile for members that no archive of images has; extractall() reads no more than each one's size."""
+    members = packed.infolist()
+    if len(members) > _MOST_FILES or sum(member.file_size for member in members) > _MOST_BYTES:
+        raise zipfile.BadZipFile(f"it holds more than {_MOST_FILES:,} files or {_MOST_BYTES:,} bytes")
+    for member in members:
+        kind = stat.S_IFMT(member.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise zipfile.BadZipFile(f"{member.filename!r} is a link or a device")
+        if member.filename.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.filename):
+            raise zipfile.BadZipFile(f"{member.filename!r} would lie outside of the folder")
 
 
 def _classes(root: Path) -> list[str]:

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from kd.models import NetworkName
 from kd.spec import Frozen
-from kd.stage import Planner, Source, Stage
+from kd.stage import Planner, Seed, Source, Stage
 
 
 class Method(Frozen, ABC):
@@ -35,7 +35,7 @@ class AssistantSettings(Frozen):
 
     T: float = Field(gt=0)
     lam: float = Field(ge=0, le=1, validation_alias="lambda", serialization_alias="lambda")
-    seed: int = Field(ge=0)
+    seed: Seed
 
 
 class AssistedMethod(DistillingMethod):

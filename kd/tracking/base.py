@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kd.spec import Frozen
+from kd.spec import Frozen, Text
 from kd.store import Metrics
 
 
@@ -15,10 +15,10 @@ class TrackingSpec(Frozen):
     """The `tracking` section of the configuration."""
 
     name: Literal["wandb", "tensorboard", "none"]
-    project: str
-    entity: str | None = None
-    group: str | None = None  # null: the multirun's own; a single run has none
-    tags: tuple[str, ...] = ()
+    project: Text
+    entity: Text | None = None
+    group: Text | None = None  # null: the multirun's own; a single run has none
+    tags: tuple[Text, ...] = ()
     mode: Literal["auto", "online", "offline"] = "auto"
 
 

@@ -10,10 +10,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kd.spec import Frozen, KnownError
+from kd.spec import Frozen, KnownError, tilde
 from kd.store import Metrics
 from kd.tracking.base import Opening, Page, TrackingSpec
 from kd.tracking.probe import decide
+
+# No metadata of the process: its paths, arguments, host, user and e-mail, git's remote, the code.
+_PRIVATE: dict[str, Any] = {"x_disable_meta": True, "disable_git": True, "disable_code": True, "host": ""}
 
 
 class _Record(Frozen):
@@ -59,7 +62,7 @@ class WandbPage(Page):
         mode, reason = decide(spec.mode)
         if reason:
             sync = f"wandb sync {opening.folder}/wandb/offline-run-*"
-            print(f"W&B: {reason}: offline; `{sync}` sends this run later", flush=True)
+            print(tilde(f"W&B: {reason}: offline; `{sync}` sends this run later"), flush=True)
         import wandb
 
         self._id = None
@@ -78,7 +81,7 @@ class WandbPage(Page):
                 mode=mode,
                 id=self._id.value if self._id else None,
                 resume="allow" if self._id else None,
-                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, **_PRIVATE),
             )
         except (wandb.Error, OSError) as error:
             said = str(error).splitlines()[0]
@@ -108,5 +111,7 @@ class WandbPage(Page):
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))  # not `with run`, which prints a traceback of its own
+        for log in (Path(self._run.dir).parent / "logs").glob("*.log"):  # they name the folder
+            log.write_text(tilde(log.read_text(errors="replace")))
         if self._id is not None:
             self._id.release()

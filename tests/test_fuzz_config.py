@@ -1,0 +1,169 @@
+"""Whatever a configuration holds, it ends in a plan or in lines that name keys; thousands of drawn values say so.
+
+KD_FUZZ=20000 draws so many instead of the suite's few.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kd.config import plan
+from kd.datasets import resolve
+from kd.methods import METHODS
+from kd.parsing import parse, recorded
+from kd.spec import KnownError
+from tests.conftest import composed, run_py
+
+EXAMPLES = int(os.environ.get("KD_FUZZ", "400"))
+SEEN = settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 400, suppress_health_check=list(HealthCheck)
+)
+BASES = (
+    *((f"method={method}",) for method in METHODS),
+    ("experiment=takd/cifar10/kd_resnet110_resnet8", "mode=reference"),
+    ("dataset=folder", "dataset.root=nowhere"),
+    ("dataset=tiny_imagenet", "dataset.root=nowhere"),
+    ("teacher.checkpoint=nowhere.pt", "teacher.normalize=takd"),
+)
+SECRET = "canary-4f1d"
+HOSTILE: list[Any] = [
+    None, True, False, 0, -1, 1, 2, 10**9, 10**12, -(10**30), 10**400, 0.5, -0.0, 1e-320, 1e308, float("inf"),
+    float("-inf"), float("nan"), "1e400", ".inf", "", " ", "null", "0x10", "1_000", "resnet8", "digits", "auto",
+    "cuda:99999999999999999999", "a" * 10_000, "ünïcödé ← λ", "\x00", "a\nb\r\x1b[31mred", "\ud800", "../../etc", "/",
+    "/dev/null", "~", "~nobody/x", b"bytes", [], [[]], [None], [0.5, "x"], [1e400, -1], ["resnet8"] * 3, {}, {"a": {}},
+    {"name": []}, {"name": "kd"}, {1: 2}, {"mean": [0, 0, 0], "std": [0, 1, 1]}, Path("x"),
+    "${nope}", "${oc.env:HOME}", "${oc.env:CANARY}", "${oc.env:NOPE}", "${oc.decode:'['}", "${seed}",
+    "${method}", "${train}", "${tracking.project}", "${unclosed", "${a b}", "${nope:1}", "${..}", "???", "$",
+    "x${seed}y",     ["${nope}"], ["???"], {"deep": {"deeper": "${nope}"}},
+]  # fmt: skip
+WORDS = re.compile(
+    r"validation error|pydantic|omegaconf|https?://(?!cs231n)|Input should|Traceback|<class '|object at 0x|Errno"
+)
+
+
+@cache
+def base(overrides: tuple[str, ...]) -> DictConfig:
+    return composed(*overrides)
+
+
+def keys(tree: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of the tree, of groups and of leaves."""
+    for name, value in tree.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from keys(value, f"{prefix}{name}.")
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> tuple[DictConfig, dict[str, Any]]:
+    """A composed configuration with some values replaced, and these."""
+    cfg = deepcopy(base(draw(st.sampled_from(BASES))))
+    known = sorted(keys(OmegaConf.to_container(cfg)))
+    places = st.sampled_from(known) | st.builds("{}.{}".format, st.sampled_from(known), st.sampled_from(["nope", "T"]))
+    values = st.sampled_from(HOSTILE) | st.integers() | st.floats() | st.text(max_size=30)
+    return cfg, draw(st.dictionaries(places, values, min_size=1, max_size=4))
+
+
+def told(cfg: DictConfig) -> str:
+    """What the user is told of a configuration; nothing where it plans."""
+    try:
+        config = parse(cfg)
+        plan(config, resolve(config.dataset, config.data_root))
+        recorded(cfg)
+    except KnownError as error:
+        return str(error) or pytest.fail("an error without words")
+    return ""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _secret() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CANARY", SECRET)
+        yield
+
+
+@SEEN
+@given(configurations())
+def test_any_values_end_in_a_plan_or_in_readable_lines(drawn: tuple[DictConfig, dict[str, Any]]) -> None:
+    cfg, changes = drawn
+    for key, value in changes.items():
+        try:
+            OmegaConf.update(cfg, key, value, force_add=True)
+        except (OmegaConfBaseException, AssertionError, TypeError, ValueError):  # what no YAML can say either
+            continue
+    for line in told(cfg).splitlines():
+        assert not WORDS.search(line), line
+        assert line.isprintable(), line
+        assert SECRET not in line
+        assert len(line) < 500, line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        (("seed=-1", "method.T=hot", "model.train.epochs=${nope}"), ("seed:", "method.T:", "model.train.epochs:")),
+        (("seed=${seed}", "train.lr=???", "replicates=${oc.env:NOPE}"), ("seed:", "train.lr:", "replicates:")),
+        (
+            ("train.epochs=true", "method.T=true", "seed=false"),
+            ("train.epochs: should be a number", "method.T:", "seed:"),
+        ),
+    ],
+)
+def test_all_bad_values_are_told_at_once(overrides: tuple[str, ...], lines: tuple[str, ...]) -> None:
+    text = told(composed(*overrides))
+    for line in lines:
+        assert f"\n{line}" in f"\n{text}"
+
+
+def test_a_value_from_the_environment_is_not_told() -> None:
+    text = told(composed("method.T=${oc.env:CANARY}", "dataset.name=x${oc.env:CANARY}"))
+    assert SECRET not in text
+    assert "method.T: should be a number (got '${oc.env:CANARY}')" in text
+
+
+def test_what_is_recorded_names_the_variable() -> None:
+    cfg = composed("tracking.project=${oc.env:CANARY}", "tracking.group=${tracking.project}")
+    tracking = recorded(cfg)["tracking"]
+    assert tracking["project"] == tracking["group"] == "${oc.env:CANARY}"
+
+
+@pytest.mark.parametrize("huge", ["train.epochs", "train.batch_size", "dataset.views", "replicates", "runtime.workers"])
+def test_huge_numbers_are_a_line_or_a_plan_at_once(huge: str) -> None:
+    cfg = composed(f"{huge}={10**12}")
+    began = time.monotonic()
+    told(cfg)
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "said"),
+    [
+        ("dry_run=${nope}", 2, "dry_run:"),
+        ("seed=???", 2, "seed: is missing"),
+        ("train.lr=1e400", 2, "train.lr: should be a finite number"),
+        ("method=kdd", 1, "kdd"),
+        ("method.T={", 1, "no viable alternative"),
+        ("model.nme=x", 1, "model.nme"),
+        ("dataset.label=\x1b[31m", 1, "LexerNoViableAlt"),
+        ('tracking.project="a\x07b"', 2, "tracking.project: should be without control characters"),
+    ],
+)
+def test_the_command_line_shows_no_traceback(argument: str, code: int, said: str, tmp_path: Path) -> None:
+    done = run_py(
+        argument, "dry_run=true" if "dry_run" not in argument else "seed=0", cwd=tmp_path, HYDRA_FULL_ERROR="0"
+    )
+    assert "Traceback" not in done.stderr
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
