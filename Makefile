@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python run.py
 
-.PHONY: help setup demo best dashboard docs bench profile tensorboard test test-slow
+.PHONY: help setup demo best dashboard docs bench profile tensorboard test test-slow torture
 
 help: ## print this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,8 +19,10 @@ demo: setup ## compare the four methods on real digits, three students each
 	$(RUN) -m method=scratch,kd,ta,trained_teacher replicates=3 hydra.sweep.dir=outputs/demo
 	$(BIN)/python -m kd.report outputs/demo
 
-best: setup ## train, or load, the best setting of the newest multirun again; FOLDER=multirun/… says which
-	PATH="$(CURDIR)/$(BIN):$$PATH" sh "$(or $(FOLDER),$$(dirname "$$(ls -t multirun/*/best.sh multirun/*/*/best.sh outputs/*/best.sh 2>/dev/null | head -1)"))/best.sh"
+best: setup ## train, or load, the best setting of the newest finished multirun again; FOLDER=multirun/… says which
+	@best="$(or $(FOLDER:%=%/best.sh),$$(ls -t multirun/*/best.sh multirun/*/*/best.sh outputs/*/best.sh 2>/dev/null | head -1))"; \
+	if [ ! -f "$$best" ]; then echo "no multirun has left a best setting ($${best:-none is in multirun/ or outputs/})"; exit 1; fi; \
+	cat "$$best"; PATH="$(CURDIR)/$(BIN):$$PATH" sh "$$best"
 
 dashboard: setup ## Optuna's page on the newest search, on this machine only
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dashboard]'
@@ -46,3 +48,6 @@ tensorboard: setup ## serve the runs of tracking=tensorboard on http://127.0.0.1
 
 test-slow: setup ## the tests on real images and long trainings
 	$(BIN)/pytest -m slow
+
+torture: setup ## kill runs 220 times and compare what is left with undisturbed ones: about half an hour
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m torture -n 2

@@ -55,7 +55,7 @@ class Clock:
     epochs: list[float] = field(default_factory=lambda: [time.perf_counter()])
     steps: list[float] = field(default_factory=list)
 
-    def resumed(self, history: list[Metrics]) -> None:
+    def resumed(self, history: list[Metrics], images: int) -> None:
         pass
 
     def guided(self, images: int) -> None:

@@ -15,7 +15,7 @@ def load(key: str, store: str | Path | None = None) -> Normalized:
 
     It takes images [batch, 3, height, width], uint8 or floating in [0, 1], and gives logits [batch, class].
     `store` is the path of the store, by default the one in the repository (or $KD_STORE). Raises
-    kd.spec.KnownError where there is no such stage.
+    kd.spec.KnownError where there is no such stage, or its files are not what was written.
     """
     from kd.store import Store, place
 

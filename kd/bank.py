@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kd import files
+
 _SPARE = 1 << 30  # bytes that a new bank leaves free on the disk
 
 
@@ -41,8 +43,12 @@ class Bank:
         bank = cls(folder, shape, np.dtype(dtype))
         if not (folder / "header.json").exists():
             bank._make(text)
-        with (folder / "logits.bin").open("r+b"), (folder / "filled.bin").open("r+b"):
-            return bank  # it can be written
+        rows = shape[0] * shape[1]
+        for file, size in (("logits.bin", rows * shape[2] * bank.dtype.itemsize), ("filled.bin", rows)):
+            with (folder / file).open("r+b") as opened:  # it can be written
+                if os.fstat(opened.fileno()).st_size != size:
+                    raise OSError(f"{folder / file} is damaged: remove {folder}")
+        return bank
 
     def filled(self, samples: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of the rows [row] are there."""
@@ -77,7 +83,7 @@ class Bank:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder.parent).free < size + _SPARE:
             raise OSError(f"{size / 1e9:.2f} GB and 1 GB to spare do not fit on the disk")
-        partial = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
+        partial = files.temporary(self.folder)
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir()
@@ -85,7 +91,7 @@ class Bank:
                 with (partial / name).open("wb") as file:
                     file.truncate(length)  # sparse: blocks come with their first rows
             (partial / "header.json").write_text(header)
-            partial.rename(self.folder)
+            files.publish(partial, self.folder)
         except OSError:
             if not (self.folder / "header.json").exists():
                 raise

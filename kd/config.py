@@ -24,6 +24,7 @@ from kd.stage import (
     DatasetSpec,
     Given,
     Normalization,
+    OnNaN,
     Part,
     Planner,
     Role,
@@ -76,6 +77,7 @@ class TrainConfig(TrainOverrides):
     """The `train` section: a recipe, and overrides for the whole chain."""
 
     recipe: str
+    on_nan: OnNaN = "stop"
 
 
 class Config(Frozen):
@@ -129,7 +131,7 @@ def train_spec(config: Config, role: Role, model: str) -> TrainSpec:
     given: dict[str, Any] = {"ranks": ranks}
     own: dict[str, TrainOverrides] = {"student": config.model.train, "teacher": config.teacher.train}
     for overrides in (config.train, own.get(role, TrainOverrides())):
-        given |= overrides.model_dump(exclude_none=True, exclude={"recipe"})
+        given |= overrides.model_dump(exclude_none=True, exclude={"recipe", "on_nan"})
     if given["ranks"] != ranks:
         asked, here = given["ranks"], "1 rank" if ranks == 1 else f"{ranks} ranks"
         raise KnownError(f"{role} {model}: train.ranks={asked} is for torchrun --nproc_per_node={asked} (got {here})")

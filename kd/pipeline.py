@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from kd import hardware
+from kd import files, hardware
 from kd.compilation import resolve_compile
 from kd.given import load_network
 from kd.losses import Loss
 from kd.partial import Partial
 from kd.progress import StageProgress
 from kd.ranks import ALONE, Team
-from kd.spec import Frozen, KnownError
-from kd.stage import Given, Normalization, Objective, Role, Select, Source, Stage
+from kd.signals import Deferred
+from kd.spec import Frozen, KnownError, NonFiniteError
+from kd.stage import Given, Normalization, Objective, OnNaN, Role, Select, Source, Stage
 from kd.statistics import spread
 from kd.store import Metrics, StageResult, Trained
 from kd.tracking import Tracker
 from kd.workplace import Workplace
 
 _NEAR_CHANCE = 2  # times chance
+_RETRIED = "in fp32 after"  # of a stage's record: what its own precision came to
 
 
 class Outcome(Frozen):
@@ -122,6 +125,7 @@ class Pipeline(Workplace):
 
     tracker: Tracker
     checkpoint: Path | None = None  # the file of a Given
+    on_nan: OnNaN = "stop"
     min_acc: float | None = None  # of a teacher, in percent of the test set; below it nothing is trained on it
     team: Team = ALONE  # the processes that train each stage together
     prune: Callable[[Metrics], None] | None = None  # hears of each epoch of a student; raises Pruned
@@ -143,7 +147,13 @@ class Pipeline(Workplace):
                         self._take(source)
                     else:
                         self._train(source)
+        shutil.rmtree(self.store.partial(source.key), ignore_errors=True)  # a process may have died before it did
         result = self.store.result(source.key)
+        retried = self.store.record(source.key)["made_with"].get(_RETRIED)
+        if retried and self.on_nan == "stop":
+            raise KnownError(
+                f"stage {source.key} was trained in fp32 after {retried}; train.on_nan=retry_fp32 takes it"
+            )
         self.tracker.finished(source, {"val_acc": result.val_acc, "test_acc": result.test_acc})
         stage = source if isinstance(source, Stage) else None
         return Outcome(
@@ -168,7 +178,7 @@ class Pipeline(Workplace):
         return outcome
 
     def _reusable(self, source: Source) -> bool:
-        return self.store.has(source.key) and (not self.runtime.retrain or source.key in self._done)
+        return (not self.runtime.retrain or source.key in self._done) and self.store.whole(source.key)
 
     def _take(self, given: Given) -> None:
         """Somebody's weights into the store, where a stage's would be, with their accuracy on the test set."""
@@ -194,19 +204,34 @@ class Pipeline(Workplace):
             print(f"  that is near chance: is it the right file, and does it see images by {given.normalize}?")
 
     def _train(self, stage: Stage) -> None:
+        """Train the stage and keep it, in fp32 where its own precision came to no finite end and `on_nan` says so."""
+        folder = self.store.partial(stage.key)
+        if self.runtime.retrain:
+            shutil.rmtree(folder, ignore_errors=True)
+        # Ranks are ended by torchrun, all at once: together they cannot stop at one step.
+        with Deferred(active=self.team.size == 1) as signals:
+            try:
+                trained, origin = self._attempt(stage, stage, folder, signals)
+            except NonFiniteError as error:
+                if self.on_nan == "stop" or stage.train.precision in ("fp32", "fp64"):
+                    raise
+                print(f"{error}; train.on_nan=retry_fp32: once more in fp32", flush=True)
+                trained, origin = self._attempt(stage, stage.in_fp32(), folder / "fp32", signals)
+                origin[_RETRIED] = str(error)
+            self._keep(stage, trained, origin)
+
+    def _attempt(self, planned: Stage, stage: Stage, folder: Path, signals: Deferred) -> tuple[Trained, dict[str, Any]]:
+        """Train what was planned as `stage`, which is the same but for its precision."""
         from kd.train import train_stage
 
         data, guide = self.data(stage), self.guide(stage)
         compiled = resolve_compile(self.runtime.compile, stage, len(data.train), self.device)
         runtime = {**self._runtime(), "compiled": compiled}
-        partial = Partial(self.store.partial(stage.key), stage, runtime, self.runtime.checkpoint_every)
-        if self.runtime.retrain:
-            partial.remove()
+        partial = Partial(folder, stage, runtime, self.runtime.checkpoint_every, signals)
         errand = stage, self.elsewhere()
-        with StageProgress(stage, len(data.train), self._log) as watch, self.team.together(errand):
+        with StageProgress(planned, len(data.train), self._log) as watch, self.team.together(errand):
             trained = train_stage(stage, data, guide, self.device, watch, partial, compiled, self.team)
-        self._keep(stage, trained, {"compiled": compiled})
-        partial.remove()
+        return trained, {"compiled": compiled}
 
     def _log(self, stage: Stage, metrics: Metrics) -> None:
         self.tracker.log(stage, metrics)
@@ -224,9 +249,16 @@ class Pipeline(Workplace):
 
         from kd.models import build
 
+        sizes = {}
         with torch.device("meta"):
             for stage in last.chain:
-                build(stage.model, num_classes=stage.dataset.num_classes, image_size=stage.dataset.image_size)
+                data = stage.dataset
+                network = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
+                sizes[stage.key] = sum(parameter.numel() for parameter in network.parameters())
+        for guide, stage in pairwise(last.chain):
+            if stage.role == "assistant" and sizes[stage.key] > sizes[guide.key]:
+                told = f"{stage.model} ({sizes[stage.key]:,} parameters)", f"{guide.model} ({sizes[guide.key]:,})"
+                print(f"{stage.role} {told[0]} is larger than {guide.role} {told[1]}, which guides it", flush=True)
 
     def _runtime(self) -> dict[str, Any]:
         """What is no part of the key and still moves the last bits of a result."""
@@ -256,6 +288,4 @@ def run(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -
 
 def write_result(result: RunResult, folder: Path) -> None:
     """result.json, there whole or not at all."""
-    partial = folder / f".result.{os.getpid()}"
-    partial.write_text(result.model_dump_json(indent=2, by_alias=True))
-    partial.replace(folder / "result.json")
+    files.write(folder / "result.json", result.model_dump_json(indent=2, by_alias=True))

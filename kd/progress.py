@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from multiprocessing import parent_process
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -25,6 +26,22 @@ def console() -> Console:
     """
     shown = Console()
     return shown if shown.is_terminal and parent_process() is None else Console(width=140, force_terminal=False)
+
+
+class Watch(Protocol):
+    """Whoever wants to know how far a training is."""
+
+    def resumed(self, history: list[Metrics], images: int) -> None:
+        """So many epochs were done before, and so many images of the next one."""
+
+    def guided(self, images: int) -> None:
+        """So many more images have been seen by the guide."""
+
+    def stepped(self, images: int) -> None:
+        """One optimiser step more, of so many images."""
+
+    def epoch_ended(self, metrics: Metrics) -> None:
+        """An epoch is over."""
 
 
 class StageProgress:
@@ -59,12 +76,12 @@ class StageProgress:
         if self._console.is_terminal:
             self._bar.stop()
 
-    def resumed(self, history: list[Metrics]) -> None:
-        """So many epochs were done before; their rows are part of this run's record too."""
+    def resumed(self, history: list[Metrics], images: int) -> None:
+        """So many epochs were done before, and images of the next one; their rows are part of this run's record too."""
         for row in history:
             self._log(self._stage, row)
         self._epoch = len(history)
-        self._done = self._before = self._epoch * self._samples
+        self._done = self._before = self._epoch * self._samples + images
 
     def guided(self, images: int) -> None:
         """So many more images have been seen by the guide."""
@@ -141,7 +158,7 @@ class StageProgress:
 class Unwatched:
     """A training that nobody looks at."""
 
-    def resumed(self, history: list[Metrics]) -> None:
+    def resumed(self, history: list[Metrics], images: int) -> None:
         """Epochs done before."""
 
     def guided(self, images: int) -> None:

@@ -51,6 +51,20 @@ def share(batch: slice, rank: int, size: int) -> slice:
     return slice(batch.start + samples * rank // size, batch.start + samples * (rank + 1) // size)
 
 
+def batches(samples: int, size: int, ranks: int = 1) -> list[slice]:
+    """Consecutive batches of an epoch; the last may be smaller, and is left out below two samples a rank.
+
+    BatchNorm cannot normalise one value, which is what one sample on 1×1 maps is.
+    """
+    slices = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
+    return slices[:-1] if len(slices) > 1 and length(slices[-1]) < min(2 * ranks, size) else slices
+
+
+def length(batch: slice) -> int:
+    """Its number of samples."""
+    return int(batch.stop - batch.start)
+
+
 class Team:
     """One process alone: what several agree upon, it has."""
 
@@ -110,13 +124,14 @@ class Ranks(Team):
         if self.rank:
             result, problem = self._broadcast(None)
             if problem is not None:
-                raise KnownError(problem)
+                raise problem
             return result  # type: ignore[no-any-return]
         try:
             result = work(*args, **kwargs)
         except (KnownError, OSError) as error:
-            self._broadcast((None, str(error)))
-            raise KnownError(str(error)) from error
+            problem = error if isinstance(error, KnownError) else KnownError(str(error))
+            self._broadcast((None, problem))
+            raise problem from error
         self._broadcast((result, None))
         return result
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.pipeline import ReplicatedResult, RunResult
+from kd.records import jobs
 from kd.spec import KnownError
-from kd.tables import SELECTED, count, interval_of, job_folders, job_order, read_result, setting, test_of
+from kd.tables import SELECTED, count, interval_of, setting, test_of
 
 
 def compare(folder: Path) -> None:
@@ -16,13 +17,11 @@ def compare(folder: Path) -> None:
 
     Raises KnownError where there are none.
     """
-    places = sorted(job_folders(folder), key=lambda place: job_order(str(place.relative_to(folder))))
-    results = [read_result(place / "result.json") for place in places if (place / "result.json").exists()]
+    found = jobs(folder)
+    results = [job.result for job in found if job.result]
     if not results:
         raise KnownError(f"{folder} has no finished jobs (no result.json in it)")
-    failed = len(
-        [place for place in places if not (place / "result.json").exists() and (place / "error.json").exists()]
-    )
+    failed = sum(job.failed for job in found)
     (folder / "comparison.md").write_text(_markdown(results, failed))
     _draw(results, folder / "comparison.png")
     print(f"{folder / 'comparison.md'} and {folder / 'comparison.png'} are written")

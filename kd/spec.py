@@ -28,6 +28,10 @@ class KnownError(Exception):
         super().__init__("\n".join(map(printable, tilde(message).split("\n"))))
 
 
+class NonFiniteError(KnownError):
+    """A training's loss or weights are NaN or infinite."""
+
+
 def tilde(text: str) -> str:
     """A text with the user's home folder as `~`, for records and lines that others may read."""
     home = os.path.expanduser("~").rstrip("/")

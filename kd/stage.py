@@ -44,6 +44,7 @@ Milestones = tuple[Annotated[float, AfterValidator(_fraction)], ...]
 Gamma = Annotated[float, Field(gt=0, le=1)]
 Warmup = Annotated[int, Field(ge=0)]
 Ranks = Annotated[int, Field(ge=1)]
+OnNaN = Literal["stop", "retry_fp32"]  # a loss or weights that are not finite: no part of the experiment
 Select = Literal["best_val", "last", "best_test", "best_test_batches"]
 
 
@@ -158,6 +159,11 @@ class Stage(Frozen):
         A role decides nothing: trained_teacher's reference is scratch's student when all else agrees.
         """
         return _key({**self.dump(), "guide": self.guide.key if self.guide else None})
+
+    def in_fp32(self) -> "Stage":
+        """The same stage, computed in fp32."""
+        fields = {name: getattr(self, name) for name in Stage.model_fields}
+        return Stage(**{**fields, "train": TrainSpec(**{**self.train.model_dump(), "precision": "fp32"})})
 
     @property
     def chain(self) -> "list[Source]":

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kd.pipeline import RunResult
+from kd.records import Job
 from kd.statistics import spread
-from kd.tables import Job, count, percent, short
+from kd.tables import count, peeked, percent, short
 
 # Overrides that tell jobs apart and decide no result.
 _NO_SETTING = ("runtime.", "tracking.", "tracking=", "hydra", "sweep", "dry_run")
@@ -48,13 +49,17 @@ class Setting:
         """Their mean test accuracy."""
         return sum(self.test) / len(self.test)
 
+    def score(self, objective: str) -> float:
+        """What settings are compared by: mean accuracy on validation, or test, in percent."""
+        return self.mean if objective == "test_acc" else self.val or 0.0
+
     def told(self, shared: Sequence[str]) -> str:
         """What it was told that not all settings were."""
-        return " ".join(short(override) for override in self.overrides if override not in shared)
+        return " ".join(filter(None, (short(override) for override in self.overrides if override not in shared)))
 
     def cells(self, shared: Sequence[str]) -> list[str]:
         """As a row of the Markdown table."""
-        own, n = self.told(shared), len(self.test)
+        own, n = self.told(shared) or "all", len(self.test)
         if n == 1:
             return [own, percent(self.val), percent(self.mean), "1", ""]
         apart = spread(self.test)
@@ -78,13 +83,14 @@ def settings(jobs: Sequence[Job]) -> list[Setting]:
 
 
 def best_of(found: Sequence[Setting], objective: str) -> Setting | None:
-    """The setting of the highest mean validation accuracy, the first of equals; of test where `objective` says so.
+    """The setting of the highest mean validation accuracy; of test where `objective` says so.
 
-    Where one setting has no validation split, none can be preferred without the test set: None.
+    Of equals it is the first by name, so that the order of a grid decides nothing. Where one setting has no
+    validation split, none can be preferred without the test set: None.
     """
     if not found or (objective == "val_acc" and any(setting.val is None for setting in found)):
         return None
-    return max(found, key=lambda setting: setting.mean if objective == "test_acc" else setting.val or 0.0)
+    return min(found, key=lambda setting: (-setting.score(objective), setting.overrides))
 
 
 def command(setting: Setting) -> str:
@@ -103,10 +109,10 @@ def command(setting: Setting) -> str:
     return " ".join(["python", "run.py", *map(shlex.quote, told)])
 
 
-def write(folder: Path, jobs: Sequence[Job], objective: str) -> list[str]:
+def write(folder: Path, jobs: Sequence[Job], objective: str, missing: int = 0) -> list[str]:
     """Write the summary into the multirun's folder. Returns the lines that say what is best, for the screen.
 
-    `objective` is val_acc, or test_acc where the search was told to maximise that.
+    `objective` is val_acc, or test_acc where the search was told to maximise that. `missing` jobs left no folder.
     """
     # With hydra.output_subdir=null nobody knows what a job was told.
     pool = settings(jobs) if len(jobs) == 1 or all(job.overrides for job in jobs) else []
@@ -116,7 +122,10 @@ def write(folder: Path, jobs: Sequence[Job], objective: str) -> list[str]:
     shared = [each for each in pool[0].overrides if all(each in setting.overrides for setting in pool)] if pool else []
     for stale in ("best.sh", "summary.png"):
         (folder / stale).unlink(missing_ok=True)
-    lines = _best_lines(best, objective, shared) if len(pool) > 1 else []
+    equals = [setting for setting in pool if best and setting.score(objective) == best.score(objective)]
+    lines = _best_lines(best, len(equals), objective, shared) if len(pool) > 1 else []
+    if missing:
+        lines.append(f"{missing} of {count(len(jobs) + missing)} left nothing: killed, or never begun")
     table = rows(jobs)
     with (folder / "summary.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, table[0])
@@ -124,18 +133,19 @@ def write(folder: Path, jobs: Sequence[Job], objective: str) -> list[str]:
         writer.writerows(table)
     (folder / "summary.md").write_text(_markdown(pool, jobs, shared, lines))
     if pool:
-        _draw(folder / "summary.png", pool, best)
+        _draw(folder / "summary.png", pool, best, objective)
     if best is not None:
         (folder / "best.sh").write_text(f"# the best setting of {folder.name}; make best runs it\n{command(best)}\n")
     return lines
 
 
-def _best_lines(best: Setting | None, objective: str, shared: Sequence[str]) -> list[str]:
+def _best_lines(best: Setting | None, equals: int, objective: str, shared: Sequence[str]) -> list[str]:
     if best is None:
         return ["no best setting is named: without a validation split only the test set could choose it"]
     chosen = "CHOSEN ON THE TEST SET, as the paper had it" if objective == "test_acc" else "chosen on validation"
     said = f"validation {percent(best.val)} %, test {best.mean:.2f} %, {count(len(best.test), 'student')}"
-    return [f"best setting, {chosen}: {best.told(shared)}: {said}", f"again: {command(best)}"]
+    tie = f"; {equals} settings are equal there, and it is the first of them by name" if equals > 1 else ""
+    return [f"best setting, {chosen}: {best.told(shared)}: {said}{tie}", f"again: {command(best)}"]
 
 
 def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -151,6 +161,8 @@ def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
             "std": spread(test).std if len(test) > 1 else None,
             "n": len(test),
             "student": job.result.chain[-1].key if job.result else None,
+            "mode": job.result.mode if job.result else None,
+            "epoch chosen": " and ".join(peeked(job.result)) or "without the test set" if job.result else None,
             "failure": job.reason,
         }
         found.append({"job": job.number, **{name: each.get(name) for name in names}, **numbers})
@@ -159,10 +171,16 @@ def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
 
 def _markdown(pool: Sequence[Setting], jobs: Sequence[Job], shared: Sequence[str], best: Sequence[str]) -> str:
     lines = [f"All with `{' '.join(shared)}`.", ""] if shared else []
-    lines += ["| setting | validation % | test % (mean ± std) | n | 95 % interval |", "|---" * 5 + "|"]
+    modes = dict.fromkeys(job.result.mode for job in jobs if job.result)
+    marks = dict.fromkeys(mark for job in jobs if job.result for mark in peeked(job.result))
+    if modes:
+        lines += ["; ".join((f"Mode {' and '.join(modes)}", *marks)) + ".", ""]
+    if pool:
+        lines += ["| setting | validation % | test % (mean ± std) | n | 95 % interval |", "|---" * 5 + "|"]
     for setting in pool:
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in setting.cells(shared)) + " |")
-    lines += ["", "Students that differ in their seed alone are one line; the interval is Student's t.", ""]
+    if pool:
+        lines += ["", "Students that differ in their seed alone are one line; the interval is Student's t.", ""]
     lines += [f"{line}\n" for line in best]
     lines += [f"- job {job.number} ({' '.join(job.overrides)}): {job.reason}" for job in jobs if job.result is None]
     return "\n".join(lines) + "\n"
@@ -182,8 +200,11 @@ def varied(pool: Sequence[Setting]) -> dict[str, list[float]]:
     return found
 
 
-def _draw(path: Path, pool: Sequence[Setting], best: Setting | None) -> None:
-    """Test accuracy over each number that varies, or by setting where none does; each student a dot."""
+def _draw(path: Path, pool: Sequence[Setting], best: Setting | None, objective: str) -> None:
+    """Test accuracy over each number that varies, or by setting where none does; each student a dot.
+
+    The best setting is circled, which need not be the one of the highest test accuracy.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -196,7 +217,14 @@ def _draw(path: Path, pool: Sequence[Setting], best: Setting | None) -> None:
     )
     for axes, name in zip(panels[0], numbers or [""], strict=True):
         others = [other for other in numbers if other != name]
-        _panel(axes, name, pool, best, numbers, others[0] if len(others) == 1 else None)
+        _panel(axes, name, pool, numbers, others[0] if len(others) == 1 else None)
+        if best is not None:
+            index = next(i for i, setting in enumerate(pool) if setting.overrides == best.overrides)
+            place = numbers[name][index] if name else index
+            circled = f"best setting, by {'test' if objective == 'test_acc' else 'validation'}"
+            axes.plot([place], [best.mean], "o", color="black", mfc="none", markersize=16, label=circled)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
     panels[0][0].set_ylabel("test accuracy, %")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -206,7 +234,6 @@ def _panel(
     axes: Any,
     name: str,
     pool: Sequence[Setting],
-    best: Setting | None,
     numbers: dict[str, list[float]],
     other: str | None,
 ) -> None:
@@ -214,7 +241,7 @@ def _panel(
     lines: dict[float | None, list[tuple[float, Setting]]] = {}
     for index, (place, setting) in enumerate(zip(places, pool, strict=True)):
         lines.setdefault(numbers[other][index] if other else None, []).append((place, setting))
-    joined = bool(name) and len(lines) <= 8 and all(len(line) > 1 for line in lines.values())
+    joined = bool(name) and len(lines) <= 8 and all(1 < len(line) <= 20 for line in lines.values())
     apart = 0.012 * (max(places) - min(places)) if joined else 0.0  # so that equal accuracies stay visible
     for number, (value, line) in enumerate(sorted(lines.items(), key=lambda item: item[0] or 0)):
         line.sort(key=lambda pair: pair[0])
@@ -225,13 +252,9 @@ def _panel(
             axes.plot([x + shift] * len(setting.test), setting.test, "o", color=color, alpha=0.5, markersize=4)
         means = [setting.mean for _, setting in line]
         axes.plot([x + shift for x, _ in line], means, "_-" if joined else "_", color=color, markersize=10, label=label)
-    for place, setting in zip(places, pool, strict=True):
-        if best is not None and setting.overrides == best.overrides:
-            axes.plot([place], [setting.mean], "o", color="black", mfc="none", markersize=16, label="best setting")
     if name:
         axes.set_xlabel(name)
     else:
-        axes.set_xticks(places, [" ".join(s.overrides[-2:]) for s in pool], rotation=30, ha="right", fontsize=8)
+        common = set.intersection(*(set(setting.overrides) for setting in pool))
+        axes.set_xticks(places, [setting.told(tuple(common)) for setting in pool], rotation=30, ha="right", fontsize=8)
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)

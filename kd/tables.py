@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -15,7 +13,7 @@ from rich.text import Text
 from kd.losses import Loss
 from kd.pipeline import Outcome, ReplicatedResult, RunResult
 from kd.progress import console
-from kd.spec import KnownError
+from kd.records import Job
 from kd.stage import Given, Normalization, Select, Source, Stage, TrainSpec
 from kd.store import Store
 
@@ -26,44 +24,6 @@ SELECTED: dict[Select | None, str] = {
     "best_test_batches": "EPOCH CHOSEN ON THE TEST SET, by the mean of its batches' accuracies, as Trained Teacher did",
     None: "given weights",
 }
-
-
-class Job(NamedTuple):
-    """One job of a multirun: its number, overrides, and its result or why there is none."""
-
-    number: str
-    overrides: list[str]
-    result: RunResult | None
-    reason: str
-    pruned: bool = False  # ended early by its search
-
-    @property
-    def failed(self) -> bool:
-        """Whether it has neither a result nor a reason to have none."""
-        return self.result is None and not self.pruned
-
-
-JOB_MARKS = (".hydra/config.yaml", "result.json", "error.json")
-
-
-def job_folders(folder: Path) -> set[Path]:
-    """The folders of a multirun's jobs, however deep; a store that lies among them has results of its own."""
-    places = {place.parents[mark.count("/")] for mark in JOB_MARKS for place in folder.rglob(mark)}
-    return {place for place in places if not (place / "stage.json").exists()}
-
-
-def job_order(number: str) -> tuple[int, str]:
-    """Sorts the names of jobs' folders: 2 before 10."""
-    return len(number), number
-
-
-def read_result(path: Path) -> RunResult:
-    """A run's result.json. Raises KnownError where there is none."""
-    try:
-        tree = json.loads(path.read_text())
-        return (ReplicatedResult if "replicates" in tree else RunResult).model_validate(tree)
-    except (OSError, ValueError, TypeError) as error:  # ValueError is pydantic's and json's too
-        raise KnownError(f"{path} is no result of a run ({str(error).splitlines()[0]})") from error
 
 
 def percent(value: float | None) -> str:
@@ -171,24 +131,36 @@ def print_jobs(jobs: Sequence[Job]) -> None:
     table = _table("job", "", "val %>", "test %>", "n>")
     for job in jobs:
         if job.result is not None:
-            own = " ".join(short(override) for override in job.overrides if override not in shared)
-            table.add_row(job.number, escape(own), percent(job.result.objective), *test_of(job.result))
+            table.add_row(job.number, escape(_own(job, shared)), percent(job.result.objective), *test_of(job.result))
     if table.row_count:
         out.print(table)
-    for select in ("best_test", "best_test_batches"):
-        peeked = [job.number for job in jobs if job.result and any(o.select == select for o in job.result.chain)]
-        if peeked:
-            out.print(f"jobs {', '.join(peeked)}: {SELECTED[select]}", highlight=False)
+    marks: dict[str, list[str]] = {}
     for job in jobs:
+        for mark in peeked(job.result) if job.result else ():
+            marks.setdefault(mark, []).append(job.number)
+    for mark, numbers in marks.items():
+        out.print(f"jobs {', '.join(numbers)}: {mark}", highlight=False)
+    for job in sorted(jobs, key=lambda job: job.failed):
         if job.result is None:
-            line = f"job {job.number} ({' '.join(job.overrides)}): {job.reason}"
-            out.print(line, style="red" if job.failed else None, highlight=False, markup=False, soft_wrap=True)
+            line = f"job {job.number} ({_own(job, shared)}): {job.reason}"
+            out.print(line, style="red" if job.failed else "dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def peeked(result: RunResult) -> list[str]:
+    """How the test set had a say in the choice of epochs, if it had."""
+    selects = dict.fromkeys(outcome.select for outcome in result.chain)
+    return [SELECTED[select] for select in selects if select in ("best_test", "best_test_batches")]
+
+
+def _own(job: Job, shared: Collection[str]) -> str:
+    """What a job was told that not all jobs were."""
+    return " ".join(filter(None, (short(override) for override in job.overrides if override not in shared)))
 
 
 def short(override: str) -> str:
-    """An override as tables show it: numbers to four digits; "" for the number of a trial, which is the job's."""
+    """An override as tables show it: numbers to four digits; "" for what a search tells its jobs for itself."""
     name, _, value = override.partition("=")
-    if name == "runtime.trial":
+    if name in ("runtime.trial", "sweep.join"):
         return ""
     try:
         return f"{name}={float(value):.4g}" if len(value) > 6 else override
@@ -210,7 +182,7 @@ def print_plan(mode: str, students: Sequence[Stage], store: Store, retrain: bool
     table = _table("role", "network", "seed>", "loss", "epochs>", "stage", "")
     sources = {source.key: source for student in students for source in student.chain}
     stages = {key: source for key, source in sources.items() if isinstance(source, Stage)}
-    there = {key for key in stages if store.has(key) and not retrain}
+    there = {key for key in stages if not retrain and store.whole(key)}
     for source in sources.values():
         table.add_row(
             *_planned(source), "given" if source.key not in stages else "stored" if source.key in there else "to train"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,30 +19,12 @@ from kd.models import build
 from kd.models.normalized import Normalized
 from kd.optimization import learning_rate, make_optimizer
 from kd.partial import Partial
-from kd.ranks import ALONE, Team, share
-from kd.spec import KnownError
+from kd.progress import Watch
+from kd.ranks import ALONE, Team, batches, length, share
+from kd.spec import NonFiniteError
 from kd.stage import Stage
 from kd.store import Metrics, StageResult, Trained
-
-# The streams of randomness. A seed names a sequence by (seed, epoch, purpose), never by a sum of them: an epoch
-# can be replayed alone, and seed 0's epoch 1 is not seed 1's epoch 0.
-INIT, ORDER, VIEW, DROPOUT = range(4)
-
-
-class Watch(Protocol):
-    """Whoever wants to know how far a training is."""
-
-    def resumed(self, history: list[Metrics]) -> None:
-        """So many epochs were done before."""
-
-    def guided(self, images: int) -> None:
-        """So many more images have been seen by the guide."""
-
-    def stepped(self, images: int) -> None:
-        """One optimiser step more, of so many images."""
-
-    def epoch_ended(self, metrics: Metrics) -> None:
-        """An epoch is over."""
+from kd.streams import DROPOUT, INIT, ORDER, VIEW, random_stream
 
 
 @dataclass
@@ -61,9 +42,14 @@ class _Kept:
             self.epoch, self.score, self.state, self.val_acc = epoch, score, state, val_acc
 
 
-def random_stream(seed: int, epoch: int, purpose: int) -> np.random.Generator:
-    """The generator of one purpose in one epoch of a seed."""
-    return np.random.default_rng(np.random.SeedSequence((seed, epoch, purpose)))
+@dataclass
+class _Begun:
+    """How far an epoch is: steps and samples done, sums over these samples, and the state of dropout's generators."""
+
+    steps: int = 0
+    samples: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    generators: list[Tensor] = field(default_factory=list)
 
 
 def make_network(stage: Stage, device: str) -> Normalized:
@@ -90,39 +76,51 @@ def train_stage(
 
     Every rank of a `team` trains its share of each batch and returns the same; rank 0 alone has `partial`.
 
-    Raises KnownError, with epoch, step and learning rate, for a loss that is not finite: at once on a CPU, at the
-    end of its epoch on a GPU, which would have to be waited for in every step.
+    A signal that asks for an end is heard at the next step: the state goes into `partial`, down to the step, and the
+    signal to whom it would have gone to.
+
+    Raises NonFiniteError, with epoch, step and learning rate, for a loss that is not finite: at once on a CPU, at the
+    end of its epoch on a GPU, which would have to be waited for in every step. Weights are looked at every epoch.
     """
-    training = _Training(stage, data, guide, device, watch, compiled, team)
+    training = _Training(stage, data, guide, device, watch, partial, compiled, team)
     if (state := team.first(lambda: partial.load() if partial is not None else None)) is not None:
         training.restore(state)
-    return training.run(partial)
+    return training.run()
 
 
 class _Training:
     def __init__(
-        self, stage: Stage, data: Data, guide: Guide | None, device: str, watch: Watch, compiled: bool, team: Team
+        self,
+        stage: Stage,
+        data: Data,
+        guide: Guide | None,
+        device: str,
+        watch: Watch,
+        partial: Partial | None,
+        compiled: bool,
+        team: Team,
     ) -> None:
         self.stage, self.train = stage, stage.train
         self.data, self.guide = data, guide
-        self.device, self.watch, self.team = device, watch, team
+        self.device, self.watch, self.partial, self.team = device, watch, partial, team
         self.network = make_network(stage, device)
         self.parallel = team.parallel(self.network, device)
         self.compiled = compile_network(self.network, device) if compiled else None
         self.optimizer = make_optimizer(self.network, self.train)
         self.scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=self.train.precision == "fp16")
-        self.kept, self.history = _Kept(), list[Metrics]()
+        self.kept, self.history, self.begun = _Kept(), list[Metrics](), _Begun()
         self.began = time.perf_counter()
 
-    def run(self, partial: Partial | None) -> Trained:
+    def run(self) -> Trained:
         for epoch in range(len(self.history), self.train.epochs):
             means = self._steps(epoch)
-            self.team.first(self._end_epoch, epoch, means, partial)
+            self.team.first(self._end_epoch, epoch, means)
         return self.team.first(self._finish)
 
-    def _end_epoch(self, epoch: int, means: dict[str, float], partial: Partial | None) -> None:
+    def _end_epoch(self, epoch: int, means: dict[str, float]) -> None:
         """What follows an epoch's steps: accuracies, the weights to keep, the record, a checkpoint."""
-        lr = learning_rate(self.train, epoch)
+        lr, partial = learning_rate(self.train, epoch), self.partial
+        self._check_weights(epoch)
         row: Metrics = {"epoch": epoch + 1, "lr": lr, **means, "val_acc": self._validate()}
         if self.train.test_curve or self.train.select.startswith("best_test"):
             row["test_acc"] = self._test()
@@ -156,9 +154,9 @@ class _Training:
         return score
 
     def state(self) -> dict[str, Any]:
-        """All that the next epoch depends on; its randomness is none of it, being named by seed and epoch."""
+        """All that the next step depends on; order and views are none of it, being named by seed and epoch."""
         return {
-            "epoch": len(self.history),
+            "begun": vars(self.begun),
             "history": self.history,
             "network": self.network.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -172,9 +170,9 @@ class _Training:
         self.network.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.kept, self.history = _Kept(**state["kept"]), state["history"]
+        self.kept, self.history, self.begun = _Kept(**state["kept"]), state["history"], _Begun(**state["begun"])
         self.began = time.perf_counter() - state["seconds"]
-        self.watch.resumed(self.history)
+        self.watch.resumed(self.history, self.begun.samples)
 
     def _steps(self, epoch: int) -> dict[str, float]:
         """One optimiser step a batch, every training sample once, of each batch this rank's share.
@@ -192,32 +190,60 @@ class _Training:
         guide_logits = self.guide.logits(order, views, self._guided) if self.guide else None
         samples, view = (torch.from_numpy(array).to(self.data.home) for array in (order, views))
         labels = self.data.labels[samples.to(device)]
-        losses: list[Tensor] = []
-        sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=device))
-        seen = done = 0
+        begun, first, losses, end = self.begun, self.begun.steps, list[Tensor](), 0
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        sums = begun.sums = {name: total.to(device) for name, total in begun.sums.items()}
         self.network.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             dropout = random_stream(seed, epoch, DROPOUT).integers(2**63, size=self.team.size)
             torch.manual_seed(int(dropout[self.team.rank]))
-            for step, (size, length) in enumerate(zip(map(_length, whole), map(_length, own), strict=True)):
-                batch, done = slice(done, done + length), done + length
+            self._set_generators()
+            for step, (size, part) in enumerate(zip(map(length, whole), map(length, own), strict=True)):
+                batch, end = slice(end, end + part), end + part
+                if step < first:
+                    continue
+                if self._asked():
+                    self._check(losses, epoch, first)
+                    begun.generators = self._generators()
+                    self._pause()
                 images, right = self.data.show(samples[batch], view[batch]), labels[batch]
                 guided = None if guide_logits is None else guide_logits[batch]
-                logits, parts = self._step(images, right, guided, length / size)
+                logits, parts = self._step(images, right, guided, part / size)
                 losses.append(parts["loss"])
                 if device.type == "cpu":
                     self._check(losses[-1:], epoch, step)
                 for name, value in parts.items():
-                    sums[name] += value * size
-                sums["train_acc"] += 100 * (logits.argmax(1) == right).sum()
-                seen += size
+                    sums[name] = sums.get(name, zero) + value * size
+                sums["train_acc"] = sums.get("train_acc", zero) + 100 * (logits.argmax(1) == right).sum()
+                begun.steps, begun.samples = step + 1, begun.samples + size
                 self.watch.stepped(size)
-        self._check(losses, epoch, 0)
+        self._check(losses, epoch, first)
         sums["train_acc"] = self.team.total(sums["train_acc"])
-        return {name: round(total.item() / seen, 6) for name, total in sums.items()}
+        self.begun = _Begun()
+        return {name: round(total.item() / begun.samples, 6) for name, total in sums.items()}
 
     def _guided(self, images: int) -> None:
         self.watch.guided(images * self.team.size)  # the other ranks' guides are as far
+        if self._asked():
+            self._pause()
+
+    def _asked(self) -> bool:
+        return self.partial is not None and self.partial.signals.asked
+
+    def _pause(self) -> None:
+        """Keep the state, then let the signal that asks for an end have its way."""
+        assert self.partial is not None  # as _asked() says
+        self.partial.save(self.state())
+        self.partial.signals.deliver()
+
+    def _generators(self) -> list[Tensor]:
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.startswith("cuda") else []
+        return [torch.get_rng_state(), *cuda]
+
+    def _set_generators(self) -> None:
+        """As they were when the epoch was left, if it was."""
+        for number, state in enumerate(self.begun.generators):
+            torch.cuda.set_rng_state(state, self.device) if number else torch.set_rng_state(state)
 
     def _step(
         self, images: Tensor, labels: Tensor, guide_logits: Tensor | None, part: float
@@ -241,15 +267,23 @@ class _Training:
 
     def _check(self, losses: list[Tensor], epoch: int, first: int) -> None:
         """Raise for a loss that is not finite, of consecutive steps from `first` on."""
-        finite = torch.isfinite(torch.stack(losses))
-        if not finite.all():
+        if losses and not (finite := torch.isfinite(torch.stack(losses))).all():
             step = int((~finite).nonzero()[0])
             lr = learning_rate(self.train, epoch)
-            raise KnownError(
+            raise NonFiniteError(
                 f"{self.stage.role} {self.stage.model}: the loss is {losses[step].item()} at epoch {epoch + 1}, "
                 f"step {first + step + 1}, learning rate {lr:g}; a lower train.lr, train.warmup or "
                 "train.precision=fp32 may help"
             )
+
+    def _check_weights(self, epoch: int) -> None:
+        for name, tensor in self.network.network.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteError(
+                    f"{self.stage.role} {self.stage.model}: {name} is not finite after epoch {epoch + 1}, learning "
+                    f"rate {learning_rate(self.train, epoch):g}; a lower train.lr, train.warmup or "
+                    "train.precision=fp32 may help"
+                )
 
     def _validate(self) -> float | None:
         if not len(self.data.val):
@@ -259,16 +293,3 @@ class _Training:
     def _test(self) -> float:
         size = self.train.batch_size if self.train.select == "best_test_batches" else None
         return evaluate(self.network, self.data.test_images, self.data.test_labels, self.train.precision, size)
-
-
-def batches(samples: int, size: int, ranks: int = 1) -> list[slice]:
-    """Consecutive batches of an epoch; the last may be smaller, and is left out below two samples a rank.
-
-    BatchNorm cannot normalise one value, which is what one sample on 1×1 maps is.
-    """
-    slices = [slice(start, min(start + size, samples)) for start in range(0, samples, size)]
-    return slices[:-1] if len(slices) > 1 and _length(slices[-1]) < min(2 * ranks, size) else slices
-
-
-def _length(batch: slice) -> int:
-    return int(batch.stop - batch.start)

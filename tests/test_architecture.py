@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 # From the bottom up. A module imports only from rows below its own; within a row, nobody.
 ROWS = [
     ["kd.spec"],
-    ["kd.losses", "kd.hardware", "kd.problems", "kd.ranks", "kd.statistics"],
+    ["kd.files", "kd.losses", "kd.hardware", "kd.problems", "kd.ranks", "kd.signals", "kd.statistics", "kd.streams"],
     ["kd.stage"],
     ["kd.models", "kd.datasets", "kd.recipes", "kd.compilation", "kd.evaluation", "kd.optimization"],
     ["kd.methods"],
@@ -18,16 +18,19 @@ ROWS = [
     ["kd.guide", "kd.tracking", "kd.progress"],
     ["kd.train", "kd.config"],
     ["kd.parsing", "kd.workplace"],
-    ["kd.pipeline"],
+    ["kd.pipeline", "kd.store.__main__", "kd.store.listing"],
+    ["kd.records"],
     ["kd.tables"],
     ["kd.report", "kd.summary", "kd.search"],
+    ["kd.job"],
     ["kd.sweep"],
     ["run", "kd"],
 ]
+SEARCH = {"kd.search.sampler", "kd.search.study", "kd.search.pruning"}
 HOMES = {
-    "hydra": {"run", "kd.sweep", "kd.search"},
-    "omegaconf": {"run", "kd.parsing", "kd.sweep", "kd.search"},
-    "optuna": {"kd.search"},
+    "hydra": {"run", "kd.job", "kd.sweep", *SEARCH},
+    "omegaconf": {"run", "kd.job", "kd.parsing", "kd.records", "kd.sweep", "kd.search.study"},
+    "optuna": SEARCH,
     "wandb": {"kd.tracking.wandb", "kd.tracking.probe"},
 }
 # The only modules that may import something slow at their top: none of them is on the way of --help and dry_run.

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd import hardware, progress, sweep
+from kd import hardware, job, progress
 from kd.stage import RuntimeSpec
 from tests.conftest import QUICK, ROOT, run_py
 
@@ -150,7 +150,7 @@ def test_ray(jobs: Path) -> None:
     ],
 )
 def test_processors_of_a_job(launcher: dict[str, object], processors: int, threads: int) -> None:
-    assert sweep.processors_of_a_job(OmegaConf.create(launcher), processors) == threads
+    assert job.processors_of_a_job(OmegaConf.create(launcher), processors) == threads
 
 
 def in_job(number: int, launcher: str, mode: RunMode = RunMode.MULTIRUN) -> DictConfig:
@@ -164,13 +164,13 @@ def in_job(number: int, launcher: str, mode: RunMode = RunMode.MULTIRUN) -> Dict
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve processors and three GPUs."""
-    monkeypatch.setattr(sweep, "cpu_count", lambda: 12)
+    monkeypatch.setattr(job, "cpu_count", lambda: 12)
     monkeypatch.setattr(hardware, "has_nvidia_driver", lambda: True)
     monkeypatch.setattr(hardware, "_gpus", lambda: 3)
 
 
 @pytest.mark.parametrize(
-    ("job", "given", "expected"),
+    ("hydra_job", "given", "expected"),
     [
         (in_job(4, "joblib"), RuntimeSpec(), ("cuda:1", 6)),
         (in_job(3, "joblib"), RuntimeSpec(threads=5), ("cuda:0", 5)),
@@ -182,10 +182,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("machine")
 def test_share(
-    job: DictConfig, given: RuntimeSpec, expected: tuple[str, int | None], monkeypatch: pytest.MonkeyPatch
+    hydra_job: DictConfig, given: RuntimeSpec, expected: tuple[str, int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HydraConfig, "get", lambda: job.hydra)
-    shared = sweep.share(given)
+    monkeypatch.setattr(HydraConfig, "get", lambda: hydra_job.hydra)
+    shared = job.share(given)
     assert (shared.device, shared.threads) == expected
     assert RuntimeSpec(**{**shared.model_dump(), "device": given.device, "threads": given.threads}) == given
 

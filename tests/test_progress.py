@@ -75,7 +75,7 @@ def test_a_resumed_stage_counts_only_its_own_time(clock: Any, capsys: pytest.Cap
     logged: list[Any] = []
     train = type(TRAIN)(**{**TRAIN.model_dump(), "epochs": 4})
     with StageProgress(stage(train=train), 100, lambda stage, row: logged.append(row["epoch"])) as watch:
-        watch.resumed([row(1), row(2)])
+        watch.resumed([row(1), row(2)], 0)
         clock.now += 20
         watch.stepped(100)
         watch.epoch_ended(row(3))

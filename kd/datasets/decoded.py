@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kd import files
 from kd.datasets.base import Arrays, Facts, statistics
 from kd.spec import KnownError, printable, tilde
 
@@ -50,9 +51,7 @@ def prepare(listing: Listing, place: Path, threads: int, skip: bool = False) -> 
         facts = _facts(arrays, listing.classes)
         _keep(arrays, place / str(facts.content))
         known = facts, skipped
-        partial = manifest.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({**asdict(facts), "skipped": skipped}))
-        partial.replace(manifest)
+        files.write(manifest, json.dumps({**asdict(facts), "skipped": skipped}))
     facts, skipped = known
     if skipped:
         listed = manifest.with_suffix(".txt")
@@ -206,13 +205,14 @@ def _keep(arrays: Arrays, folder: Path) -> None:
         return
     except KnownError:
         shutil.rmtree(folder, ignore_errors=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True, exist_ok=True)
-    for name, array in vars(arrays).items():
-        np.save(partial / f"{name}.npy", array)
+    partial = files.temporary(folder)
     try:
-        partial.rename(folder)
-    except OSError:  # another process was first, with the same content
-        for file in partial.iterdir():
-            file.unlink()
-        partial.rmdir()
+        partial.mkdir(parents=True, exist_ok=True)
+        for name, array in vars(arrays).items():
+            np.save(partial / f"{name}.npy", array)
+        files.publish(partial, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -61,7 +61,7 @@ def track(
     sources = [source for student in students for source in student.chain]
     names = axes(sources)
     stages = {names[s.key]: {"key": s.key, **{k: v for k, v in s.dump().items() if k != "guide"}} for s in sources}
-    last = next((student for student in reversed(students) if not store.has(student.key)), None)
+    last = next((student for student in reversed(students) if not store.whole(student.key)), None)
     opening = Opening(
         name=run_name(students),
         job_type=str(config["method"]["name"]),

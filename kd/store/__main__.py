@@ -1,0 +1,119 @@
+"""`python -m kd.store`: looks at the store, checks it, and keeps house in it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from kd.problems import explain
+from kd.spec import KnownError
+from kd.stage import RuntimeSpec, Stage
+from kd.store import Store, place
+from kd.store.housekeeping import collect, remove
+from kd.store.listing import in_bytes, print_list, print_stage
+
+
+def _arguments(given: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kd.store", description=__doc__)
+    parser.add_argument("--store", help="its folder; by default $KD_STORE, or store/ in the repository")
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="every stage: its chain, accuracies, size and age")
+    listing.add_argument("--json", action="store_true", help="for scripts")
+    evaluating = commands.add_parser("eval", help="test a stored network again, training nothing")
+    removing = commands.add_parser("rm", help="remove a finished stage")
+    removing.add_argument("--with-dependents", action="store_true", help="and the stages that were trained on it")
+    showing = commands.add_parser("show", help="everything about a stage")
+    verifying = commands.add_parser("verify", help="compare files with their checksums; exit code 1 if any differs")
+    for command in (evaluating, removing, showing):
+        command.add_argument("key", help="the stage's, or as much of its beginning as no other has")
+    verifying.add_argument("key", nargs="?", help="of one stage; by default all are checked")
+    evaluating.add_argument("--data", help="where data sets lie; by default $KD_DATA, or data/ in the repository")
+    evaluating.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
+    cleaning = commands.add_parser("gc", help="remove leftovers; never a finished stage, never what is in use")
+    cleaning.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+    cleaning.add_argument(
+        "--older-than", type=float, default=30, metavar="DAYS", help="age of checkpoints and damaged stages that go: 30"
+    )
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str]) -> int:
+    """Do what the command line says. Returns the exit code."""
+    arguments = _arguments(given)
+    store = Store(place(arguments.store or os.environ.get("KD_STORE"), "store"))
+    beginning = getattr(arguments, "key", None)
+    key = None if beginning is None else _complete(store, beginning)
+    match arguments.command:
+        case "list":
+            print_list(store, arguments.json)
+        case "verify":
+            return _verify(store, [key] if key else list(store))
+        case "gc":
+            _clean(store, arguments.older_than, arguments.dry_run)
+        case "show":
+            print_stage(store, str(key))
+        case "eval":
+            _evaluate(store, str(key), arguments.data, arguments.device)
+        case "rm":
+            removed = remove(store, str(key), arguments.with_dependents)
+            print(f"removed {', '.join(removed)}")
+    return 0
+
+
+def _complete(store: Store, beginning: str) -> str:
+    found = [key for key in store if key.startswith(beginning)]
+    if len(found) != 1:
+        which = f"{len(found)} stages begin so: {', '.join(found[:5])}" if found else f"none begins so in {store.root}"
+        raise KnownError(f"{beginning}: should be the key of one finished stage ({which})")
+    return found[0]
+
+
+def _verify(store: Store, keys: Sequence[str]) -> int:
+    problems = {key: problem for key in keys if (problem := store.problem(key))}
+    for key, problem in problems.items():
+        print(f"stage {key} is damaged ({problem})")
+    print(f"{len(keys) - len(problems)} of {len(keys)} stages are as they were written")
+    return 1 if problems else 0
+
+
+def _clean(store: Store, days: float, dry: bool) -> None:
+    total = count = 0
+    for leftover in collect(store, days, dry):
+        print(f"{in_bytes(leftover.size):>7}  {leftover.path.relative_to(store.root)}: {leftover.reason}")
+        total, count = total + leftover.size, count + 1
+    print(f"leftovers: {count}, {in_bytes(total)}, {'to be removed' if dry else 'removed'} from {store.root}")
+
+
+def _evaluate(store: Store, key: str, data_root: str | None, device: str) -> None:
+    from torch import channels_last
+
+    from kd.evaluation import evaluate
+    from kd.workplace import Workplace
+
+    try:
+        runtime = RuntimeSpec.model_validate({"device": device})
+    except ValidationError as error:
+        raise KnownError("\n".join(explain(error))) from error
+    source, recorded = store.source(key), store.result(key)
+    workplace = Workplace(store, place(data_root or os.environ.get("KD_DATA"), "data"), runtime)
+    precision = source.train.precision if isinstance(source, Stage) else "fp32"
+    data = workplace.data(source)
+    network = store.network(key).to(memory_format=channels_last).to(workplace.device)
+    tested = {"test": (data.test_images, data.test_labels, recorded.test_acc)}
+    if recorded.val_acc is not None:
+        tested["validation"] = data.val_images, data.val_labels, recorded.val_acc
+    print(f"{source.role} {source.model} on {source.dataset.name}, {precision} on {workplace.device}")
+    for name, (images, labels, before) in tested.items():
+        print(f"{name}: {evaluate(network, images, labels, precision):.4f} % (recorded: {before:.4f} %)")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KnownError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
