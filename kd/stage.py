@@ -227,8 +227,8 @@ class RuntimeSpec(Frozen):
     """Where and how fast a stage is trained: no part of the experiment, and so in no key."""
 
     device: Annotated[str, AfterValidator(_device)] = "auto"
-    threads: int | None = Field(None, ge=1, le=4096)  # null: every processor this process may use
-    workers: int | None = Field(None, ge=1, le=4096)  # threads that decode a folder of images; null as above
+    threads: int | None = Field(None, ge=1, le=1024)  # null: every processor this process may use
+    workers: int | None = Field(None, ge=1, le=1024)  # threads that decode a folder of images; null as above
     store: PathText | None = None  # null: store/ in the repository; a path is taken from the working directory
     data: PathText | None = None  # null: data/ in the repository
     checkpoint_every: int = Field(10, ge=1)  # epochs between two checkpoints of an unfinished stage

@@ -110,7 +110,7 @@ def test_experiments_and_sweeps_come_last() -> None:
         ("runtime.device=tpu", "runtime.device: should be auto, cpu, cuda or cuda:<number> (got 'tpu')"),
         ("tracking.mode=sometimes", "tracking.mode: should be 'auto', 'online' or 'offline'"),
         ("~model", "model.name: is missing"),
-        ("train.epochs=${nothing}", "train.epochs: Interpolation key 'nothing' not found"),
+        ("train.epochs=${nothing}", "train.epochs: leads to no value"),
     ],
 )
 def test_bad_values(override: str, message: str) -> None:
