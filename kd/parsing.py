@@ -95,7 +95,8 @@ def _unresolved(node: Any, path: str = "") -> Iterator[str]:
         except MissingMandatoryValue:
             yield f"{key}: is missing"
         except OmegaConfBaseException:
-            yield f"{key}: leads to no value, by no such key, variable or resolver or in a circle (got {typed[part]!r})"
+            why = "there is no such key, variable or resolver, or it is a circle"
+            yield f"{key}: leads to no value: {why} (got {typed[part]!r})"
         else:
             if isinstance(value, (DictConfig, ListConfig)) and not OmegaConf.is_interpolation(node, part):
                 yield from _unresolved(value, key)
@@ -195,7 +196,8 @@ def _training(sections: dict[str, Any]) -> Iterator[str]:
         return
     if sections["train"].recipe not in RECIPES[sections["mode"]]:
         known = ", ".join(RECIPES[sections["mode"]])
-        yield f"train.recipe: should be one of {known} in mode={sections['mode']} (got {sections['train'].recipe!r})"
+        asked = f"should be one of {known} in mode={sections['mode']} (got {sections['train'].recipe!r})"
+        yield f"train.recipe: {asked}; dataset=… picks its own, train=… another"
         return
     config = Config.model_construct(**sections)
     whole = sections.keys() == Config.model_fields.keys()
