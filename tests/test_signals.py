@@ -21,12 +21,7 @@ from tests.conftest import QUICK, ROOT, run_py
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
-@pytest.fixture(autouse=True)
-def _handlers_stay() -> Any:
-    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGUSR1, signal.SIGUSR2)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signals")
 
 
 def test_a_signal_waits_for_its_delivery(capfd: pytest.CaptureFixture[str]) -> None:

@@ -195,6 +195,7 @@ def test_a_multirun_is_one_group_of_one_run_a_job(server: Server, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("signals")
 def test_an_interrupted_run_goes_on_at_the_server(server: Server, tmp_path: Path) -> None:
     """Interrupted in its student's training: one run, every epoch once."""
     mine = (*QUICK, "tracking=wandb", "runtime.checkpoint_every=1", "hydra.run.dir=out", "model.train.epochs=80")

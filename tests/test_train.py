@@ -207,6 +207,7 @@ def interrupted(stage: Stage, data: Data, guide: Guide, folder: Path, watch: Sil
     return partial
 
 
+@pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize(
     ("model", "precision", "stops"), [("plane2", "fp32", (3, 30)), ("plane2", "fp16", (21,)), ("net", "fp32", (7, 1))]
 )
@@ -231,6 +232,7 @@ def test_a_signal_stops_at_a_step_and_the_stage_goes_on_there(
     assert f"going on after {place}\n" in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("signals")
 def test_a_signal_is_heard_while_the_guide_is_run(data: Data, tmp_path: Path) -> None:
     teacher, network = teacher_of(data)
     stage = a_stage(data, guide=teacher, epochs=2)
