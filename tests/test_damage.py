@@ -228,6 +228,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_without_locks_two_processes_end_in_one_whole_stage(tmp_path: Path) -> None:
     """The worst that a file system may do to us: both train, and publish the same bits."""
     code = UNLOCKED.replace("runpy.run", f"sys.argv = {[str(ROOT / 'run.py'), *QUICK]!r} + sys.argv[1:]\nrunpy.run")

@@ -18,9 +18,6 @@ import pytest
 from kd.signals import Deferred, Terminated, exit_code, raise_on_sigterm
 from tests.conftest import QUICK, ROOT, run_py
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-
-
 pytestmark = pytest.mark.usefixtures("signals")
 
 
@@ -112,7 +109,7 @@ def interrupted(folder: Path, number: int, *arguments: str, after: Callable[[], 
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_run_goes_on_at_its_step(
     tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
