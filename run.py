@@ -15,7 +15,7 @@ from kd.datasets import resolve
 from kd.parsing import parse, recorded
 from kd.pipeline import Pipeline, Pruned, run, write_result
 from kd.ranks import team, world
-from kd.signals import exit_code, raise_on_sigterm
+from kd.signals import exit_code, ignore, raise_on_sigterm
 from kd.spec import tilde
 from kd.store import Store
 from kd.tracking import track
@@ -72,6 +72,7 @@ if __name__ == "__main__":
         )
         sys.exit(exit_code(interrupt))
     finally:
+        ignore()  # whoever asks again is told how it ended first
         failed = sweep.summarize()
         ranks.dismiss()
     sys.exit(1 if failed else 0)

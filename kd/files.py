@@ -51,6 +51,14 @@ def settle(folder: Path) -> None:
         sync(path)
 
 
+def make(folder: Path) -> None:
+    """Make a folder, and force it and those above it that are new into the disk's own."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in new:
+        sync(place.parent)
+
+
 def sync(path: Path) -> None:
     """Force a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -132,10 +132,14 @@ def _read(path: Path) -> Any:
 
 def _refuse_bombs(path: Path) -> None:
     """Raise KnownError for a zip that holds more than its own size; torch.save never compresses."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as packed:
-        held = sum(member.file_size for member in packed.infolist())
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # by which torch tells
+            return
+    try:
+        with zipfile.ZipFile(path) as packed:
+            held = sum(member.file_size for member in packed.infolist())
+    except zipfile.BadZipFile as error:  # torch looks farther for what makes it one
+        raise KnownError(f"teacher.checkpoint: {path} is damaged ({error})") from error
     if held > path.stat().st_size:
         raise KnownError(f"teacher.checkpoint: {path} claims {held:,} bytes of content, more than the file has")
 

@@ -17,7 +17,7 @@ from torch.fx.experimental.optimization import fuse
 from kd.bank import Bank
 from kd.datasets import views as augmentation
 from kd.datasets.data import Data
-from kd.hardware import autocast
+from kd.hardware import autocast, processor
 from kd.models.normalized import Normalized
 from kd.stage import FORMAT
 
@@ -116,7 +116,7 @@ def open_bank(place: Path, key: str, weights: str, data: Data, precision: str, d
         "weights": weights,
         "torch": version("torch"),
         "chunk": CHUNK,
-        "processor": torch.cuda.get_device_name(device) if kind == "cuda" else torch.backends.cpu.get_cpu_capability(),
+        "processor": processor(device),
         "threads": torch.get_num_threads(),
     }
     spec = data.spec

@@ -32,6 +32,15 @@ def cpu_has_bf16() -> bool:
     return bool(words & _BF16_FLAGS)
 
 
+def processor(device: str) -> str:
+    """What computes: a GPU's name, or the instructions that torch uses of the CPU. Other ones give other last bits."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def resolve_device(device: str, job: int | None = None) -> str:
     """`auto` becomes cuda where torch sees a GPU and cpu elsewhere; anything else stays.
 

@@ -58,7 +58,7 @@ class Partial:
         if record["stage"] != self._identity():
             raise ValueError("is another stage's")
         if record["runtime"] != self.runtime:
-            raise ValueError("was made under another device, number of threads, runtime.compile or torch")
+            raise ValueError("was made under another processor, number of threads, runtime.compile or torch")
         state: dict[str, Any] = record["state"]
         return state
 
@@ -69,7 +69,7 @@ class Partial:
         content = BytesIO()
         torch.save({"stage": self._identity(), "runtime": self.runtime, "state": state}, content)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            files.make(self.folder)
             with files.replacing(self.folder / "state") as file:
                 file.write(hashlib.sha256(content.getbuffer()).digest())
                 file.write(content.getbuffer())

@@ -147,7 +147,6 @@ class Pipeline(Workplace):
                         self._take(source)
                     else:
                         self._train(source)
-        shutil.rmtree(self.store.partial(source.key), ignore_errors=True)  # a process may have died before it did
         result = self.store.result(source.key)
         retried = self.store.record(source.key)["made_with"].get(_RETRIED)
         if retried and self.on_nan == "stop":
@@ -206,8 +205,6 @@ class Pipeline(Workplace):
     def _train(self, stage: Stage) -> None:
         """Train the stage and keep it, in fp32 where its own precision came to no finite end and `on_nan` says so."""
         folder = self.store.partial(stage.key)
-        if self.runtime.retrain:
-            shutil.rmtree(folder, ignore_errors=True)
         # Ranks are ended by torchrun, all at once: together they cannot stop at one step.
         with Deferred(active=self.team.size == 1) as signals:
             try:
@@ -219,6 +216,7 @@ class Pipeline(Workplace):
                 trained, origin = self._attempt(stage, stage.in_fp32(), folder / "fp32", signals)
                 origin[_RETRIED] = str(error)
             self._keep(stage, trained, origin)
+            shutil.rmtree(folder, ignore_errors=True)  # if the process dies before, kd.store gc does
 
     def _attempt(self, planned: Stage, stage: Stage, folder: Path, signals: Deferred) -> tuple[Trained, dict[str, Any]]:
         """Train what was planned as `stage`, which is the same but for its precision."""
@@ -263,7 +261,8 @@ class Pipeline(Workplace):
     def _runtime(self) -> dict[str, Any]:
         """What is no part of the key and still moves the last bits of a result."""
         kind = self.device.partition(":")[0]  # whichever of the GPUs
-        return {"torch": version("torch"), "device": kind, "threads": self.threads}
+        processor = hardware.processor(self.device)
+        return {"torch": version("torch"), "device": kind, "processor": processor, "threads": self.threads}
 
 
 def run(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -> RunResult:

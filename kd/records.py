@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from kd.pipeline import Pruned, ReplicatedResult, RunResult
 from kd.spec import KnownError, tilde
@@ -68,8 +70,7 @@ def jobs(folder: Path, since: float = 0.0) -> list[Job]:
 
 
 def _look(folder: Path, place: Path) -> Job:
-    overrides = place / ".hydra" / "overrides.yaml"
-    told = [tilde(str(override)) for override in OmegaConf.load(overrides)] if overrides.exists() else []
+    told = [tilde(str(override)) for override in _saved(place, "overrides") or ()]
     number = str(place.relative_to(folder))
     if (place / "result.json").exists():
         try:
@@ -81,6 +82,14 @@ def _look(folder: Path, place: Path) -> Job:
     if (place / "error.json").exists():
         return Job(number, told, None, _reason(place / "error.json"))
     return Job(number, told, None, "unfinished")
+
+
+def _saved(place: Path, name: str) -> Any:
+    """What Hydra saved of a job; None where it is not there whole."""
+    try:
+        return OmegaConf.load(place / ".hydra" / f"{name}.yaml")
+    except (OSError, YAMLError, OmegaConfBaseException):
+        return None
 
 
 def _reason(path: Path) -> str:
@@ -98,7 +107,6 @@ def _changed(place: Path) -> float:
 
 def _counts(place: Path) -> bool:
     """Whether the job has something to tell: a dry run has not, unless it failed."""
-    config = place / ".hydra" / "config.yaml"
-    saved = OmegaConf.load(config) if config.exists() else OmegaConf.create()
-    dry = bool(OmegaConf.select(saved, "dry_run", throw_on_resolution_failure=False))
+    saved = _saved(place, "config")
+    dry = isinstance(saved, DictConfig) and OmegaConf.select(saved, "dry_run", throw_on_resolution_failure=False)
     return not dry or (place / "error.json").exists()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 _ASKING = (signal.SIGINT, signal.SIGTERM)
-_SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # asked by who has a handler for them, as submitit has
-_SAID = b"\nending after this step, with a checkpoint; once more ends at once\n"
+_SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # they ask where somebody has a handler for them, as submitit has
+_SAID = b"\nasked to end: as soon as the state is on disk; once more ends at once\n"
 
 
 class Terminated(KeyboardInterrupt):
@@ -28,6 +27,12 @@ def raise_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, _terminate)
 
 
+def ignore() -> None:
+    """Let this process come to its end, whatever it is asked."""
+    for number in _ASKING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
@@ -35,19 +40,19 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 class Deferred:
     """A block in which signals that ask for an end are kept, until deliver() or the end of the block.
 
-    They then go to whom they would have gone to before the block. A second one goes there at once. Only the main
-    thread of a process hears of signals; elsewhere, or if not `active`, the block does nothing.
+    They then go to whoever would have got them. The same signal once more goes there at once. Only the main thread
+    of a process hears of signals; elsewhere, or if not `active`, the block does nothing.
     """
 
     def __init__(self, active: bool = True) -> None:
         self._active = active and threading.current_thread() is threading.main_thread()
-        self._kept: int | None = None
+        self._kept: list[int] = []
         self._before: dict[int, Any] = {}
 
     @property
     def asked(self) -> bool:
         """Whether a signal is waiting."""
-        return self._kept is not None
+        return bool(self._kept)
 
     def __enter__(self) -> Deferred:
         if self._active:
@@ -64,11 +69,12 @@ class Deferred:
         self.deliver()
 
     def deliver(self) -> None:
-        """Hand a waiting signal over. Returns where there is none, or its handler lets the process go on."""
-        if self._kept is None:
-            return
-        number, self._kept = self._kept, None
-        handler: Callable[[int, FrameType | None], Any] | signal.Handlers = self._before[number]
+        """Hand the waiting signals over. Returns where there are none, or their handlers let the process go on."""
+        while self._kept:
+            self._hand_over(self._kept.pop(0))
+
+    def _hand_over(self, number: int) -> None:
+        handler = self._before[number]
         if callable(handler):
             handler(number, None)
         else:  # the system's way: the process ends here
@@ -76,11 +82,11 @@ class Deferred:
             os.kill(os.getpid(), number)
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
-        again, self._kept = self.asked, number
-        if again:
-            self.deliver()
-        else:
-            os.write(2, _SAID)  # print() may have been interrupted itself
+        if number in self._kept:
+            self._hand_over(number)
+            return
+        self._kept.append(number)
+        os.write(2, _SAID)  # print() may have been interrupted itself
 
 
 def _handled(number: int) -> bool:

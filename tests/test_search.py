@@ -112,7 +112,7 @@ def test_one_process_searches_and_others_join(job: Job, tmp_path: Path, capsys: 
     capsys.readouterr()
     job(*overrides, multirun=True, code=2)
     said = capsys.readouterr().err
-    assert f"is being searched by process {os.getpid()} on" in said
+    assert f"is being searched by another process (pid {os.getpid()} on" in said
     assert "sweep.join=true adds trials beside it" in said
     # The other process is at a trial: that is neither ours to begin again nor a failure of this multirun.
     storage = f"sqlite:///{tmp_path / 'out' / 'study.db'}"

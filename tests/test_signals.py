@@ -30,7 +30,7 @@ def test_a_signal_waits_for_its_delivery(capfd: pytest.CaptureFixture[str]) -> N
         with pytest.raises(KeyboardInterrupt):
             signals.deliver()
         assert not signals.asked
-    assert "ending after this step, with a checkpoint" in capfd.readouterr().err
+    assert "asked to end: as soon as the state is on disk" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -57,6 +57,21 @@ def test_a_second_signal_is_not_kept() -> None:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("order", [(signal.SIGTERM, signal.SIGUSR2), (signal.SIGUSR2, signal.SIGTERM)])
+def test_a_pre_emption_may_send_two(order: tuple[signal.Signals, signal.Signals]) -> None:
+    """As SLURM does; submitit lets one pass, and queues the job again for the other."""
+    heard: list[int] = []
+    for number in order:
+        signal.signal(number, lambda number, frame: heard.append(number))
+    with Deferred() as signals:
+        for number in order:
+            signal.raise_signal(number)
+        assert heard == []
+        signals.deliver()
+        assert heard == list(order)
+        assert not signals.asked
 
 
 def test_a_schedulers_handler_may_let_the_process_go_on() -> None:

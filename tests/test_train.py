@@ -221,7 +221,7 @@ def test_a_signal_stops_at_a_step_and_the_stage_goes_on_there(
     unbroken = train_stage(stage, data, guide, "cpu", Silent())
     for stop in stops:
         partial = interrupted(stage, data, guide, tmp_path / "partial", Signalled(stop))
-        assert "ending after this step" in capfd.readouterr().err
+        assert "asked to end" in capfd.readouterr().err
     watch = Silent()
     resumed = train_stage(stage, data, guide, "cpu", watch, partial)
     assert same(unbroken, resumed)

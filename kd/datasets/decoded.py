@@ -135,7 +135,11 @@ def _open(path: Path) -> NDArray[np.uint8] | str:
             if image.mode.startswith(("I", "F")):
                 return f"{path}: pixels of more than 8 bits ({image.mode}), which would be cut off"
             return np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a foreign file makes a decoder stumble over
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's, of too many open files, say: no fault of the image's
         return f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
 
@@ -145,8 +149,9 @@ def _decode(listing: Listing, threads: int, listed: Path, skip: bool) -> tuple[A
     paths = [listing.root / name for name, _ in files]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's of large images and odd palettes
-        first = (image for image in map(_open, paths) if not isinstance(image, str))
-        height, width, _ = next(first, np.zeros((1, 1, 3))).shape
+        opened = zip(paths, map(_open, paths), strict=True)
+        shapes = ((path, image.shape) for path, image in opened if not isinstance(image, str))
+        first, (height, width, _) = next(shapes, (paths[0], (1, 1, 3)))
         try:
             pixels = np.empty((len(paths), height, width, 3), np.uint8)  # filled in place: a list would hold them twice
         except MemoryError as error:
@@ -167,7 +172,7 @@ def _decode(listing: Listing, threads: int, listed: Path, skip: bool) -> tuple[A
     if not skip:
         raise_for("cannot be read as images; dataset.skip_unreadable=true leaves them out", unreadable, listed=listed)
     if height != width:
-        raise KnownError(f"dataset.root: images should be square ({printable(str(paths[0]))} is {width}×{height})")
+        raise KnownError(f"dataset.root: images should be square ({printable(str(first))} is {width}×{height})")
     odd = [problem[1] for problem in problems if problem and problem[0]]
     raise_for(f"are not {width}×{height} pixels as the first one is", odd, listed=listed)
     if unreadable:

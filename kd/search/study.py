@@ -22,6 +22,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from kd import files
 from kd.config import Config, plan
 from kd.datasets import resolve
 from kd.parsing import parse
@@ -80,7 +81,7 @@ def prepare(config: DictConfig, config_name: str) -> Search:
     folder.mkdir(parents=True, exist_ok=True)
     locks = Locks(place)
     locks.enter(name, base.sweep.join)
-    (place / "folder.txt").write_text(str(folder))
+    files.write(place / "folder.txt", str(folder))
     storage = sweeper.storage or f"sqlite:///{folder / 'study.db'}"
     study = _open(name, storage, sweeper.direction)
     wanted = 0 if base.sweep.join else int(sweeper.n_trials)
@@ -126,8 +127,8 @@ def _open(name: str, storage: str, direction: str) -> Study:
 def _folder(place: Path, name: str) -> Path:
     """Where the study's trials are, whatever the working directory; at first below the present one."""
     told = place / "folder.txt"
-    known = Path(told.read_text()) if told.exists() else None
-    return known if known is not None and known.is_dir() else Path("multirun", name).absolute()
+    known = Path(told.read_text()) if told.exists() else Path()
+    return known if known.is_absolute() and known.is_dir() else Path("multirun", name).absolute()
 
 
 def study_name(base: Config, students: Sequence[Stage], space: Mapping[str, str], sampler: Any) -> str:

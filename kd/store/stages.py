@@ -218,9 +218,11 @@ class Store:
             if not stage.exists() and sums.problem(old, key) is None:  # it ended between the renames of _publish
                 os.rename(old, stage)
                 files.sync(self.root)
-        for left in files.temporaries(self.root, key):
-            if files.abandoned(left):
+        for left in (*files.temporaries(self.root, key), *files.temporaries(self.partial(key))):
+            if files.abandoned(left) and left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
+            elif files.abandoned(left):
+                left.unlink(missing_ok=True)
 
     def _set_aside(self, key: str, problem: str) -> None:
         aside = self.damaged / f"{key}-{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%fZ}"
