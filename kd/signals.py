@@ -83,6 +83,7 @@ class Deferred:
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
         if number in self._kept:
+            self._kept.remove(number)
             self._hand_over(number)
             return
         self._kept.append(number)

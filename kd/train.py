@@ -76,8 +76,8 @@ def train_stage(
 
     Every rank of a `team` trains its share of each batch and returns the same; rank 0 alone has `partial`.
 
-    A signal that asks for an end is heard at the next step: the state goes into `partial`, down to the step, and the
-    signal to whom it would have gone to.
+    A signal that asks for an end is heard at the next step: the state goes into `partial`, down to the step, then the
+    signal to whoever would have got it.
 
     Raises NonFiniteError, with epoch, step and learning rate, for a loss that is not finite: at once on a CPU, at the
     end of its epoch on a GPU, which would have to be waited for in every step. Weights are looked at every epoch.

@@ -63,7 +63,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: None) -> Callable[..., Any]:
     """Runs run.py in this process, which is quick; returns result.json (of a multirun: the list of its jobs')."""
     from kd.sweep import Multirun
 

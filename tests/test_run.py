@@ -390,14 +390,21 @@ def test_too_little_memory_is_one_line(error: Exception) -> None:
     assert known_reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
-def test_a_finished_stage_has_no_checkpoint(job: Job, tmp_path: Path) -> None:
-    """Its process may have been killed between the two."""
-    key = job("method=scratch")["chain"][0]["key"]
-    left = tmp_path / "store" / "partial" / key
-    left.mkdir(parents=True)
-    (left / "state").touch()
-    assert job("method=scratch")["chain"][0]["reused"]
-    assert not left.exists()
+def test_a_retraining_goes_on_too(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kd.progress import StageProgress
+
+    def interrupt(self: StageProgress, metrics: Any) -> None:
+        raise KeyboardInterrupt
+
+    job("method=scratch")
+    with monkeypatch.context() as patched:
+        patched.setattr(StageProgress, "epoch_ended", interrupt)
+        job("method=scratch", "runtime.retrain=true", code=130)
+    job("method=scratch")  # who reuses the stage leaves it alone
+    assert not job("method=scratch", "runtime.retrain=true")["chain"][0]["reused"]
+    assert "going on after epoch 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("multirun", "key"), [((), "run"), (("-m",), "sweep")])
