@@ -168,7 +168,7 @@ def test_a_cache_of_another_shape_is_made_again(tmp_path: Path) -> None:
     assert resolve(folder(root), data) == spec
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", bytes(16), gzip.compress(b"x")])
+@pytest.mark.parametrize("content", [b"", b"garbage", bytes(16), gzip.compress(b"x", mtime=0)])
 def test_fashion_mnist_of_garbage_is_a_line(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     no_network(monkeypatch)
     raw = tmp_path / "FashionMNIST" / "raw"
