@@ -32,7 +32,7 @@ from tests.conftest import QUICK, ROOT
 ROUNDS = int(os.environ.get("KD_TORTURE_ROUNDS", "110"))  # kills of each kind of run
 EPOCHS, EVERY = 8, 2
 COMMON = (*QUICK, f"train.epochs={EPOCHS}", f"runtime.checkpoint_every={EVERY}")
-CHAIN = ("method=ta", "method.assistants=[plane4]", "teacher=plane6", "hydra.run.dir=out", *COMMON)
+CHAIN = (*COMMON, "method=ta", "method.assistants=[plane4]", "teacher=plane6", "hydra.run.dir=out")
 SWEEP = (
     *("-m", "method=kd", "method.T=1,4", "seed=0,1", "hydra.sweep.dir=out", *COMMON),
     *("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
@@ -82,7 +82,10 @@ class Place:
     def temporaries(self, pattern: str = "*") -> set[str]:
         """What is being written: `.<key>.*` is a stage, partial/<key>/.state.* a checkpoint."""
         found = {"stage": self.store.glob(".[0-9a-f]*.new"), "checkpoint": self.store.glob("partial/*/.state.*")}
-        return {str(path) for kind in found if pattern in ("*", kind) for path in found[kind]}
+        try:
+            return {str(path) for kind in found if pattern in ("*", kind) for path in found[kind]}
+        except FileNotFoundError:  # a folder went while it was looked into
+            return self.temporaries(pattern)
 
     def writing(self, pattern: str = "*") -> bool:
         """Whether this run is about to write a stage or a checkpoint."""
