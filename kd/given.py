@@ -139,7 +139,9 @@ def _refuse_bombs(path: Path) -> None:
         with zipfile.ZipFile(path) as packed:
             held = sum(member.file_size for member in packed.infolist())
     except zipfile.BadZipFile as error:  # torch looks farther for what makes it one
-        raise KnownError(f"teacher.checkpoint: {path} is damaged ({error})") from error
+        raise KnownError(
+            f"teacher.checkpoint: {path} cannot be loaded as weights and plain data alone (it is damaged: {error})"
+        ) from error
     if held > path.stat().st_size:
         raise KnownError(f"teacher.checkpoint: {path} claims {held:,} bytes of content, more than the file has")
 

@@ -163,6 +163,13 @@ def zip_bomb(file: Path) -> None:
                     member.write(bytes(10_000_000))
 
 
+def far_end(file: Path) -> None:
+    """The same, with its end so far from the file's that Python takes it for no zip, and torch for one."""
+    zip_bomb(file)
+    with file.open("ab") as bomb:
+        bomb.write(bytes(67_000))
+
+
 def wrap_deeply(file: Path) -> None:
     state = build("plane2", num_classes=10, image_size=16).state_dict()
     torch.save({"module." * 5000 + name: tensor for name, tensor in state.items()}, file)
@@ -180,6 +187,7 @@ STRANGE: dict[str, Callable[[Path], object]] = {
     "absent": lambda file: None,
     "a circle of links": lambda file: file.symlink_to(file),
     "a bomb": zip_bomb,
+    "a bomb with a far end": far_end,
     "nested": nest_deeply,
     "a header of 2**63 bytes": lambda file: file.write_bytes(struct.pack("<Q", 2**63) + b"{"),
     "a header of 1 TB": lambda file: file.write_bytes(struct.pack("<Q", 10**12) + b"{}"),
