@@ -49,5 +49,5 @@ tensorboard: setup ## serve the runs of tracking=tensorboard on http://127.0.0.1
 test-slow: setup ## the tests on real images and long trainings
 	$(BIN)/pytest -m slow
 
-torture: setup ## kill runs 220 times and compare what is left with undisturbed ones: about half an hour
+torture: setup ## kill runs 202 times and compare what is left with undisturbed ones: about an hour
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m torture -n 2

@@ -29,7 +29,7 @@ from kd.store import Store
 from kd.store.housekeeping import collect
 from tests.conftest import QUICK, ROOT
 
-ROUNDS = int(os.environ.get("KD_TORTURE_ROUNDS", "110"))  # kills of each kind of run
+ROUNDS = int(os.environ.get("KD_TORTURE_ROUNDS", "101"))  # kills of each kind of run
 EPOCHS, EVERY = 8, 2
 COMMON = (*QUICK, f"train.epochs={EPOCHS}", f"runtime.checkpoint_every={EVERY}")
 CHAIN = (*COMMON, "method=ta", "method.assistants=[plane4]", "teacher=plane6", "hydra.run.dir=out")
