@@ -47,7 +47,7 @@ class Multirun(Callback):
         if world().size > 1:
             _check_plugins(config)
         _check_slurm(config)
-        Multirun.began = time.time() - 1  # files' clocks are coarse
+        Multirun.search, Multirun.began = None, time.time() - 1  # files' clocks are coarse
         if config.hydra.sweeper.get("custom_search_space") != SEARCH:
             Multirun.folder, Multirun.expected = Path(config.hydra.sweep.dir), _jobs_of_a_grid(config)
             _check_folder("hydra.sweep.dir", Multirun.folder)
