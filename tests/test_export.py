@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 
 import kd
 from kd.datasets import digits
+from kd.export import folder
 from kd.export.__main__ import main
 from kd.export.base import FORMATS, open_format
 from kd.export.measures import as_fed, compare
@@ -25,6 +27,8 @@ from kd.models.normalized import Normalized
 from kd.spec import KnownError
 from kd.store import Store
 from tests.conftest import ROOT
+from tests.faults import every_fault
+from tests.test_faults import trained
 from tests.test_stage import DATASET, stage
 
 Job = Callable[..., Any]
@@ -33,13 +37,13 @@ TEST = digits.read(Path(), None)
 QUICK = {"net", "mlp"}  # a second each; plane2 and plane4 are in the chain below
 
 
-def logits_by_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+def logits_by_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """Of the test images, by the code of the model card, run as its reader would."""
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     images = TEST.test_images.transpose(0, 3, 1, 2).astype(np.float32) / 255
     names: dict[str, Any] = {"images": images}
     with monkeypatch.context() as there:
-        there.chdir(folder)
+        there.chdir(out)
         exec(code, names)
     return np.asarray(names["logits"])
 
@@ -57,15 +61,15 @@ def test_onnx(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     (student,) = job("method=scratch")["chain"]
     monkeypatch.chdir(tmp_path)
     assert main([student["key"][:12], "--format", "onnx"]) == 0
-    folder = tmp_path / "exports" / f"plane2-{student['key']}-onnx"
-    assert {path.name for path in folder.iterdir()} == {"model.onnx", "README.md"}
+    out = tmp_path / "exports" / f"plane2-{student['key']}-onnx"
+    assert {path.name for path in out.iterdir()} == {"model.onnx", "README.md"}
 
-    logits, original = logits_by_card(folder, monkeypatch), original_logits(student["key"])
+    logits, original = logits_by_card(out, monkeypatch), original_logits(student["key"])
     np.testing.assert_allclose(logits, original, atol=1e-5 * np.abs(original).max())
     # The stage was trained in fp32, so that what was recorded is what both compute.
     assert accuracy(logits) == accuracy(original) == pytest.approx(student["test_acc"], abs=1e-4)
 
-    model = onnx.load(folder / "model.onnx")
+    model = onnx.load(out / "model.onnx")
     told = {entry.key: entry.value for entry in model.metadata_props}
     assert told["key"] == student["key"]
     assert told["images"] == "float32 [batch, 3, 16, 16], RGB in [0, 1]; normalisation is inside"
@@ -73,7 +77,7 @@ def test_onnx(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
 
     accuracies = f"test {student['test_acc']:.2f} % and {student['test_acc']:.2f} %"
     assert f"the same class for 100.00 %; {accuracies}" in capsys.readouterr().out
-    for path in folder.iterdir():
+    for path in out.iterdir():
         assert not any(place.encode() in path.read_bytes() for place in (str(ROOT), str(tmp_path), "/site-packages/"))
 
 
@@ -82,12 +86,12 @@ def test_safetensors(
 ) -> None:
     teacher, student = job("method=kd")["chain"]
     capsys.readouterr()
-    folder = tmp_path / "out of the store"
-    command = [student["key"], "--format", "safetensors", "--out", str(folder)]
+    out = tmp_path / "out of the store"
+    command = [student["key"], "--format", "safetensors", "--out", str(out)]
     assert main(command) == 0
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "model.json", "README.md"}
-    assert np.array_equal(logits_by_card(folder, monkeypatch), original_logits(student["key"]))
-    shown, card = capsys.readouterr().out, (folder / "README.md").read_text()
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "model.json", "README.md"}
+    assert np.array_equal(logits_by_card(out, monkeypatch), original_logits(student["key"]))
+    shown, card = capsys.readouterr().out, (out / "README.md").read_text()
     for each in (teacher, student):
         (line,) = (line for line in shown.splitlines() if each["key"] in line)
         assert f"{each['params']:,}" in line
@@ -105,11 +109,11 @@ def test_safetensors(
     assert line.split() == ["teacher", "plane4", teacher["key"], "–", "–", "–", "–"]
     assert not list(tmp_path.glob(".*"))  # the earlier one is gone
 
-    (folder / "notes.txt").touch()
-    for out in (folder, folder / "notes.txt"):
+    (out / "notes.txt").touch()
+    for place in (out, out / "notes.txt"):
         with pytest.raises(KnownError, match=r"--out: .* name another"):
-            main([*command[:-1], str(out), "--force"])
-    assert (folder / "notes.txt").exists()
+            main([*command[:-1], str(place), "--force"])
+    assert (out / "notes.txt").exists()
 
 
 def test_somebodys_weights(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +125,6 @@ def test_somebodys_weights(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.test_faults import trained
-
     store = Store(Path(os.environ["KD_STORE"]))
     store.save(stage(), trained(1), {})
     monkeypatch.chdir(tmp_path)
@@ -137,6 +139,36 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(KnownError, match="is damaged"):
         main([stage().key, "--format", "safetensors"])
     assert not (tmp_path / "exports").exists()
+
+
+def test_a_failure_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["kd.export", "xyz", "--format", "onnx"])
+    monkeypatch.delitem(sys.modules, "kd.export.__main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("kd.export", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("xyz: should be the key of one finished stage (none begins so in ")
+
+
+def test_an_export_is_whole_or_absent_whatever_fails(tmp_path: Path) -> None:
+    place = tmp_path / "parent" / "export"
+    earlier, newer = ({"README.md": text, "model.onnx": text} for text in (b"earlier", b"newer"))
+
+    def held(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fresh() -> None:
+        shutil.rmtree(tmp_path / "parent", ignore_errors=True)
+        folder.write(place, earlier, force=False)
+
+    def check() -> None:
+        assert not place.exists() or held(place) in (earlier, newer)
+        folder.write(place, newer, force=True)
+        assert held(place) == newer
+        assert os.listdir(tmp_path / "parent") == ["export"]
+
+    calls, _ = every_fault(lambda: folder.write(place, newer, force=True), fresh, check)
+    assert {"mkdir", "open", "write", "fsync", "rename"} <= {call.split()[0] for call in calls}
 
 
 def network_of(name: str) -> Normalized:

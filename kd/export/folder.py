@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from kd import files
 from kd.spec import KnownError
 
-# All that an export may consist of; nothing else is ever replaced.
-_OURS = {"README.md", "model.onnx", "model.json", "model.safetensors"}
+# What an export consists of; a folder that holds anything else is never replaced.
+_EXPORTS = {"README.md", "model.onnx"}, {"README.md", "model.json", "model.safetensors"}
 
 
 def check(folder: Path, force: bool) -> None:
@@ -19,12 +21,12 @@ def check(folder: Path, force: bool) -> None:
     if not os.path.lexists(folder):
         return
     try:
-        foreign = sorted(set(os.listdir(folder)) - _OURS)
+        found = set(os.listdir(folder))
     except OSError as error:
         raise KnownError(f"--out: {folder} is there and cannot be replaced ({error.strerror}); name another") from error
-    if foreign:
-        raise KnownError(f"--out: {folder} holds {foreign[0]}, which is of no export, and stays; name another")
-    if not force:
+    if found and found not in _EXPORTS:
+        raise KnownError(f"--out: {folder} holds more or less than an export, and stays; name another")
+    if found and not force:
         raise KnownError(f"--out: {folder} is there already; --force replaces it")
 
 
@@ -34,16 +36,21 @@ def write(folder: Path, contents: Mapping[str, bytes], force: bool) -> None:
     target = Path(os.path.realpath(folder))
     new, old = files.temporary(target), files.temporary(target, "old")
     try:
+        for left in files.temporaries(target.parent, glob.escape(target.name)):
+            if files.abandoned(left):
+                shutil.rmtree(left, ignore_errors=True)
         os.makedirs(new)
         for name, content in contents.items():
-            (new / name).write_bytes(content)
+            with open(new / name, "wb") as file:
+                file.write(content)
         if target.exists():
             os.rename(target, old)
         files.publish(new, target)
     except OSError as error:
         raise KnownError(f"--out: cannot write to {folder}: {error}") from error
     finally:
-        if old.exists() and not target.exists():  # it failed between the renames
-            os.rename(old, target)
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):
+            if old.exists() and not target.exists():  # it failed between the renames
+                os.rename(old, target)
+            for left in (new, old):
+                shutil.rmtree(left, ignore_errors=True)
