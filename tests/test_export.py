@@ -34,7 +34,7 @@ from tests.test_stage import DATASET, stage
 Job = Callable[..., Any]
 
 TEST = digits.read(Path(), None)
-QUICK = {"net", "mlp"}  # a second each; plane2 and plane4 are in the chain below
+QUICK = {"net", "mlp"}  # a second each; plane2 is exported below
 
 
 def logits_by_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:

@@ -27,7 +27,7 @@ class Member:
     source: Source
     result: StageResult | None = None
     size: int | None = None  # bytes of its weights' file
-    latencies: tuple[float, ...] = ()  # milliseconds
+    latencies: tuple[float, ...] = ()  # milliseconds, of a batch of 1 and of 128
 
 
 HEADINGS = "role", "network", "stage", "parameters", "size", "1 image, ms", "128 images, ms"
@@ -42,7 +42,7 @@ def cells(member: Member) -> tuple[str, ...]:
         member.source.key,
         f"{member.result.params:,}" if member.result else unknown,
         in_bytes(member.size) if member.size else unknown,
-        *([f"{milliseconds:.3g}" for milliseconds in member.latencies] or [unknown, unknown]),
+        *([f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}" for ms in member.latencies] or [unknown, unknown]),
     )
 
 
