@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd.config import Config, plan
 from kd.datasets import resolve
 from kd.datasets.base import DatasetConfig
-from kd.paper.request import PROTOCOL, Request, Vary
+from kd.paper.request import PROTOCOL, Request, Vary, shown
 from kd.paper.tables import CONF, Cell, Row, Table
 from kd.parsing import parse, plain
 from kd.spec import KnownError
@@ -181,9 +181,5 @@ def _last(overrides: list[str]) -> list[str]:
 
 
 def _command(overrides: list[str]) -> str:
-    """As a shell takes it; of a folder the name alone, since its path is this machine's."""
-    shown = [
-        f"dataset.root=<{override.rstrip(chr(39)).rpartition('/')[2]}>" if _key(override) == "dataset.root" else override
-        for override in overrides
-    ]
-    return shlex.join(["python", "run.py", *shown])
+    """As a shell takes it."""
+    return shlex.join(["python", "run.py", *map(shown, overrides)])

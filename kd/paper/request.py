@@ -17,6 +17,7 @@ from kd.spec import Frozen, KnownError
 
 # What the papers' protocol is worth is read from the test curve; weights are chosen on validation.
 PROTOCOL = ("mode=paper", "train.select=best_val", "train.test_curve=true", "tracking=none")
+_PLACES = ("dataset.root", "runtime.store", "runtime.data", "teacher.checkpoint")
 Vary = Literal["chain", "student"]
 
 
@@ -27,8 +28,8 @@ class Profile(Frozen):
     overrides: tuple[str, ...] = ()
     seeds: tuple[int, ...] = Field(min_length=1)
     dataset: Name | None = None  # in place of every table's
-    stand_ins: dict[NetworkName, NetworkName] = {}
-    rows: dict[Name, tuple[Name, ...]] = {}  # by table: what is done where nobody names any
+    stand_ins: dict[NetworkName, NetworkName] = Field({})
+    rows: dict[Name, tuple[Name, ...]] = Field({})  # by table: what is done where nobody names any
 
 
 def profiles() -> dict[str, Profile]:
@@ -61,6 +62,12 @@ def quoted(text: str) -> str:
     """A text as Hydra's grammar takes it, whatever is in it."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def shown(override: str) -> str:
+    """An override as records have it: of this machine's folders the name alone."""
+    key, _, value = override.partition("=")
+    return f"{key}=<{Path(value.strip("'")).name}>" if key in _PLACES else override
 
 
 @dataclass(frozen=True)

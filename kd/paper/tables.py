@@ -97,7 +97,7 @@ class Row(Frozen):
     student: NetworkName | None = None
     baseline: str
     cells: tuple[CellOrMany, ...] = Field(min_length=1)
-    published: dict[str, Published] = {}  # by the cells' labels
+    published: dict[str, Published] = Field({})  # by the cells' labels
 
     @property
     def expanded(self) -> list[Cell]:
@@ -120,25 +120,26 @@ class Row(Frozen):
 
 
 class Students(Frozen):
-    """A row for every student: alone, and distilled from one teacher trained in several ways, all of them experiments."""
+    """A row for every student: alone, and distilled from a teacher trained in several ways, all of them experiments."""
 
     every: Literal["student"]
     students: tuple[Name, ...] = Field(min_length=1)
     teacher: Name
     kinds: tuple[Literal["normal", "nasty", "trained"], ...]
-    published: dict[str, Published] = {}
+    published: dict[str, Published] = Field({})
 
     def rows(self, dataset: str) -> list[Row]:
         """Of a table on this data set."""
         return [self._row(dataset, student) for student in self.students]
 
     def _row(self, dataset: str, student: str) -> Row:
-        pairs = {"alone": f"baseline_{student}", **{kind: f"{kind}_{self.teacher}_{student}" for kind in self.kinds}}
+        taught = [(str(kind), f"{kind}_{self.teacher}_{student}") for kind in self.kinds]
+        named = {"alone": f"baseline_{student}", **dict(taught)}
         return Row(
             id=f"{self.teacher}_{student}",
             title=f"{self.teacher} → {student}",
             baseline="normal",
-            cells=tuple(Cell(label=kind, overrides=(f"experiment=tt/{dataset}/{p}",)) for kind, p in pairs.items()),
+            cells=tuple(Cell(label=kind, overrides=(f"experiment=tt/{dataset}/{p}",)) for kind, p in named.items()),
             published=self.published,
         )
 
