@@ -6,7 +6,7 @@ RUN := $(BIN)/python run.py
 .PHONY: help setup demo reproduce-paper best dashboard docs bench profile tensorboard test test-slow torture
 
 help: ## print this
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 setup: .venv/.installed ## make .venv and install everything; does nothing when nothing changed
 

@@ -67,7 +67,8 @@ def quoted(text: str) -> str:
 def shown(override: str) -> str:
     """An override as records have it: of this machine's folders the name alone."""
     key, _, value = override.partition("=")
-    return f"{key}=<{Path(value.strip("'")).name}>" if key in _PLACES else override
+    name = Path(value.strip("'")).name
+    return f"{key}=<{name}>" if key in _PLACES else override
 
 
 @dataclass(frozen=True)
