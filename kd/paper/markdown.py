@@ -76,7 +76,8 @@ def _worth(row: RowResult) -> Iterator[str]:
     gains = [best - last for best, last in both if best is not None and last is not None]
     if gains:
         mean, most = sum(gains) / len(gains), max(gains)
-        yield f"Best on test less last epoch: {mean:+.2f} on average and {most:+.2f} at the most, {len(gains)} students."
+        told = f"{mean:+.2f} on average, {most:+.2f} at the most, of {len(gains)} students"
+        yield f"Best on test less last epoch: {told}."
 
 
 def _cell(cell: CellResult, baseline: str) -> tuple[str, ...]:
