@@ -109,11 +109,10 @@ class _AbsentError(KnownError):
 
 
 class _Composer:
-    """Makes cells of tables into jobs; remembers what takes long, composing and looking for images."""
+    """Makes cells of tables into jobs, and looks for the images of each data set once."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._compose = cache(_composed)
         self._resolve = cache(_resolved)
 
     def cell(self, table: Table, cell: Cell) -> PlannedCell:
@@ -121,7 +120,7 @@ class _Composer:
         request, profile = self._request, self._request.profile
         given = [*PROTOCOL, *request.data(table), *profile.overrides, *request.overrides]
         groups = _last([*(override for override in cell.overrides if not _is_value(override)), *given])
-        cfg = self._compose(tuple(groups))
+        cfg = _composed(tuple(groups))
         values = [override for override in cell.overrides if _is_value(override)]
         for key in _NETWORKS:
             if stand_in := profile.stand_ins.get(OmegaConf.select(cfg, key)):
@@ -136,6 +135,7 @@ class _Composer:
         return Job(config, plain(cfg), plan(config, dataset)[0])
 
 
+@cache
 def _composed(overrides: tuple[str, ...]) -> DictConfig:
     try:
         return compose("config", list(overrides))
