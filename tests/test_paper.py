@@ -173,8 +173,9 @@ def test_a_rows_problems_are_lines(change: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("request_", "said"),
     [
-        ({"tables": ("takd",)}, "table: there is no takd, but takd_cifar10, "),
-        ({"rows": ("pain",)}, "row: there is no pain, but plane, "),
+        ({"tables": ("takd",)}, "table: there is no takd here, but takd_cifar10, "),
+        ({"rows": ("pain",)}, "row: there is no pain here, but plane, "),
+        ({"copies": (("cifar10", Copy(Path("x"), "x")),)}, "data: there is no cifar10 here, but digits"),
         ({"overrides": ("train.epoch=1",)}, "train.epoch"),
         ({"overrides": ("train.epochs=0",)}, "train.epochs: should be at least 1 (got 0)"),
     ],

@@ -12,7 +12,9 @@ import pytest
 
 import kd.paper.train
 import kd.train
-from kd.paper import results
+from kd.datasets import load, resolve, views
+from kd.datasets.base import DatasetConfig
+from kd.paper import cost, results
 from kd.paper.__main__ import main
 from kd.paper.cost import Cost, Estimator, forward_flops
 from kd.paper.markdown import page
@@ -140,6 +142,15 @@ def test_another_copy_is_named_in_its_table(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
 
 
+@pytest.mark.usefixtures("a_millisecond_an_image")
+def test_overrides_and_options_may_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train.epochs=1", *ROW, "--plan", "teacher=plane4", "--seeds", "3"]) == 0
+    assert "student plane2 from plane4, seed 3" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--seeds", "a"])
+    assert "should be whole numbers, e.g. 0,1,2 (got 'a')" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -159,6 +170,13 @@ def test_a_wrong_command_is_a_line(given: list[str], said: str) -> None:
 )
 def test_operations_are_those_that_are_known(model: str, classes: int, mmacs: float) -> None:
     assert forward_flops(model, classes, 32) == pytest.approx(2e6 * mmacs, rel=0.01)
+
+
+def test_what_is_written_down_of_data_sets_is_true(tmp_path: Path) -> None:
+    assert cost._VIEWS == views.COUNT
+    config = DatasetConfig(name="digits", augment="none", val_fraction=0.1, split_seed=0)
+    data = load(spec := resolve(config, tmp_path), tmp_path, "cpu")
+    assert cost.images(spec, tmp_path) == (len(data.labels), len(data.test_labels))
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--plan", action="store_true", help="print stages and cost, and train nothing")
     parser.add_argument("--out", type=Path, help="folder of the tables; by default reports/<profile>")
-    return parser.parse_args(given)
+    return parser.parse_intermixed_args(given)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -46,6 +46,8 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
+    if not all(part.isdecimal() for part in _names(text)):
+        raise argparse.ArgumentTypeError(f"should be whole numbers, e.g. 0,1,2 (got {text!r})")
     return tuple(int(part) for part in _names(text))
 
 
@@ -130,7 +132,7 @@ if __name__ == "__main__":
     raise_on_sigterm()
     try:
         sys.exit(main(sys.argv[1:]))
-    except KnownError as error:
+    except (KnownError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:

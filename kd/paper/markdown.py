@@ -59,7 +59,7 @@ def _row(row: RowResult, table: TableResult) -> Iterator[str]:
     kinds = dict.fromkeys(cell.varied for cell in row.cells)
     for kind in kinds:
         which = ", ".join(cell.label for cell in row.cells if cell.varied == kind)
-        yield f"What varied: {kind}" + (f" ({which})." if len(kinds) > 1 else ".")
+        yield f"- What varied: {kind}" + (f" ({which})." if len(kinds) > 1 else ".")
     yield from _worth(row)
     for cell in row.cells:
         yield from (f"- {cell.label}, seed {seed}: **no result**, {why}" for seed, why in cell.missing.items())
@@ -77,7 +77,7 @@ def _worth(row: RowResult) -> Iterator[str]:
     if gains:
         mean, most = sum(gains) / len(gains), max(gains)
         told = f"{mean:+.2f} on average, {most:+.2f} at the most, of {len(gains)} students"
-        yield f"Best on test less last epoch: {told}."
+        yield f"- Best on test less last epoch: {told}."
 
 
 def _cell(cell: CellResult, baseline: str) -> tuple[str, ...]:

@@ -89,6 +89,7 @@ class Request:
         known = [(paper.paper, table) for paper in papers() for table in paper.tables]
         _refuse("table", self.tables, [table.id for _, table in known])
         asked = [(paper, table) for paper, table in known if not self.tables or table.id in self.tables]
+        _refuse("data", [name for name, _ in self.copies], [self._dataset(table) for _, table in asked])
         _refuse("row", self.rows, [row.id for _, table in asked for row in table.expanded])
         found = [(paper, table, [row for row in table.expanded if self._wants(table, row)]) for paper, table in asked]
         return [(paper, table, rows) for paper, table, rows in found if rows]
@@ -98,9 +99,12 @@ class Request:
             return not self.rows or row.id in self.rows
         return not self.profile.rows or row.id in self.profile.rows.get(table.id, ())
 
+    def _dataset(self, table: Table) -> str:
+        return self.profile.dataset or table.dataset
+
     def data(self, table: Table) -> list[str]:
         """The overrides that name a table's data, and the recipe that goes with them."""
-        dataset = self.profile.dataset or table.dataset
+        dataset = self._dataset(table)
         copy = dict(self.copies).get(dataset)
         return [*(copy.overrides(dataset) if copy else [f"dataset={dataset}"]), f"train={dataset}"]
 
@@ -108,4 +112,4 @@ class Request:
 def _refuse(what: str, asked: Sequence[str], known: Sequence[str]) -> None:
     if unknown := [name for name in asked if name not in known]:
         there = ", ".join(dict.fromkeys(known))
-        raise KnownError(f"{what}: there is no {' and no '.join(unknown)}, but {there}")
+        raise KnownError(f"{what}: there is no {' and no '.join(unknown)} here, but {there}")
