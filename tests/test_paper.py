@@ -110,6 +110,16 @@ def test_profiles() -> None:
     assert "60 epochs" in title
 
 
+def test_a_setting_of_the_method_is_for_the_cells_that_have_it() -> None:
+    """And what makes a cell what it is stays."""
+    overrides = "method.T=7", "method.assistant.T=9"
+    found = planned("takd_cifar10", rows=("plane",), overrides=overrides)
+    losses = [[getattr(stage.loss, "T", None) for stage in job.student.chain] for job in found.jobs]  # type: ignore[union-attr]
+    assert losses == [[None], [None, 7], [None, 9, 7]]
+    found = planned("settings_cifar10", rows=("T_blkd",), overrides=overrides[:1])
+    assert [getattr(job.student.loss, "T", None) for job in found.jobs] == [None, 1, 2, 5, 10, 15, 20]
+
+
 def test_another_copy_takes_the_place_of_a_data_set(tmp_path: Path) -> None:
     write_folder(tmp_path / "jpeg")
     copies = (("cifar10", Copy(tmp_path / "jpeg", "CIFAR-10 (JPEG copy)")),)
@@ -176,6 +186,11 @@ def test_a_rows_problems_are_lines(change: dict[str, Any], said: str) -> None:
         ({"tables": ("takd",)}, "table: there is no takd here, but takd_cifar10, "),
         ({"rows": ("pain",)}, "row: there is no pain here, but plane, "),
         ({"copies": (("cifar10", Copy(Path("x"), "x")),)}, "data: there is no cifar10 here, but digits"),
+        (
+            {"overrides": ("seed=1", "replicates=2")},
+            "seed: for tables it is --seeds\nreplicates: for tables it is --seeds",
+        ),
+        ({"overrides": ("method.tau=1",)}, "method.tau=1: there is no such key in any cell's method"),
         ({"overrides": ("train.epoch=1",)}, "train.epoch"),
         ({"overrides": ("train.epochs=0",)}, "train.epochs: should be at least 1 (got 0)"),
     ],

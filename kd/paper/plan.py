@@ -90,6 +90,7 @@ def graph(request: Request) -> Graph:
 
     Raises KnownError where nothing is left, or the configuration has problems.
     """
+    request.check()
     planned, composer = Graph([]), _Composer(request)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for paper, table, rows in request.chosen():
@@ -99,6 +100,8 @@ def graph(request: Request) -> Graph:
                 planned.left_out[table.id] = str(absent)
             else:
                 planned.tables.append(PlannedTable(paper, table, own))
+    if idle := [override for override in composer.idle if planned.tables]:
+        raise KnownError("\n".join(f"{override}: there is no such key in any cell's method" for override in idle))
     if not planned.tables:
         raise KnownError("\n".join(f"{name}: {reason}" for name, reason in planned.left_out.items()))
     return planned
@@ -114,20 +117,28 @@ class _Composer:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._resolve = cache(_resolved)
+        self.idle = [override for override in request.overrides if _is_of_method(override)]  # that no cell has taken
 
     def cell(self, table: Table, cell: Cell) -> PlannedCell:
         """The cell at every seed. Cells that differ in values alone are composed once."""
         request, profile = self._request, self._request.profile
-        given = [*PROTOCOL, *request.data(table), *profile.overrides, *request.overrides]
+        common = [override for override in request.overrides if not _is_of_method(override)]
+        given = [*PROTOCOL, *request.data(table), *profile.overrides, *common]
         groups = _last([*(override for override in cell.overrides if not _is_value(override)), *given])
         cfg = _composed(tuple(groups))
-        values = [override for override in cell.overrides if _is_value(override)]
+        values = [*self._taken(cfg), *(override for override in cell.overrides if _is_value(override))]
         for key in _NETWORKS:
             if stand_in := profile.stand_ins.get(OmegaConf.select(cfg, key)):
                 values.append(f"{key}={stand_in}")
         seeds = request.seeds or profile.seeds
         jobs = {seed: self._job(_merged(cfg, [*values, *_seeds(cfg, seed, request.vary)])) for seed in seeds}
         return PlannedCell(cell, _command([*groups, *values, *_seeds(cfg, seeds[0], request.vary)]), jobs)
+
+    def _taken(self, cfg: DictConfig) -> list[str]:
+        """Overrides of the method, where a cell's has them: NOKD has no T. What makes a cell what it is goes before."""
+        own = [o for o in self._request.overrides if _is_of_method(o) and _key(o).split(".")[1] in cfg.method]
+        self.idle = [override for override in self.idle if override not in own]
+        return own
 
     def _job(self, cfg: DictConfig) -> Job:
         config = parse(cfg)
@@ -169,6 +180,10 @@ def _seeds(cfg: DictConfig, seed: int, vary: Vary) -> list[str]:
 
 def _is_value(override: str) -> bool:
     return "." in _key(override)
+
+
+def _is_of_method(override: str) -> bool:
+    return _key(override).startswith("method.")
 
 
 def _key(override: str) -> str:

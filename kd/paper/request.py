@@ -17,6 +17,15 @@ from kd.spec import Frozen, KnownError
 
 # What the papers' protocol is worth is read from the test curve; weights are chosen on validation.
 PROTOCOL = ("mode=paper", "train.select=best_val", "train.test_curve=true", "tracking=none")
+# Overrides that tables have another word for, which would be without effect.
+_OTHERWISE = {
+    "seed": "--seeds",
+    "replicates": "--seeds",
+    "teacher.seed": "--vary",
+    "method.assistant.seed": "--vary",
+    "dry_run": "--plan",
+    "runtime.retrain": "python -m kd.store rm",
+}
 _PLACES = ("dataset.root", "runtime.store", "runtime.data", "teacher.checkpoint")
 Vary = Literal["chain", "student"]
 
@@ -83,6 +92,12 @@ class Request:
     copies: tuple[tuple[str, Copy], ...] = ()  # by data set
     vary: Vary = "chain"
     overrides: tuple[str, ...] = ()  # Hydra's, on top
+
+    def check(self) -> None:
+        """Raises KnownError for overrides that are said in another way here."""
+        keys = [override.partition("=")[0] for override in self.overrides]
+        if wrong := [f"{key}: for tables it is {_OTHERWISE[key]}" for key in keys if key in _OTHERWISE]:
+            raise KnownError("\n".join(wrong))
 
     def chosen(self) -> list[tuple[str, Table, list[Row]]]:
         """The tables asked for, each with its paper and its rows. Raises KnownError for names that are not there."""
