@@ -100,8 +100,8 @@ def graph(request: Request) -> Graph:
                 planned.left_out[table.id] = str(absent)
             else:
                 planned.tables.append(PlannedTable(paper, table, own))
-    if idle := [override for override in composer.idle if planned.tables]:
-        raise KnownError("\n".join(f"{override}: there is no such key in any cell's method" for override in idle))
+    if composer.idle and planned.tables:
+        raise KnownError("\n".join(f"{idle}: there is no such key in any cell's method" for idle in composer.idle))
     if not planned.tables:
         raise KnownError("\n".join(f"{name}: {reason}" for name, reason in planned.left_out.items()))
     return planned
