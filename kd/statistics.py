@@ -42,7 +42,8 @@ def spread(values: Sequence[float]) -> Spread:
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Paired:
     """Of values less others, by pairs; ValueError for fewer than two pairs, or where one of a pair is absent."""
-    differences = [round(a - b, 6) for a, b in zip(values, others, strict=True)]
+    # Accuracies come rounded to four digits, so that equal differences may be apart by one of the last.
+    differences = [round(a - b, 3) for a, b in zip(values, others, strict=True)]
     known, p = spread(differences), None
     if len(set(differences)) > 1:
         from scipy.special import stdtr
