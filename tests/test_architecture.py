@@ -23,13 +23,14 @@ ROWS = [
     ["kd.tables"],
     ["kd.export", "kd.report", "kd.summary", "kd.search"],
     ["kd.job"],
-    ["kd.sweep"],
+    ["kd.sweep", "kd.paper"],
     ["run", "kd"],
 ]
 SEARCH = {"kd.search.sampler", "kd.search.study", "kd.search.pruning"}
+PAPER = {"kd.paper.plan", "kd.paper.tables"}
 HOMES = {
-    "hydra": {"run", "kd.job", "kd.sweep", *SEARCH},
-    "omegaconf": {"run", "kd.job", "kd.parsing", "kd.records", "kd.sweep", "kd.search.study"},
+    "hydra": {"run", "kd.job", "kd.paper.plan", "kd.sweep", *SEARCH},
+    "omegaconf": {"run", "kd.job", "kd.parsing", "kd.records", "kd.sweep", "kd.search.study", *PAPER},
     "onnx": {"kd.export.onnx"},
     "onnxruntime": {"kd.export.onnx"},
     "onnxscript": {"kd.export.onnx"},

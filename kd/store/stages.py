@@ -112,6 +112,11 @@ class Store:
         with self._parsing(key):
             return dict(json.loads(self._read(key, "stage.json")))
 
+    def metrics(self, key: str) -> list[Metrics]:
+        """A row an epoch of a finished stage. Raises KnownError as above."""
+        with self._parsing(key):
+            return [json.loads(line) for line in self._read(key, "metrics.jsonl").splitlines()]
+
     def source(self, key: str) -> Source:
         """The spec of a finished stage, or of somebody's network. Raises KnownError as above."""
         with self._parsing(key):
