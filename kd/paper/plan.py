@@ -18,7 +18,7 @@ from kd.datasets import resolve
 from kd.datasets.base import DatasetConfig
 from kd.paper.request import PROTOCOL, Request, Vary, shown
 from kd.paper.tables import CONF, Cell, Row, Table
-from kd.parsing import parse, plain
+from kd.parsing import parse, recorded
 from kd.spec import KnownError
 from kd.stage import DatasetSpec, Stage
 
@@ -143,7 +143,7 @@ class _Composer:
     def _job(self, cfg: DictConfig) -> Job:
         config = parse(cfg)
         dataset = self._resolve(config.dataset, config.data_root, config.workers)
-        return Job(config, plain(cfg), plan(config, dataset)[0])
+        return Job(config, recorded(cfg), plan(config, dataset)[0])
 
 
 @cache
