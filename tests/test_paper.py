@@ -146,7 +146,7 @@ def test_a_table_without_its_images_is_left_out() -> None:
     ("change", "said"),
     [
         ({"rows": []}, ""),
-        ({"dataset": None}, "tables[0].dataset: should be a text (got None)"),
+        ({"dataset": None}, "tables[0].dataset: should be a text (got null)"),
         ({"colour": 1}, "tables[0].colour: unknown key (got 1)"),
         ({"rows": [{"every": "month"}]}, "one', 'student'"),
     ],
