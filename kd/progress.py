@@ -122,7 +122,7 @@ class StageProgress:
             guide = f" and the guide {self._samples / self._guide_seconds:,.0f}" if self._guide_seconds else ""
             self._console.print(
                 f"{self._name}: {epochs} epochs of {self._samples:,} images; its first steps train {speed:,.0f} "
-                f"images/s{guide}, so it will take about {_duration(expected)}",
+                f"images/s{guide}, so it will take about {duration(expected)}",
                 highlight=False,
             )
 
@@ -131,7 +131,7 @@ class StageProgress:
         if self._done == self._before:
             return f"epoch {epoch}/{self._epochs}"
         speed, left = self._pace()
-        parts = (f"epoch {epoch}/{self._epochs}", self._status, f"{speed:,.0f} images/s", f"{_duration(left)} left")
+        parts = (f"epoch {epoch}/{self._epochs}", self._status, f"{speed:,.0f} images/s", f"{duration(left)} left")
         return "  ".join(part for part in parts if part)
 
     def _pace(self) -> tuple[float, float]:
@@ -151,7 +151,7 @@ class StageProgress:
             self._last_line = time.monotonic()
             speed, left = self._pace()
             text = f"epoch {self._epoch}/{self._epochs}  {self._status}  {speed:,.0f} images/s"
-            line = f"{self._name}  {text}" + ("" if last else f"  {_duration(left)} left")
+            line = f"{self._name}  {text}" + ("" if last else f"  {duration(left)} left")
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -171,7 +171,8 @@ class Unwatched:
         """An epoch's row."""
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In the unit that a person would choose."""
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"

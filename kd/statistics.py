@@ -15,6 +15,18 @@ class Spread(Frozen):
     ci95: tuple[float, float]
 
 
+class Paired(Spread):
+    """Differences over the same seeds, and the two-sided p of a paired t-test that their mean is zero."""
+
+    p: float | None  # null where the differences are equal, and so no test is possible
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the interval excludes zero, of differences that differ."""
+        low, high = self.ci95
+        return self.p is not None and (low > 0 or high < 0)
+
+
 def spread(values: Sequence[float]) -> Spread:
     """The spread of two or more values; ValueError for fewer, which have none."""
     n = len(values)
@@ -26,3 +38,17 @@ def spread(values: Sequence[float]) -> Spread:
     std = sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
     half = float(stdtrit(n - 1, 0.975)) * std / sqrt(n)
     return Spread(mean=round(mean, 4), std=round(std, 4), n=n, ci95=(round(mean - half, 4), round(mean + half, 4)))
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> Paired:
+    """Of values less others, by pairs; ValueError for fewer than two pairs, or where one of a pair is absent."""
+    # Accuracies come rounded to four digits, so that equal differences may be apart by one of the last.
+    differences = [round(a - b, 3) for a, b in zip(values, others, strict=True)]
+    known, p = spread(differences), None
+    if len(set(differences)) > 1:
+        from scipy.special import stdtr
+
+        mean = sum(differences) / known.n
+        std = sqrt(sum((d - mean) ** 2 for d in differences) / (known.n - 1))
+        p = round(2 * float(stdtr(known.n - 1, -abs(mean) * sqrt(known.n) / std)), 6)
+    return Paired(**known.model_dump(), p=p)

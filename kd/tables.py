@@ -65,22 +65,22 @@ def interval_of(result: ReplicatedResult) -> str:
 
 def setting(result: RunResult) -> str:
     """What tells a job from others of its networks: the parameters of its chain's losses, and its students' seeds."""
-    above = [
-        f"{outcome.role} {_parameters(outcome.loss)}" for outcome in result.chain[:-1] if _parameters(outcome.loss)
-    ]
+    above = [f"{outcome.role} {parameters(outcome.loss)}" for outcome in result.chain[:-1] if parameters(outcome.loss)]
     seeds = f"seed={result.chain[-1].seed}"
     if isinstance(result, ReplicatedResult):
         seeds += f"–{result.replicates[-1].seed}"
-    return ", ".join([*above, f"{_parameters(result.chain[-1].loss)} {seeds}".strip()])
+    return ", ".join([*above, f"{parameters(result.chain[-1].loss)} {seeds}".strip()])
 
 
-def _parameters(loss: Loss | None) -> str:
+def parameters(loss: Loss | None) -> str:
+    """What a loss is set to: "T=4 lambda=0.5"; "" for one without numbers."""
     values = loss.dump() if loss else {}
     by_classes = " KL/(batch·classes)" if values.get("reduction") == "mean" else ""
     return " ".join(f"{name}={value:g}" for name, value in values.items() if isinstance(value, float)) + by_classes
 
 
-def _training(train: TrainSpec) -> str:
+def training(train: TrainSpec) -> str:
+    """A training in a line, but for its epochs."""
     milestones = f" at {list(train.milestones)} ×{train.gamma:g}" if train.schedule == "step" else ""
     extras = (f", warmup {train.warmup}" if train.warmup else "") + (", test_curve" if train.test_curve else "")
     extras += f", {train.ranks} ranks" if train.ranks > 1 else ""
@@ -190,14 +190,14 @@ def print_plan(mode: str, students: Sequence[Stage], store: Store, retrain: bool
     out.print(table)
     trainings: dict[str, list[str]] = {}
     for stage in stages.values():
-        trainings.setdefault(_training(stage.train), []).append(f"{stage.role} {stage.model}")
+        trainings.setdefault(training(stage.train), []).append(f"{stage.role} {stage.model}")
     for source in sources.values():
         if isinstance(source, Given):
             unread = f"{source.role} {source.model}: given, and not opened by a dry run"
             out.print(f"{unread}; it sees images by {source.normalize}", highlight=False)
     data = next(iter(sources.values())).dataset
-    for training, networks in trainings.items():
-        out.print(f"{', '.join(dict.fromkeys(networks))}: {training}", highlight=False, markup=False)
+    for settings, networks in trainings.items():
+        out.print(f"{', '.join(dict.fromkeys(networks))}: {settings}", highlight=False, markup=False)
     shown = f"images: augment {data.augment}, {Normalization(mean=data.mean, std=data.std)}"
     kept = f"{100 * data.val_fraction:g} % of them are for validation" if data.val_fraction else "all of them train"
     out.print(f"{shown}; {kept}", highlight=False)
@@ -207,5 +207,5 @@ def print_plan(mode: str, students: Sequence[Stage], store: Store, retrain: bool
 def _planned(source: Source) -> tuple[str, ...]:
     if not isinstance(source, Stage):
         return source.role, source.model, "", "", "", source.key
-    loss = f"{source.loss.name} {_parameters(source.loss)}"
+    loss = f"{source.loss.name} {parameters(source.loss)}"
     return source.role, source.model, str(source.seed), loss, str(source.train.epochs), source.key

@@ -21,15 +21,19 @@ ROWS = [
     ["kd.pipeline", "kd.store.__main__", "kd.store.listing"],
     ["kd.records"],
     ["kd.tables"],
-    ["kd.report", "kd.summary", "kd.search"],
+    ["kd.export", "kd.report", "kd.summary", "kd.search"],
     ["kd.job"],
-    ["kd.sweep"],
+    ["kd.sweep", "kd.paper"],
     ["run", "kd"],
 ]
 SEARCH = {"kd.search.sampler", "kd.search.study", "kd.search.pruning"}
+PAPER = {"kd.paper.plan", "kd.paper.tables"}
 HOMES = {
-    "hydra": {"run", "kd.job", "kd.sweep", *SEARCH},
-    "omegaconf": {"run", "kd.job", "kd.parsing", "kd.records", "kd.sweep", "kd.search.study"},
+    "hydra": {"run", "kd.job", "kd.paper.plan", "kd.sweep", *SEARCH},
+    "omegaconf": {"run", "kd.job", "kd.parsing", "kd.records", "kd.sweep", "kd.search.study", *PAPER},
+    "onnx": {"kd.export.onnx"},
+    "onnxruntime": {"kd.export.onnx"},
+    "onnxscript": {"kd.export.onnx"},
     "optuna": SEARCH,
     "wandb": {"kd.tracking.wandb", "kd.tracking.probe"},
 }
@@ -40,6 +44,9 @@ WITH_TORCH = {
     "kd.optimization",
     "kd.train",
     "kd.datasets.data",
+    "kd.export.measures",
+    "kd.export.onnx",
+    "kd.export.safetensors",
     "kd.datasets.views",
     "kd.models.cifar_resnet",
     "kd.models.densenet",

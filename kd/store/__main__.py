@@ -46,7 +46,7 @@ def main(given: Sequence[str]) -> int:
     arguments = _arguments(given)
     store = Store(place(arguments.store or os.environ.get("KD_STORE"), "store"))
     beginning = getattr(arguments, "key", None)
-    key = None if beginning is None else _complete(store, beginning)
+    key = None if beginning is None else store.complete(beginning)
     match arguments.command:
         case "list":
             print_list(store, arguments.json)
@@ -62,14 +62,6 @@ def main(given: Sequence[str]) -> int:
             removed = remove(store, str(key), arguments.with_dependents)
             print(f"removed {', '.join(removed)}")
     return 0
-
-
-def _complete(store: Store, beginning: str) -> str:
-    found = [key for key in store if key.startswith(beginning)]
-    if len(found) != 1:
-        which = f"{len(found)} stages begin so: {', '.join(found[:5])}" if found else f"none begins so in {store.root}"
-        raise KnownError(f"{beginning}: should be the key of one finished stage ({which})")
-    return found[0]
 
 
 def _verify(store: Store, keys: Sequence[str]) -> int:

@@ -93,6 +93,15 @@ class Store:
         found = sorted(os.listdir(self.root)) if self.root.is_dir() else []
         return (name for name in found if re.fullmatch("[0-9a-f]{16}", name) and self.has(name))
 
+    def complete(self, beginning: str) -> str:
+        """The key of the one finished stage that begins so. Raises KnownError where there is none, or are several."""
+        found = [key for key in self if key.startswith(beginning)]
+        if len(found) != 1:
+            several = f"{len(found)} stages begin so: {', '.join(found[:5])}"
+            which = several if found else f"none begins so in {self.root}"
+            raise KnownError(f"{beginning}: should be the key of one finished stage ({which})")
+        return found[0]
+
     def result(self, key: str) -> StageResult:
         """The result of a finished stage. Raises KnownError where there is none, or it is damaged."""
         with self._parsing(key):
@@ -102,6 +111,11 @@ class Store:
         """stage.json of a finished stage: its spec and what it was made with. Raises KnownError as above."""
         with self._parsing(key):
             return dict(json.loads(self._read(key, "stage.json")))
+
+    def metrics(self, key: str) -> list[Metrics]:
+        """A row an epoch of a finished stage. Raises KnownError as above."""
+        with self._parsing(key):
+            return [json.loads(line) for line in self._read(key, "metrics.jsonl").splitlines()]
 
     def source(self, key: str) -> Source:
         """The spec of a finished stage, or of somebody's network. Raises KnownError as above."""

@@ -1,0 +1,140 @@
+"""`python -m kd.paper`: plans the papers' tables, tells the cost, trains what is missing, and writes them."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd import files
+from kd.paper.cost import Cost, Estimator
+from kd.paper.markdown import page
+from kd.paper.plan import Graph, graph
+from kd.paper.request import Copy, Request, profiles, shown
+from kd.paper.results import report
+from kd.paper.screen import print_costs, print_stages, print_tables
+from kd.paper.train import train
+from kd.signals import exit_code, raise_on_sigterm
+from kd.spec import KnownError
+from kd.store import Store, place
+from kd.workplace import Workplace
+
+
+def _arguments(given: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kd.paper", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="Hydra's, over every cell: runtime.threads=1 method.T=5 …")
+    parser.add_argument("--profile", default="smoke", help="smoke (default), cpu, full: conf/paper/profiles.yaml")
+    parser.add_argument("--table", type=_names, default=(), metavar="ID,…", help="by default all, in smoke a few")
+    parser.add_argument("--row", type=_names, default=(), metavar="ID,…", help="of these tables; by default all")
+    parser.add_argument("--seeds", type=_numbers, default=(), metavar="N,…", help="by default the profile's")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="NAME=FOLDER", help="another copy of a data set, e.g. cifar10=…"
+    )
+    parser.add_argument("--label", action="append", default=[], metavar="NAME=TEXT", help="how tables call that copy")
+    parser.add_argument(
+        "--vary", choices=("chain", "student"), default="chain", help="what a seed is of: the whole chain (default)"
+    )
+    parser.add_argument("--plan", action="store_true", help="print stages and cost, and train nothing")
+    parser.add_argument("--out", type=Path, help="folder of the tables; by default reports/<profile>")
+    return parser.parse_intermixed_args(given)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if not all(part.isdecimal() for part in _names(text)):
+        raise argparse.ArgumentTypeError(f"should be whole numbers, e.g. 0,1,2 (got {text!r})")
+    return tuple(int(part) for part in _names(text))
+
+
+def main(given: Sequence[str]) -> int:
+    """Do what the command line says. Returns the exit code: 1 where a stage failed, or a table's data are not there."""
+    arguments = _arguments(given)
+    request = _request(arguments)
+    planned = graph(request)
+    config = planned.jobs[0].config
+    store = Store(config.store_root)
+    costs = _estimate(planned, Workplace(store, config.data_root, config.runtime))
+    print(f"profile {request.name}: {request.profile.title}")
+    if arguments.plan:
+        print_stages(costs)
+    print_costs(costs, store)
+    for name, reason in planned.left_out.items():
+        print(f"table {name} is left out: {reason}")
+    if arguments.plan:
+        return 0
+    out = arguments.out or place(None, "reports") / request.name
+    failures = train(planned.stages, costs, store, out)
+    written = report(request, _shown(given), planned, store, failures)
+    out.mkdir(parents=True, exist_ok=True)
+    for table in written.tables:
+        files.write(out / f"{table.id}.md", page(written, table))
+    files.write(out / "tables.json", written.model_dump_json(indent=1))
+    print_tables(written)
+    print(f"{out}: {', '.join(f'{table.id}.md' for table in written.tables)}, tables.json")
+    return 1 if failures or planned.left_out else 0
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    known = profiles()
+    if arguments.profile not in known:
+        raise KnownError(f"profile: should be one of {', '.join(known)} (got {arguments.profile!r})")
+    folders, labels = _pairs("data", arguments.data), _pairs("label", arguments.label)
+    if unknown := labels.keys() - folders.keys():
+        raise KnownError(f"label: {', '.join(sorted(unknown))} has no --data, whose name in tables it would be")
+    copies = {
+        name: Copy(Path(folder).expanduser(), labels.get(name, f"{name} (copy in {Path(folder).name})"))
+        for name, folder in folders.items()
+    }
+    return Request(
+        name=arguments.profile,
+        profile=known[arguments.profile],
+        tables=arguments.table,
+        rows=arguments.row,
+        seeds=arguments.seeds,
+        copies=tuple(copies.items()),
+        vary=arguments.vary,
+        overrides=tuple(arguments.overrides),
+    )
+
+
+def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
+    pairs = dict(text.partition("=")[::2] for text in given)
+    if wrong := [name for name, value in pairs.items() if not value]:
+        raise KnownError(f"{option}: should be <data set>=<value> (got {', '.join(wrong)})")
+    return pairs
+
+
+def _estimate(planned: Graph, workplace: Workplace) -> list[Cost]:
+    stages = [stage for stage, _ in planned.stages.values()]
+    return Estimator(workplace).estimate(stages, {stage.key for stage in stages if workplace.store.whole(stage.key)})
+
+
+def _shown(given: Sequence[str]) -> str:
+    """The command, without what is this machine's: of a folder the name alone, of the output nothing."""
+    arguments = _arguments(given)
+    told = ["--profile", arguments.profile, *map(shown, arguments.overrides)]
+    for name in ("table", "row", "seeds"):
+        if values := getattr(arguments, name):
+            told += [f"--{name}", ",".join(map(str, values))]
+    for name, folder in _pairs("data", arguments.data).items():
+        told += ["--data", f"{name}=<{Path(folder).name}>"]
+    for label in arguments.label:
+        told += ["--label", label]
+    return shlex.join(["python", "-m", "kd.paper", *told, "--vary", arguments.vary])
+
+
+if __name__ == "__main__":
+    raise_on_sigterm()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (KnownError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print("interrupted: the same command goes on where this one ended", file=sys.stderr)
+        sys.exit(exit_code(interrupt))

@@ -1,0 +1,130 @@
+"""What is asked for: a profile, some of the tables and rows, seeds, and other copies of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from kd.datasets import DATASETS
+from kd.models import NetworkName
+from kd.paper.tables import Name, Row, Table, papers, read_yaml
+from kd.problems import explain
+from kd.spec import Frozen, KnownError
+
+# What the papers' protocol is worth is read from the test curve; weights are chosen on validation.
+PROTOCOL = ("mode=paper", "train.select=best_val", "train.test_curve=true", "tracking=none")
+# Overrides that tables have another word for, which would be without effect.
+_OTHERWISE = {
+    "seed": "--seeds",
+    "replicates": "--seeds",
+    "teacher.seed": "--vary",
+    "method.assistant.seed": "--vary",
+    "dry_run": "--plan",
+    "runtime.retrain": "python -m kd.store rm",
+}
+_PLACES = ("dataset.root", "runtime.store", "runtime.data", "teacher.checkpoint")
+Vary = Literal["chain", "student"]
+
+
+class Profile(Frozen):
+    """How long, and on what, all tables are trained."""
+
+    title: str
+    overrides: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = Field(min_length=1)
+    dataset: Name | None = None  # in place of every table's
+    stand_ins: dict[NetworkName, NetworkName] = Field({})
+    rows: dict[Name, tuple[Name, ...]] = Field({})  # by table: what is done where nobody names any
+
+
+def profiles() -> dict[str, Profile]:
+    """Those of conf/paper/profiles.yaml. Raises KnownError with every problem of the file."""
+    found, problems = {}, []
+    for name, tree in read_yaml("profiles").items():
+        try:
+            found[name] = Profile.model_validate(tree)
+        except ValidationError as error:
+            problems += [f"conf/paper/profiles.yaml: {problem}" for problem in explain(error, name)]
+    if problems:
+        raise KnownError("\n".join(problems))
+    return found
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Another copy of a data set: the folder, and the name that tables give it."""
+
+    path: Path
+    label: str
+
+    def overrides(self, dataset: str) -> list[str]:
+        """A folder of images in place of data that are read otherwise; else the data set's own root."""
+        name = "folder" if DATASETS[dataset].facts else dataset
+        return [f"dataset={name}", f"dataset.root={quoted(str(self.path))}", f"dataset.label={quoted(self.label)}"]
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra's grammar takes it, whatever is in it."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def shown(override: str) -> str:
+    """An override as records have it: of this machine's folders the name alone."""
+    key, _, value = override.partition("=")
+    name = Path(value.strip("'")).name
+    return f"{key}=<{name}>" if key in _PLACES else override
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that `python -m kd.paper` is told."""
+
+    name: str  # the profile's
+    profile: Profile
+    tables: tuple[str, ...] = ()  # none named: all
+    rows: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()  # none named: the profile's
+    copies: tuple[tuple[str, Copy], ...] = ()  # by data set
+    vary: Vary = "chain"
+    overrides: tuple[str, ...] = ()  # Hydra's, on top
+
+    def check(self) -> None:
+        """Raises KnownError for overrides that are said in another way here."""
+        keys = [override.partition("=")[0] for override in self.overrides]
+        if wrong := [f"{key}: for tables it is {_OTHERWISE[key]}" for key in keys if key in _OTHERWISE]:
+            raise KnownError("\n".join(wrong))
+
+    def chosen(self) -> list[tuple[str, Table, list[Row]]]:
+        """The tables asked for, each with its paper and its rows. Raises KnownError for names that are not there."""
+        known = [(paper.paper, table) for paper in papers() for table in paper.tables]
+        _refuse("table", self.tables, [table.id for _, table in known])
+        asked = [(paper, table) for paper, table in known if not self.tables or table.id in self.tables]
+        _refuse("data", [name for name, _ in self.copies], [self._dataset(table) for _, table in asked])
+        _refuse("row", self.rows, [row.id for _, table in asked for row in table.expanded])
+        found = [(paper, table, [row for row in table.expanded if self._wants(table, row)]) for paper, table in asked]
+        return [(paper, table, rows) for paper, table, rows in found if rows]
+
+    def _wants(self, table: Table, row: Row) -> bool:
+        if self.tables or self.rows:
+            return not self.rows or row.id in self.rows
+        return not self.profile.rows or row.id in self.profile.rows.get(table.id, ())
+
+    def _dataset(self, table: Table) -> str:
+        return self.profile.dataset or table.dataset
+
+    def data(self, table: Table) -> list[str]:
+        """The overrides that name a table's data, and the recipe that goes with them."""
+        dataset = self._dataset(table)
+        copy = dict(self.copies).get(dataset)
+        return [*(copy.overrides(dataset) if copy else [f"dataset={dataset}"]), f"train={dataset}"]
+
+
+def _refuse(what: str, asked: Sequence[str], known: Sequence[str]) -> None:
+    if unknown := [name for name in asked if name not in known]:
+        there = ", ".join(dict.fromkeys(known))
+        raise KnownError(f"{what}: there is no {' and no '.join(unknown)} here, but {there}")

@@ -1,0 +1,62 @@
+"""The training of what a graph misses, stage by stage in the order of dependence, by the pipeline of run.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kd.job import known_reason
+from kd.paper.cost import Cost
+from kd.paper.plan import Job
+from kd.pipeline import Pipeline
+from kd.progress import duration
+from kd.stage import Stage
+from kd.store import Store
+from kd.tracking import track
+
+
+def train(stages: Mapping[str, tuple[Stage, Job]], costs: Sequence[Cost], store: Store, folder: Path) -> dict[str, str]:
+    """Train every stage that the store has not, and nothing else.
+
+    What fails for a known reason is told and left, and so is what stands on it; returns why, by key. A stage is
+    taken up where an earlier process left it.
+    """
+    missing = [cost for cost in costs if not cost.stored]
+    failures: dict[str, str] = {}
+    expected, spent = 0.0, 0.0  # seconds of the stages that are done
+    for number, cost in enumerate(missing, 1):
+        stage, job = stages[cost.stage.key]
+        if below := next((source for source in stage.chain if source.key in failures), None):
+            failures[stage.key] = f"stands on {below.role} {below.model} ({below.key}), which failed"
+            continue
+        pace = spent / expected if expected else 1.0
+        left = pace * sum(cost.seconds for cost in missing[number - 1 :])
+        print(f"stage {number} of {len(missing)}: {describe(stage)}; about {duration(left)} left", flush=True)
+        try:
+            _train(stage, job, store, folder / "stages" / stage.key)
+        except Exception as error:
+            if (reason := known_reason(error)) is None:
+                raise
+            print(reason, file=sys.stderr, flush=True)
+            failures[stage.key] = reason
+        else:
+            expected, spent = expected + cost.seconds, spent + store.result(stage.key).seconds
+    return failures
+
+
+def describe(stage: Stage) -> str:
+    """A stage in a few words."""
+    above = f" from {stage.guide.model}" if stage.guide else ""
+    return f"{stage.role} {stage.model}{above}, seed {stage.seed} ({stage.key})"
+
+
+def _train(stage: Stage, job: Job, store: Store, folder: Path) -> None:
+    """One stage, those below it being there."""
+    config = job.config
+    os.makedirs(folder, exist_ok=True)
+    with track(config.tracking, folder, [stage], job.tree, store) as tracker:
+        teacher = config.teacher
+        shared = store, config.data_root, config.runtime
+        Pipeline(*shared, tracker, teacher.file, config.train.on_nan, teacher.min_acc).run_chain(stage)

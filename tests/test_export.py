@@ -1,0 +1,211 @@
+"""`python -m kd.export`: the files compute what the stored network computes, and say where they come from."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import kd
+from kd.datasets import digits
+from kd.export import folder
+from kd.export.__main__ import main
+from kd.export.base import FORMATS, open_format
+from kd.export.measures import as_fed, compare
+from kd.models import MODELS, build
+from kd.models.normalized import Normalized
+from kd.spec import KnownError
+from kd.store import Store
+from tests.conftest import ROOT
+from tests.faults import every_fault
+from tests.test_faults import trained
+from tests.test_stage import DATASET, stage
+
+Job = Callable[..., Any]
+
+TEST = digits.read(Path(), None)
+QUICK = {"net", "mlp"}  # a second each; plane2 is exported below
+
+
+def logits_by_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """Of the test images, by the code of the model card, run as its reader would."""
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    images = TEST.test_images.transpose(0, 3, 1, 2).astype(np.float32) / 255
+    names: dict[str, Any] = {"images": images}
+    with monkeypatch.context() as there:
+        there.chdir(out)
+        exec(code, names)
+    return np.asarray(names["logits"])
+
+
+def original_logits(key: str) -> np.ndarray:
+    with torch.inference_mode():
+        return np.asarray(kd.load(key)(torch.from_numpy(TEST.test_images).permute(0, 3, 1, 2)))
+
+
+def accuracy(logits: np.ndarray) -> float:
+    return 100 * float((logits.argmax(1) == TEST.test_labels).mean())
+
+
+def test_onnx(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (student,) = job("method=scratch")["chain"]
+    monkeypatch.chdir(tmp_path)
+    assert main([student["key"][:12], "--format", "onnx"]) == 0
+    out = tmp_path / "exports" / f"plane2-{student['key']}-onnx"
+    assert {path.name for path in out.iterdir()} == {"model.onnx", "README.md"}
+
+    logits, original = logits_by_card(out, monkeypatch), original_logits(student["key"])
+    np.testing.assert_allclose(logits, original, atol=1e-5 * np.abs(original).max())
+    # The stage was trained in fp32, so that what was recorded is what both compute.
+    assert accuracy(logits) == accuracy(original) == pytest.approx(student["test_acc"], abs=1e-4)
+
+    model = onnx.load(out / "model.onnx")
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    assert told["key"] == student["key"]
+    assert told["images"] == "float32 [batch, 3, 16, 16], RGB in [0, 1]; normalisation is inside"
+    assert [(each.domain, each.version) for each in model.opset_import] == [("", 18)]
+
+    accuracies = f"test {student['test_acc']:.2f} % and {student['test_acc']:.2f} %"
+    assert f"the same class for 100.00 %; {accuracies}" in capsys.readouterr().out
+    for path in out.iterdir():
+        assert not any(place.encode() in path.read_bytes() for place in (str(ROOT), str(tmp_path), "/site-packages/"))
+
+
+def test_safetensors(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, student = job("method=kd")["chain"]
+    capsys.readouterr()
+    out = tmp_path / "out of the store"
+    command = [student["key"], "--format", "safetensors", "--out", str(out)]
+    assert main(command) == 0
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "model.json", "README.md"}
+    assert np.array_equal(logits_by_card(out, monkeypatch), original_logits(student["key"]))
+    shown, card = capsys.readouterr().out, (out / "README.md").read_text()
+    for each in (teacher, student):
+        (line,) = (line for line in shown.splitlines() if each["key"] in line)
+        assert f"{each['params']:,}" in line
+        assert "–" not in line
+        assert f"| `{each['key']}` |" in card
+    for part in ("distill T=4 lambda=0.5", "epoch chosen on validation accuracy", "; threads: "):
+        assert part in card
+
+    with pytest.raises(KnownError, match="is there already; --force replaces it"):
+        main(command)
+    shutil.rmtree(Path(os.environ["KD_STORE"]) / teacher["key"])
+    capsys.readouterr()
+    assert main([*command, "--force"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if teacher["key"] in line)
+    assert line.split() == ["teacher", "plane4", teacher["key"], "–", "–", "–", "–"]
+    assert not list(tmp_path.glob(".*"))  # the earlier one is gone
+
+    (out / "notes.txt").touch()
+    for place in (out, out / "notes.txt"):
+        with pytest.raises(KnownError, match=r"--out: .* name another"):
+            main([*command[:-1], str(place), "--force"])
+    assert (out / "notes.txt").exists()
+
+
+def test_somebodys_weights(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(build("plane4", num_classes=10, image_size=16).state_dict(), tmp_path / "plane4.pt")
+    teacher, _ = job("method=kd", f"teacher.checkpoint={tmp_path / 'plane4.pt'}", "teacher.normalize=takd")["chain"]
+    assert main([teacher["key"], "--format", "safetensors", "--out", str(tmp_path / "given")]) == 0
+    assert np.array_equal(logits_by_card(tmp_path / "given", monkeypatch), original_logits(teacher["key"]))
+    assert "given weights" in (tmp_path / "given" / "README.md").read_text()
+
+
+def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(Path(os.environ["KD_STORE"]))
+    store.save(stage(), trained(1), {})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KnownError, match="xyz: should be the key of one finished stage"):
+        main(["xyz", "--format", "onnx"])
+    with monkeypatch.context() as lacking:
+        lacking.delitem(sys.modules, "kd.export.onnx", raising=False)
+        lacking.setitem(sys.modules, "onnxruntime", None)
+        with pytest.raises(KnownError, match=r"onnxruntime.*pip install '\.\[export\]'"):
+            main([stage().key, "--format", "onnx"])
+    (store.root / stage().key / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(KnownError, match="is damaged"):
+        main([stage().key, "--format", "safetensors"])
+    assert not (tmp_path / "exports").exists()
+
+
+def test_a_failure_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["kd.export", "xyz", "--format", "onnx"])
+    monkeypatch.delitem(sys.modules, "kd.export.__main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("kd.export", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("xyz: should be the key of one finished stage (none begins so in ")
+
+
+def test_an_export_is_whole_or_absent_whatever_fails(tmp_path: Path) -> None:
+    place = tmp_path / "parent" / "export"
+    earlier, newer = ({"README.md": text, "model.onnx": text} for text in (b"earlier", b"newer"))
+
+    def held(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fresh() -> None:
+        shutil.rmtree(tmp_path / "parent", ignore_errors=True)
+        folder.write(place, earlier, force=False)
+
+    def check() -> None:
+        assert not place.exists() or held(place) in (earlier, newer)
+        folder.write(place, newer, force=True)
+        assert held(place) == newer
+        assert os.listdir(tmp_path / "parent") == ["export"]
+
+    calls, _ = every_fault(lambda: folder.write(place, newer, force=True), fresh, check)
+    assert {"mkdir", "open", "write", "fsync", "rename"} <= {call.split()[0] for call in calls}
+
+
+def network_of(name: str) -> Normalized:
+    torch.manual_seed(0)
+    network = Normalized(build(name, num_classes=10), (0.5, 0.4, 0.3), (0.2, 0.3, 0.2))
+    with torch.no_grad():
+        network.train()(torch.rand(4, 3, 32, 32))  # statistics of its own
+    return network.eval()
+
+
+IMAGES = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
+def test_every_network(name: str) -> None:
+    network = network_of(name)
+    source = stage(model=name, dataset=DATASET.model_copy(update={"image_size": 32}))
+    for form in map(open_format, FORMATS):
+        run = form.unpack(form.pack(network, source), 1)
+        assert compare(network, run, IMAGES, torch.zeros(9)).agreement == 100
+        assert run(as_fed(IMAGES[:1])).shape == (1, 10)
+
+
+def test_float64() -> None:
+    network = network_of("plane2").double()
+    source = stage(model="plane2", dataset=DATASET.model_copy(update={"image_size": 32}))
+    for name, dtype in (("onnx", "float32"), ("safetensors", "float64")):
+        form = open_format(name)
+        assert compare(network, form.unpack(form.pack(network, source), 1), IMAGES, torch.zeros(9)).dtype == dtype
+    assert network.mean.dtype == torch.float64
+
+
+def test_a_network_that_is_not_the_original() -> None:
+    network = network_of("plane2")
+    with pytest.raises(KnownError, match="is not the original: logits differ by"), torch.inference_mode():
+        compare(network, lambda images: network.network(torch.from_numpy(images)).numpy(), IMAGES, torch.zeros(9))
+    with pytest.raises(KnownError, match="differ by nan"):
+        compare(network, lambda images: np.full((len(images), 10), np.nan, np.float32), IMAGES, torch.zeros(9))

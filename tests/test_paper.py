@@ -1,0 +1,200 @@
+"""The papers' tables: what was published, how cells expand, and the graph that they share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd.paper.plan import Graph, graph
+from kd.paper.request import Copy, Request, profiles
+from kd.paper.tables import Row, papers, parse_paper, read_yaml
+from kd.spec import KnownError
+from tests.conftest import ROOT
+from tests.test_datasets import write_folder
+
+ROWS: dict[tuple[str, str], Row] = {
+    (table.id, row.id): row for paper in papers() for table in paper.tables for row in table.expanded
+}
+SECOND_HAND, AUTHOR = "quoted at second hand", "by the author in an issue"
+ROUNDED, CLAIM = "by the author in an issue, rounded", "claimed, in no table that could be verified"
+
+
+def planned(*tables: str, rows: tuple[str, ...] = (), profile: str = "full", **more: Any) -> Graph:
+    return graph(Request(profile, profiles()[profile], tables, rows, **{"seeds": (0,), **more}))
+
+
+def test_published_numbers_are_what_is_known() -> None:
+    """Each one, with how sure it is; whatever is not here is printed as n/a."""
+    of_the_paper = {
+        ("takd_cifar10", "plane"): {"NOKD": (70.16, SECOND_HAND), "BLKD": (72.57, SECOND_HAND)}
+        | {"TAKD": (73.51, SECOND_HAND)},
+        ("takd_cifar100", "plane"): {"NOKD": (41.09, SECOND_HAND), "BLKD": (44.57, SECOND_HAND)}
+        | {"TAKD": (44.92, SECOND_HAND)},
+        ("takd_cifar100", "resnet"): {"NOKD": (61.37, AUTHOR), "BLKD": (61.41, AUTHOR), "TAKD": (61.82, AUTHOR)},
+        ("takd_cifar10", "resnet"): {"NOKD": (88.5, ROUNDED)},
+        ("takd_cifar10", "above"): {"resnet110": (93, ROUNDED), "resnet20": (91.5, ROUNDED), "110→20": (92.82, AUTHOR)},
+        ("takd_cifar100", "above"): {"resnet110": (72.38, AUTHOR), "resnet20": (67.03, AUTHOR)}
+        | {"110→20": (68.11, AUTHOR)},
+    }
+    for place, row in ROWS.items():
+        known = {label: (p.value, p.status) for label, p in row.published.items() if not p.difference}
+        assert known == of_the_paper.get(place, {}), place
+        claimed = {label: (p.value, p.status) for label, p in row.published.items() if p.difference}
+        trained = any(cell.label == "trained" for cell in row.expanded)
+        assert claimed == ({"trained": (2, CLAIM)} if trained else {}), place
+
+
+def test_trained_teachers_pairs() -> None:
+    """Those of the released experiments, each with all of its teachers."""
+    small, large = ("mobilenetv2", "shufflenetv2"), ("resnet18", "mobilenetv2", "shufflenetv2")
+    cnns = ("net", "preresnet20", "preresnet32")
+    assert {row for table, row in ROWS if table == "tt_cifar10"} == {
+        f"{teacher}_{student}" for teacher in ("resnet18", "resnet50") for student in cnns
+    }
+    pairs = {f"resnet18_{s}" for s in small} | {f"{t}_{s}" for t in ("resnet50", "resnext29") for s in large}
+    for table in ("tt_cifar100", "tt_tiny_imagenet"):
+        assert {row for name, row in ROWS if name == table} == pairs
+    for (table, name), row in ROWS.items():
+        if table.startswith("tt_"):
+            assert row.baseline == "normal"
+            for cell in row.expanded:
+                (experiment,) = cell.overrides
+                path = ROOT / "conf" / "experiment" / f"{experiment.removeprefix('experiment=')}.yaml"
+                assert path.exists(), (table, name, path)
+
+
+def test_paths_are_all_subsets() -> None:
+    plane = [cell.label for cell in ROWS["paths_cifar10", "plane"].expanded]
+    assert set(plane) == {"10→2", "10→8→2", "10→6→2", "10→4→2", "10→8→6→2", "10→8→4→2", "10→6→4→2", "10→8→6→4→2"}
+    resnet = [cell.label for cell in ROWS["paths_cifar100", "resnet"].expanded]
+    assert len(set(resnet)) == 2**6
+    assert "110→56→44→32→26→20→14→8" in resnet
+    sizes = [cell.label for cell in ROWS["size_cifar10", "plane"].expanded]
+    assert sizes == ["10→2", "10→8→2", "10→6→2", "10→4→2"]
+
+
+def test_paths_share_their_beginnings() -> None:
+    """8 paths have 3·4 assistants in them, of which 7 differ: 16 stages, not 28; TAKD's own row adds the student."""
+    stages = planned("paths_cifar10", rows=("plane",)).stages
+    assert len(stages) == 1 + 7 + 8
+    assert len(planned("paths_cifar10", "takd_cifar10", "size_cifar10", rows=("plane",)).stages) == 1 + 7 + 8 + 1
+    order = list(stages)
+    for stage, _ in stages.values():
+        assert stage.guide is None or order.index(stage.guide.key) < order.index(stage.key)
+
+
+def test_the_whole_chain_varies_with_the_seed_or_the_student_alone() -> None:
+    chosen: dict[str, Any] = {"rows": ("plane",), "seeds": (0, 1)}
+    chain = [job.student.chain for job in planned("takd_cifar10", **chosen).jobs if len(job.student.chain) == 3]
+    assert [[stage.seed for stage in stages] for stages in chain] == [[0, 0, 0], [1, 1, 1]]  # type: ignore[union-attr]
+    over_one = [job.student.chain for job in planned("takd_cifar10", vary="student", **chosen).jobs]
+    seeds = [[stage.seed for stage in stages] for stages in over_one if len(stages) == 3]  # type: ignore[union-attr]
+    assert seeds == [[0, 0, 0], [0, 0, 1]]
+
+
+def test_profiles() -> None:
+    full, cpu = (planned("takd_cifar10", rows=("plane",), profile=name).jobs for name in ("full", "cpu"))
+    assert {job.student.train.epochs for job in full} == {160}
+    assert {(job.student.train.epochs, job.student.train.schedule) for job in cpu} == {(60, "cosine")}
+    for job in (*full, *cpu):
+        assert (job.student.train.select, job.student.train.test_curve, job.config.mode) == ("best_val", True, "paper")
+    smoke = planned(profile="smoke")
+    assert {stage.dataset.name for stage, _ in smoke.stages.values()} == {"digits"}
+    assert {table.table.id.rpartition("_")[0] for table in smoke.tables} == {"takd", "size", "paths", "settings", "tt"}
+    assert not {stage.model for stage, _ in smoke.stages.values()} & set(profiles()["smoke"].stand_ins)
+    title = profiles()["cpu"].title
+    assert "SHORTER" in title
+    assert "60 epochs" in title
+
+
+def test_a_setting_of_the_method_is_for_the_cells_that_have_it() -> None:
+    """And what makes a cell what it is stays."""
+    overrides = "method.T=7", "method.assistant.T=9"
+    found = planned("takd_cifar10", rows=("plane",), overrides=overrides)
+    losses = [[getattr(stage.loss, "T", None) for stage in job.student.chain] for job in found.jobs]  # type: ignore[union-attr]
+    assert losses == [[None], [None, 7], [None, 9, 7]]
+    found = planned("settings_cifar10", rows=("T_blkd",), overrides=overrides[:1])
+    assert [getattr(job.student.loss, "T", None) for job in found.jobs] == [None, 1, 2, 5, 10, 15, 20]
+
+
+def test_another_copy_takes_the_place_of_a_data_set(tmp_path: Path) -> None:
+    write_folder(tmp_path / "jpeg")
+    copies = (("cifar10", Copy(tmp_path / "jpeg", "CIFAR-10 (JPEG copy)")),)
+    found = planned("takd_cifar10", "tt_cifar10", rows=("plane", "resnet18_net"), copies=copies)
+    for table in found.tables:
+        cell = table.rows[0].cells[-1]
+        assert cell.jobs[0].config.dataset.title == "CIFAR-10 (JPEG copy)"
+        assert cell.jobs[0].student.dataset.name == "folder"
+        assert cell.jobs[0].config.train.recipe == "cifar10"
+        assert str(tmp_path) not in cell.command
+        assert "dataset.root=<jpeg>" in cell.command
+
+
+def test_a_table_without_its_images_is_left_out() -> None:
+    rows = "resnet18_mobilenetv2", "resnet18_net"
+    found = planned("tt_tiny_imagenet", "tt_cifar10", rows=rows)
+    assert [table.table.id for table in found.tables] == ["tt_cifar10"]
+    assert "tiny-imagenet-200" in found.left_out["tt_tiny_imagenet"]
+    with pytest.raises(KnownError, match="tt_tiny_imagenet: "):
+        planned("tt_tiny_imagenet", rows=rows[:1])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rows": []}, ""),
+        ({"dataset": None}, "tables[0].dataset: should be a text (got null)"),
+        ({"colour": 1}, "tables[0].colour: unknown key (got 1)"),
+        ({"rows": [{"every": "month"}]}, "one', 'student'"),
+    ],
+)
+def test_a_tables_problems_are_lines(change: dict[str, Any], said: str) -> None:
+    tree = read_yaml("takd")
+    tree["tables"] = [{**tree["tables"][0], **change}]
+    if not said:
+        assert parse_paper("takd", tree).tables[0].expanded == []
+        return
+    with pytest.raises(KnownError, match=r"^conf/paper/takd\.yaml: ") as caught:
+        parse_paper("takd", tree)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"baseline": "KD"}, "row plane: has no cell KD, but NOKD, BLKD, TAKD"),
+        ({"published": {"XKD": {"value": 1, "status": "verified", "source": "x"}}}, "has no cell XKD"),
+        ({"published": {"NOKD": {"value": 1, "status": "sure", "source": "x"}}}, "status: should be 'verified', "),
+        ({"teacher": "plane11"}, "did you mean plane10?"),
+        ({"cells": [{"label": "a"}, {"label": "a"}]}, "two cells have one label"),
+        ({"cells": [{"every": "path", "through": ["plane4"]}], "student": None}, "every path needs a teacher and a"),
+    ],
+)
+def test_a_rows_problems_are_lines(change: dict[str, Any], said: str) -> None:
+    tree = read_yaml("takd")
+    tree["tables"][0]["rows"] = [{**tree["tables"][0]["rows"][0], **change}]
+    with pytest.raises(KnownError, match=re.escape(said)):
+        parse_paper("takd", tree)
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"tables": ("takd",)}, "table: there is no takd here, but takd_cifar10, "),
+        ({"rows": ("pain",)}, "row: there is no pain here, but plane, "),
+        ({"copies": (("cifar10", Copy(Path("x"), "x")),)}, "data: there is no cifar10 here, but digits"),
+        (
+            {"overrides": ("seed=1", "replicates=2")},
+            "seed: for tables it is --seeds\nreplicates: for tables it is --seeds",
+        ),
+        ({"overrides": ("method.tau=1",)}, "method.tau=1: there is no such key in any cell's method"),
+        ({"overrides": ("train.epoch=1",)}, "train.epoch"),
+        ({"overrides": ("train.epochs=0",)}, "train.epochs: should be at least 1 (got 0)"),
+    ],
+)
+def test_a_wrong_request_is_lines(request_: dict[str, Any], said: str) -> None:
+    with pytest.raises(KnownError, match=re.escape(said)):
+        graph(Request("smoke", profiles()["smoke"], **request_))
