@@ -188,5 +188,5 @@ def parse_paper(name: str, tree: Any) -> Paper:
 
 
 def papers() -> list[Paper]:
-    """Both papers, as conf/paper has them."""
-    return [parse_paper(name, read_yaml(name)) for name in ("takd", "trained_teacher")]
+    """Both papers and our own rows, as conf/paper has them."""
+    return [parse_paper(name, read_yaml(name)) for name in ("takd", "trained_teacher", "ours")]
