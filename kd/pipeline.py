@@ -28,7 +28,7 @@ from kd.tracking import Tracker
 from kd.workplace import Workplace
 
 _NEAR_CHANCE = 2  # times chance
-_RETRIED = "in fp32 after"  # of a stage's record: what its own precision came to
+RETRIED = "in fp32 after"  # of a stage's record: what its own precision came to
 
 
 class Outcome(Frozen):
@@ -148,7 +148,7 @@ class Pipeline(Workplace):
                     else:
                         self._train(source)
         result = self.store.result(source.key)
-        retried = self.store.record(source.key)["made_with"].get(_RETRIED)
+        retried = self.store.record(source.key)["made_with"].get(RETRIED)
         if retried and self.on_nan == "stop":
             raise KnownError(
                 f"stage {source.key} was trained in fp32 after {retried}; train.on_nan=retry_fp32 takes it"
@@ -214,7 +214,7 @@ class Pipeline(Workplace):
                     raise
                 print(f"{error}; train.on_nan=retry_fp32: once more in fp32", flush=True)
                 trained, origin = self._attempt(stage, stage.in_fp32(), folder / "fp32", signals)
-                origin[_RETRIED] = str(error)
+                origin[RETRIED] = str(error)
             self._keep(stage, trained, origin)
             shutil.rmtree(folder, ignore_errors=True)  # if the process dies before, kd.store gc does
 

@@ -45,8 +45,8 @@ class Workplace:
         return self.runtime.threads or max(1, hardware.cpu_count() // world().local_size)
 
     def data(self, source: Source) -> Data:
-        """The images of a run, which are the same for each of its stages."""
-        if self._loaded is None:
+        """The images of a source: loaded once for the stages of a run, which see the same."""
+        if self._loaded is None or self._loaded.spec != source.dataset:
             self._loaded = load(source.dataset, self.data_root, self.device)
         return self._loaded
 

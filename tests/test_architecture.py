@@ -21,7 +21,7 @@ ROWS = [
     ["kd.pipeline", "kd.store.__main__", "kd.store.listing"],
     ["kd.records"],
     ["kd.tables"],
-    ["kd.export", "kd.report", "kd.summary", "kd.search"],
+    ["kd.export", "kd.inspection", "kd.report", "kd.summary", "kd.search"],
     ["kd.job"],
     ["kd.sweep", "kd.paper"],
     ["run", "kd"],

@@ -61,6 +61,8 @@ def remove(store: Store, key: str, with_dependents: bool) -> list[str]:
             raise KnownError("\n".join(f"stage {b} is held by {locks.holder(store.lock_file(b))}" for b in busy))
         for other in doomed:
             with locks.hold(store.lock_file(other), f"stage {other} is held by"):
+                for path in store.outputs.glob(f"{other}-*"):
+                    _discard(path)
                 _discard(store.root / other)
     return doomed
 
@@ -73,10 +75,11 @@ def collect(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
     """
     with store.writing():
         before = _lock_files(store)
-        for folder in (store.root / "partial", store.banks, store.damaged):
+        for folder in (store.root / "partial", store.banks, store.outputs, store.damaged):
             yield from (_take(path, _GONE, dry) for path in files.temporaries(folder) if files.abandoned(path))
         yield from _of_stages(store, days, dry)
         yield from _of_banks(store, dry)
+        yield from _of_gone(store, store.outputs, "logits of a stage that is not in the store", dry)
         for path in _entries(store.damaged):
             if _set_aside(path) < time.time() - days * DAY:
                 yield _take(path, f"damaged, set aside more than {days:g} days ago", dry)
@@ -105,10 +108,15 @@ def _of_banks(store: Store, dry: bool) -> Iterator[Leftover]:
     """Only while nothing is trained: whoever holds a lock may be reading logits of a guide that was removed since."""
     if not all(map(_free, _lock_files(store))):
         return
-    for path in _entries(store.banks):
-        guide = path.name.partition("-")[0]
-        if re.fullmatch("[0-9a-f]{16}", guide) and not store.has(guide):
-            yield _take(path, "logits of a guide that is not in the store", dry)
+    yield from _of_gone(store, store.banks, "logits of a guide that is not in the store", dry)
+
+
+def _of_gone(store: Store, folder: Path, reason: str, dry: bool) -> Iterator[Leftover]:
+    """What is named by the key of a stage that is not there."""
+    for path in _entries(folder):
+        key = path.name.partition("-")[0]
+        if re.fullmatch("[0-9a-f]{16}", key) and not store.has(key):
+            yield _take(path, reason, dry)
 
 
 def _lock_files(store: Store) -> list[Path]:

@@ -194,6 +194,11 @@ class Store:
         return self.root / "bank"
 
     @property
+    def outputs(self) -> Path:
+        """Where the logits of finished stages on their test images are kept; disposable."""
+        return self.root / "outputs"
+
+    @property
     def damaged(self) -> Path:
         """Where stages are set aside whose files are not what was written."""
         return self.root / "damaged"

@@ -1,0 +1,1 @@
+"""Inspection: what finished networks answer beyond their accuracy, and how their loss lies around them."""
