@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python run.py
 
-.PHONY: help setup demo reproduce-paper best dashboard docs bench profile tensorboard test test-slow torture
+.PHONY: help setup demo reproduce-paper report best dashboard docs bench profile tensorboard test test-slow torture
 
 help: ## print this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -52,7 +52,11 @@ test-slow: setup ## the tests on real images and long trainings
 torture: setup ## kill runs 202 times and compare what is left with undisturbed ones: about an hour
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m torture -n 2
 
+PAPER = $(BIN)/python -m kd.paper --profile $(or $(PROFILE),smoke) $(TABLE:%=--table %) $(ROW:%=--row %) \
+  $(SEEDS:%=--seeds %) $(DATA:%=--data %) $(if $(LABEL),--label '$(LABEL)') $(VARY:%=--vary %) $(OUT:%=--out %) $(SET)
+
 reproduce-paper: setup ## the papers' tables beside ours: PROFILE=smoke|cpu|full TABLE= ROW= SEEDS= DATA=cifar10=FOLDER PLAN=1
-	$(BIN)/python -m kd.paper --profile $(or $(PROFILE),smoke) $(TABLE:%=--table %) $(ROW:%=--row %) \
-	  $(SEEDS:%=--seeds %) $(DATA:%=--data %) $(if $(LABEL),--label '$(LABEL)') $(VARY:%=--vary %) \
-	  $(OUT:%=--out %) $(if $(PLAN),--plan) $(SET)
+	$(PAPER) $(if $(PLAN),--plan)
+
+report: setup ## write the report of what is trained already, and train nothing; takes what reproduce-paper takes
+	$(PAPER) --report

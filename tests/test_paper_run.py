@@ -14,10 +14,10 @@ import kd.paper.train
 import kd.train
 from kd.datasets import load, resolve, views
 from kd.datasets.base import DatasetConfig
-from kd.paper import cost, results
+from kd.paper import cost, page, results
 from kd.paper.__main__ import main
 from kd.paper.cost import Cost, Estimator, forward_flops
-from kd.paper.markdown import page
+from kd.paper.gather import gather
 from kd.paper.plan import graph
 from kd.paper.request import Copy, Request, profiles
 from kd.spec import KnownError
@@ -80,7 +80,7 @@ def test_an_interrupted_reproduction_goes_on_and_ends_in_tables(
     assert main(given) == 0
     assert len(trainings) == 10
     assert (tmp_path / "out" / "tables.json").read_text() == before
-    _look_at(results.Report.model_validate_json(before), (tmp_path / "out" / "takd_cifar10.md").read_text(), tmp_path)
+    _look_at(results.Report.model_validate_json(before), (tmp_path / "out" / "report.md").read_text(), tmp_path)
 
 
 def _look_at(report: results.Report, text: str, tmp_path: Path) -> None:
@@ -90,25 +90,26 @@ def _look_at(report: results.Report, text: str, tmp_path: Path) -> None:
     assert [cell.label for cell in found.cells] == ["NOKD", "BLKD", "TAKD"]
     assert [cell.chain for cell in found.cells] == ["plane2", "plane6 → plane2", "plane6 → plane4 → plane2"]
     assert [cell.varied.partition(",")[0] for cell in found.cells] == ["the student's seed", *["the whole chain"] * 2]
-    base = {draw.seed: draw.test_acc for draw in found.cells[1].draws}
+    base = {draw.seed: report.stages[draw.chain[-1]].test_acc for draw in found.cells[1].draws}
     for cell in found.cells:
         assert [draw.seed for draw in cell.draws] == [0, 1]
         for draw in cell.draws:
-            rows = (store.root / draw.chain[-1].key / "metrics.jsonl").read_text().splitlines()
+            student = report.stages[draw.chain[-1]]
+            rows = (store.root / student.key / "metrics.jsonl").read_text().splitlines()
             curve = [json.loads(row) for row in rows]
-            assert draw.test_acc == store.result(draw.chain[-1].key).test_acc
-            assert (draw.last, draw.best_test) == (curve[-1]["test_acc"], max(r["test_acc"] for r in curve))
-            assert all(f"`{stage.key}`" in text for stage in draw.chain)
+            assert student.test_acc == store.result(student.key).test_acc
+            assert (student.last, student.best_test) == (curve[-1]["test_acc"], max(r["test_acc"] for r in curve))
+            assert all(f"`{key}`" in text for key in draw.chain)
         assert cell.test_acc is not None
         assert f"{cell.test_acc.mean:.2f} ± {cell.test_acc.std:.2f}" in text
         line = next(line for line in text.splitlines() if line.startswith(f"| {cell.label} "))
         assert ("**" in line) == (cell.against is not None and cell.against.told_apart)
         if cell.against is not None:
-            mean = sum(draw.test_acc - base[draw.seed] for draw in cell.draws) / 2
-            assert cell.against.mean == pytest.approx(mean, abs=1e-3)
+            differences = [report.stages[draw.chain[-1]].test_acc - base[draw.seed] for draw in cell.draws]
+            assert cell.against.mean == pytest.approx(sum(differences) / 2, abs=1e-3)
     assert "SMOKE" in text
     assert "numbers of no paper" in text
-    assert "70.16 (quoted at second hand: " in text
+    assert "70.16 (quoted at second hand)" in text
     assert str(tmp_path) not in text + report.model_dump_json()
 
 
@@ -126,17 +127,18 @@ def test_what_fails_is_told_and_the_rest_is_trained(
     monkeypatch.setattr(kd.paper.train, "_train", failing)
     assert main([*TINY, "--seeds", "0", "--out", str(tmp_path / "out")]) == 1
     assert "the loss is nan" in capsys.readouterr().err
-    text = (tmp_path / "out" / "takd_cifar10.md").read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
     assert "- TAKD, seed 0: **no result**, stands on assistant plane4" in text
-    assert re.search(r"^\| BLKD \| plane6 → plane2 \| 72\.57 .* \| 1 \| \d\d\.\d\d \| n/a \|", text, re.MULTILINE)
+    assert re.search(r"^\| BLKD \| 72\.57 .* \| 1 \| \d\d\.\d\d \| n/a \|", text, re.MULTILINE)
 
 
 def test_another_copy_is_named_in_its_table(tmp_path: Path) -> None:
     write_folder(tmp_path / "jpeg")
     copies = (("cifar10", Copy(tmp_path / "jpeg", "CIFAR-10 (JPEG copy)")),)
     request = Request("full", profiles()["full"], ("takd_cifar10",), ("plane",), (0,), copies)
-    report = results.report(request, "…", graph(request), Store(tmp_path / "store"), {})
-    text = page(report, report.tables[0])
+    report = gather(request, "…", graph(request), Store(tmp_path / "store"), {}, lambda stages: 0)
+    page.write(report, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
     assert "Ours are of **CIFAR-10 (JPEG copy)**; the published numbers are of cifar10." in text
     assert "- NOKD, seed 0: **no result**, not trained" in text
     assert str(tmp_path) not in text
@@ -214,12 +216,13 @@ def test_what_a_stage_costs(estimate: Callable[..., list[Cost]]) -> None:
 def test_what_is_stored_costs_nothing_and_leaves_its_views(estimate: Callable[..., list[Cost]]) -> None:
     costs = estimate(stored=3)
     assert [cost.stored for cost in costs] == [True, True, True, False, False]
-    assert sum(cost.flops for cost in costs[:3]) == 0
+    assert sum(cost.seconds for cost in costs[:3]) == 0
+    assert [cost.flops for cost in costs] == [cost.flops for cost in estimate()]
     assert costs[3].guided == 0
     assert estimate(bank=False)[3].guided == 160 * 45_000
 
 
 def test_the_makefile_hands_everything_on() -> None:
-    rule = (ROOT / "Makefile").read_text().partition("reproduce-paper: ")[2].partition("\n\n")[0]
+    rule = (ROOT / "Makefile").read_text().partition("PAPER = ")[2].partition("\n\nreport: ")[0]
     for name in ("PROFILE", "TABLE", "ROW", "SEEDS", "DATA", "LABEL", "VARY", "OUT", "PLAN", "SET"):
         assert f"({name}" in rule

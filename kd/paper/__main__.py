@@ -8,12 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd import files
-from kd.paper.cost import Cost, Estimator
-from kd.paper.markdown import page
-from kd.paper.plan import Graph, graph
+from kd.paper import page
+from kd.paper.cost import Estimator
+from kd.paper.gather import gather
+from kd.paper.plan import graph
 from kd.paper.request import Copy, Request, profiles, shown
-from kd.paper.results import report
 from kd.paper.screen import print_costs, print_stages, print_tables
 from kd.paper.train import train
 from kd.signals import exit_code, raise_on_sigterm
@@ -36,8 +35,10 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--vary", choices=("chain", "student"), default="chain", help="what a seed is of: the whole chain (default)"
     )
-    parser.add_argument("--plan", action="store_true", help="print stages and cost, and train nothing")
-    parser.add_argument("--out", type=Path, help="folder of the tables; by default reports/<profile>")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--plan", action="store_true", help="print stages and cost, and train nothing")
+    instead.add_argument("--report", action="store_true", help="write the report of what is there, and train nothing")
+    parser.add_argument("--out", type=Path, help="folder of the report; by default reports/<profile>")
     return parser.parse_intermixed_args(given)
 
 
@@ -58,24 +59,23 @@ def main(given: Sequence[str]) -> int:
     planned = graph(request)
     config = planned.jobs[0].config
     store = Store(config.store_root)
-    costs = _estimate(planned, Workplace(store, config.data_root, config.runtime))
+    estimator = Estimator(Workplace(store, config.data_root, config.runtime))
     print(f"profile {request.name}: {request.profile.title}")
-    if arguments.plan:
-        print_stages(costs)
-    print_costs(costs, store)
     for name, reason in planned.left_out.items():
         print(f"table {name} is left out: {reason}")
-    if arguments.plan:
-        return 0
-    out = arguments.out or place(None, "reports") / request.name
-    failures = train(planned.stages, costs, store, out)
-    written = report(request, _shown(given), planned, store, failures)
-    out.mkdir(parents=True, exist_ok=True)
-    for table in written.tables:
-        files.write(out / f"{table.id}.md", page(written, table))
-    files.write(out / "tables.json", written.model_dump_json(indent=1))
-    print_tables(written)
-    print(f"{out}: {', '.join(f'{table.id}.md' for table in written.tables)}, tables.json")
+    out, failures = arguments.out or place(None, "reports") / request.name, dict[str, str]()
+    if not arguments.report:
+        stages = [stage for stage, _ in planned.stages.values()]
+        costs = estimator.estimate(stages, {stage.key for stage in stages if store.whole(stage.key)})
+        if arguments.plan:
+            print_stages(costs)
+        print_costs(costs, store)
+        if arguments.plan:
+            return 0
+        failures = train(planned.stages, costs, store, out)
+    report = gather(request, _shown(given), planned, store, failures, estimator.flops)
+    print_tables(report)
+    print(f"{out}: {', '.join(page.write(report, out))}")
     return 1 if failures or planned.left_out else 0
 
 
@@ -107,11 +107,6 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
     if wrong := [name for name, value in pairs.items() if not value]:
         raise KnownError(f"{option}: should be <data set>=<value> (got {', '.join(wrong)})")
     return pairs
-
-
-def _estimate(planned: Graph, workplace: Workplace) -> list[Cost]:
-    stages = [stage for stage, _ in planned.stages.values()]
-    return Estimator(workplace).estimate(stages, {stage.key for stage in stages if workplace.store.whole(stage.key)})
 
 
 def _shown(given: Sequence[str]) -> str:

@@ -29,15 +29,18 @@ _PROBE = 1e10  # operations of a measured step on a CPU, at the most: a fraction
 
 @dataclass(frozen=True)
 class Cost:
-    """A stage's: images forward and backward, forward alone, and through its guide; operations and seconds of all."""
+    """A stage's: images forward and backward, forward alone, and through its guide; operations of all.
+
+    Seconds are what is still to be spent.
+    """
 
     stage: Stage
     stored: bool
-    trained: float = 0
-    tested: float = 0
-    guided: float = 0  # that the bank will not have
-    flops: float = 0
-    seconds: float = 0
+    trained: float
+    tested: float
+    guided: float  # that the bank will not have
+    flops: float
+    seconds: float
 
 
 def forward_flops(model: str, num_classes: int, image_size: int) -> int:
@@ -87,7 +90,7 @@ class Estimator:
         self._images = cache(lambda spec: images(spec, place.data_root))
 
     def estimate(self, stages: Sequence[Stage], stored: set[str]) -> list[Cost]:
-        """The cost of each stage; of the `stored` keys none but the views that they have asked their guides for."""
+        """The cost of each stage, in order; nothing is measured for the `stored` keys, whose seconds are spent."""
         asked: dict[tuple[str, str], _Seen] = {}
         costs = []
         for stage in stages:
@@ -98,22 +101,24 @@ class Estimator:
                 bank = stage.guide.key, stage.train.precision
                 guided = asked.setdefault(bank, _Seen()).more(stage, samples)
                 guided = guided if self._place.runtime.bank else samples * epochs
-            if stage.key in stored:
-                costs.append(Cost(stage, stored=True))
-                continue
             each_epoch = training - samples + (testing if stage.train.test_curve else 0)
-            costs.append(self._sum(stage, samples * epochs, each_epoch * epochs + testing, guided))
+            costs.append(self._sum(stage, stage.key in stored, samples * epochs, each_epoch * epochs + testing, guided))
         return costs
 
-    def _sum(self, stage: Stage, trained: float, tested: float, guided: float) -> Cost:
+    def flops(self, stages: Sequence[Stage]) -> float:
+        """The operations that training some stages takes, if nothing of them is there."""
+        return sum(cost.flops for cost in self.estimate(stages, {stage.key for stage in stages}))
+
+    def _sum(self, stage: Stage, stored: bool, trained: float, tested: float, guided: float) -> Cost:
         step, forward = 1 + _BACKWARD, 1 / (1 + _BACKWARD)  # in forwards, and in steps
         images, guide = trained + tested * forward, stage.guide
         operations = images * step * self._forward(stage, stage)
-        seconds = images * self._seconds(stage)
+        seconds = 0.0 if stored else images * self._seconds(stage)
         if guide is not None:
             operations += guided * self._forward(guide, stage)
-            seconds += guided * forward * self._seconds(guide if isinstance(guide, Stage) else stage)
-        return Cost(stage, False, trained, tested, guided, operations, seconds)
+            if not stored:
+                seconds += guided * forward * self._seconds(guide if isinstance(guide, Stage) else stage)
+        return Cost(stage, stored, trained, tested, guided, operations, seconds)
 
     def _forward(self, source: Source, stage: Stage) -> int:
         return self._flops(source.model, stage.dataset.num_classes, stage.dataset.image_size)

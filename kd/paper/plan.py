@@ -53,9 +53,9 @@ class PlannedRow:
 
 @dataclass(frozen=True)
 class PlannedTable:
-    """A table, the paper that it is from, and its rows."""
+    """A table, the paper that it is from if any, and its rows."""
 
-    paper: str
+    paper: str | None
     table: Table
     rows: list[PlannedRow]
 

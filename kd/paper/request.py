@@ -99,11 +99,11 @@ class Request:
         if wrong := [f"{key}: for tables it is {_OTHERWISE[key]}" for key in keys if key in _OTHERWISE]:
             raise KnownError("\n".join(wrong))
 
-    def chosen(self) -> list[tuple[str, Table, list[Row]]]:
+    def chosen(self) -> list[tuple[str | None, Table, list[Row]]]:
         """The tables asked for, each with its paper and its rows. Raises KnownError for names that are not there."""
         known = [(paper.paper, table) for paper in papers() for table in paper.tables]
         _refuse("table", self.tables, [table.id for _, table in known])
-        asked = [(paper, table) for paper, table in known if not self.tables or table.id in self.tables]
+        asked = [(paper, table) for paper, table in known if table.id in self.tables or (paper and not self.tables)]
         _refuse("data", [name for name, _ in self.copies], [self._dataset(table) for _, table in asked])
         _refuse("row", self.rows, [row.id for _, table in asked for row in table.expanded])
         found = [(paper, table, [row for row in table.expanded if self._wants(table, row)]) for paper, table in asked]

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kd.paper.cost import Cost
-from kd.paper.results import Report
+from kd.paper.results import Report, mean
 from kd.paper.train import describe
 from kd.progress import console, duration
 from kd.store import Store
@@ -65,22 +65,18 @@ def print_tables(report: Report) -> None:
         shown = _table(table.id, "", "published %>", "n>", "test %>", "to baseline>", "best on test %>")
         for row in table.rows:
             for cell in row.cells:
-                against, best = cell.against, [d.best_test for d in cell.draws if d.best_test is not None]
+                against, students = cell.against, report.students(cell)
                 shown.add_row(
                     row.id,
                     cell.label,
                     "n/a" if cell.published is None else f"{cell.published.value:g}, {cell.published.status}",
                     str(len(cell.draws)),
-                    _mean([draw.test_acc for draw in cell.draws]),
+                    percent(mean([student.test_acc for student in students])),
                     f"{against.mean:+.2f} ({against.ci95[0]:+.2f} to {against.ci95[1]:+.2f})" if against else "",
-                    _mean(best),
+                    percent(mean([student.best_test for student in students])),
                 )
         out.print(f"{table.data}: {table.title}", highlight=False)
         out.print(shown)
-
-
-def _mean(values: Sequence[float]) -> str:
-    return percent(sum(values) / len(values) if values else None)
 
 
 def _table(*headings: str) -> Table:

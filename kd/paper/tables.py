@@ -40,6 +40,8 @@ class Cell(Frozen):
 
     label: str = Field(min_length=1)
     overrides: tuple[str, ...] = ()
+    axis: str | None = None  # what it is a point of, with others of its row
+    at: float | None = None
 
     def cells(self, row: Row) -> list[Cell]:
         """Itself."""
@@ -60,8 +62,12 @@ class Paths(Frozen):
 
     def _cell(self, row: Row, path: Sequence[str]) -> Cell:
         label = "→".join(str(MODELS[name].depth) for name in (row.teacher, *path, row.student) if name)
+        if not path:
+            return Cell(label=label, overrides=("method=kd",))
         assisted = "method=ta", f"method.assistants=[{','.join(path)}]"
-        return Cell(label=label, overrides=assisted if path else ("method=kd",))
+        if self.assistants != 1:
+            return Cell(label=label, overrides=assisted)
+        return Cell(label=label, overrides=assisted, axis="depth of the assistant", at=MODELS[path[0]].depth)
 
 
 class Settings(Frozen):
@@ -75,7 +81,10 @@ class Settings(Frozen):
     def cells(self, row: Row) -> list[Cell]:
         """The same of every row."""
         name = self.key.rpartition(".")[2].replace("lambda", "λ")
-        return [Cell(label=f"{name} {v:g}", overrides=(*self.overrides, f"{self.key}={v:g}")) for v in self.values]
+        return [
+            Cell(label=f"{name} {v:g}", overrides=(*self.overrides, f"{self.key}={v:g}"), axis=name, at=v)
+            for v in self.values
+        ]
 
 
 def _kind(value: Any) -> str:
@@ -105,7 +114,7 @@ class Row(Frozen):
         ends = (("teacher", self.teacher), ("model", self.student))
         networks = tuple(f"{group}={name}" for group, name in ends if name)
         cells = [cell for member in self.cells for cell in member.cells(self)]
-        return [Cell(label=cell.label, overrides=(*networks, *cell.overrides)) for cell in cells]
+        return [cell.model_copy(update={"overrides": (*networks, *cell.overrides)}) for cell in cells]
 
     @model_validator(mode="after")
     def _fits_together(self) -> Row:
@@ -170,7 +179,7 @@ class Table(Frozen):
 class Paper(Frozen):
     """A paper, and those of its tables that are reproduced."""
 
-    paper: str
+    paper: str | None = None  # null: tables of our own, which are done where somebody names them
     tables: tuple[Table, ...]
 
 

@@ -1,0 +1,182 @@
+"""The report of a graph, read from the store alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+
+from kd import hardware
+from kd.inspection.measures import calibration, fidelity
+from kd.inspection.outputs import outputs
+from kd.paper.plan import Graph, Job, PlannedCell, PlannedRow, PlannedTable
+from kd.paper.request import Request, shown
+from kd.paper.results import CellResult, Draw, Report, RowResult, TableResult, Trained, spread_of
+from kd.paper.tables import CONF, Published
+from kd.stage import Source, Stage
+from kd.statistics import paired
+from kd.store import Store
+from kd.tables import parameters, training
+from kd.workplace import Workplace
+
+Count = Callable[[Sequence[Stage]], float]  # the operations that training some stages takes
+
+
+def gather(
+    request: Request, command: str, graph: Graph, store: Store, failures: Mapping[str, str], count: Count
+) -> Report:
+    """Everything that the store has of a graph; networks are run on the test images where nobody has before.
+
+    Raises KnownError where the store cannot be read.
+    """
+    stages: dict[str, Trained] = {}
+    tables = [_Reader(table, store, stages, failures, request.vary, count).table() for table in graph.tables]
+    return Report(
+        profile=request.name,
+        title="; with ".join(filter(None, [request.profile.title, " ".join(map(shown, request.overrides))])),
+        command=command,
+        commit=_commit(),
+        versions={"python": sys.version.split()[0], **{name: version(name) for name in ("torch", "torchvision")}},
+        machine=hardware.describe(),
+        left_out=graph.left_out,
+        seconds=_seconds(stages.values()),
+        tables=tuple(tables),
+        stages=stages,
+    )
+
+
+class _Reader:
+    """Reads one table, and adds its stages to those of all."""
+
+    def __init__(
+        self,
+        planned: PlannedTable,
+        store: Store,
+        stages: dict[str, Trained],
+        failures: Mapping[str, str],
+        vary: str,
+        count: Count,
+    ) -> None:
+        self._planned, self._store, self._stages = planned, store, stages
+        self._failures, self._vary, self._count = failures, vary, count
+        self._job = next(iter(planned.rows[0].cells[0].jobs.values()))
+        self._place = Workplace(store, self._job.config.data_root, self._job.config.runtime)
+
+    def table(self) -> TableResult:
+        table, job = self._planned.table, self._job
+        return TableResult(
+            id=table.id,
+            title=table.title,
+            paper=self._planned.paper,
+            dataset=table.dataset,
+            data=job.config.dataset.title,
+            mode=job.config.mode,
+            select=job.student.train.select,
+            notes=table.notes,
+            rows=tuple(map(self._row, self._planned.rows)),
+        )
+
+    def _row(self, planned: PlannedRow) -> RowResult:
+        row = planned.row
+        draws = {cell.cell.label: self._draws(cell) for cell in planned.cells}
+        base = {seed: self._student(draw) for seed, draw in draws[row.baseline].items()}
+        cells = [
+            self._cell(
+                cell,
+                draws[cell.cell.label],
+                {} if cell.cell.label == row.baseline else base,
+                row.published.get(cell.cell.label),
+            )
+            for cell in planned.cells
+        ]
+        return RowResult(id=row.id, title=row.title, baseline=row.baseline, cells=tuple(cells))
+
+    def _draws(self, planned: PlannedCell) -> dict[int, Draw]:
+        there = {seed: job for seed, job in planned.jobs.items() if self._is_whole(job)}
+        return {seed: Draw(seed=seed, chain=tuple(map(self._add, job.student.chain))) for seed, job in there.items()}
+
+    def _is_whole(self, job: Job) -> bool:
+        return all(self._store.whole(source.key) for source in job.student.chain)
+
+    def _student(self, draw: Draw) -> Trained:
+        return self._stages[draw.chain[-1]]
+
+    def _cell(
+        self, planned: PlannedCell, draws: dict[int, Draw], base: dict[int, Trained], published: Published | None
+    ) -> CellResult:
+        jobs = {seed: job.student for seed, job in planned.jobs.items()}
+        students = {seed: self._student(draw) for seed, draw in draws.items()}
+        both = sorted(students.keys() & base.keys())
+        pairs = [[found[seed].test_acc for seed in both] for found in (students, base)]
+        own = {source.key: source for seed in draws for source in jobs[seed].chain}
+        trained = [source for source in own.values() if isinstance(source, Stage)]
+        return CellResult(
+            label=planned.cell.label,
+            axis=planned.cell.axis,
+            at=planned.cell.at,
+            chain=" → ".join(source.model for source in next(iter(jobs.values())).chain),
+            command=planned.command,
+            published=published,
+            varied=varied([[source.key for source in student.chain] for student in jobs.values()]),
+            draws=tuple(draws.values()),
+            missing={s: self._failures.get(stage.key, "not trained") for s, stage in jobs.items() if s not in draws},
+            test_acc=spread_of([*students.values()], lambda student: student.test_acc),
+            last=spread_of([*students.values()], lambda student: student.last),
+            best_test=spread_of([*students.values()], lambda student: student.best_test),
+            against=paired(*pairs) if len(both) > 1 else None,
+            seconds=_seconds(self._stages[key] for key in own),
+            flops=self._count(trained),
+        )
+
+    def _add(self, source: Source) -> str:
+        """The stage's key, under which what the store has of it is put beside the others."""
+        if source.key not in self._stages:
+            self._stages[source.key] = self._read(source)
+        return source.key
+
+    def _read(self, source: Source) -> Trained:
+        stage = source if isinstance(source, Stage) else None
+        guide = stage.guide if stage else None
+        metrics = self._store.metrics(source.key)
+        tested = [row["test_acc"] for row in metrics if "test_acc" in row]
+        labels = self._place.data(source).test_labels.numpy()
+        logits = outputs(self._place, source)
+        return Trained(
+            key=source.key,
+            role=source.role,
+            model=source.model,
+            seed=stage.seed if stage else None,
+            guide=guide.key if guide else None,
+            loss=f"{stage.loss.name} {parameters(stage.loss)}".strip() if stage else "given weights",
+            training=training(stage.train) if stage else "",
+            made_with=self._store.record(source.key)["made_with"],
+            val_curve=tuple(row.get("val_acc") for row in metrics),
+            test_curve=tuple(tested),
+            fidelity=fidelity(logits, outputs(self._place, guide)) if guide else None,
+            calibration=calibration(logits, labels),
+            **self._store.result(source.key).model_dump(),
+        )
+
+
+def varied(chains: Sequence[Sequence[str]]) -> str:
+    """What differs between chains [draw, stage] of keys."""
+    own = [len(set(keys)) == len(chains) for keys in zip(*chains, strict=True)]
+    if len(chains) < 2:
+        return "nothing: one seed"
+    if all(own):
+        return "the whole chain" if len(own) > 1 else "the student's seed, with nothing above it"
+    return "the student's seed, over one chain" if own[-1] and not any(own[:-1]) else "a part of the chain"
+
+
+def _seconds(stages: Iterable[Trained]) -> float:
+    return round(sum(stage.seconds for stage in stages), 1)
+
+
+def _commit() -> str | None:
+    """Of the checkout, `+` behind it where files differ; None where it is none."""
+    asked = ["git", "-C", str(CONF), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,186 @@
+"""The report's page: every number leads to its result.json, and a browser shows it on a screen and on a phone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from kd.paper.__main__ import main
+from kd.paper.page.svg import _PALETTE
+from kd.paper.results import Report
+
+TINY = ("teacher=plane6", "train.epochs=2", "train.precision=fp32", "runtime.threads=1", "--report")
+KINDS = {"accuracy", "chains", "curves", "fidelity", "calibration", "cost"}
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of a small row of each of two tables, on digits; the store is beside it."""
+    place = tmp_path_factory.mktemp("paper")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KD_STORE", str(place / "store"))
+        patch.setenv("KD_DATA", str(place / "data"))
+        patch.setattr("kd.paper.cost._step", lambda stage, device, batch: batch / 1000)
+        chosen = "--table", "takd_cifar10,size_cifar10", "--row", "plane", "--out", str(place / "out")
+        assert main([*chosen, *TINY[:-1]]) == 0
+    return place
+
+
+class _Keys(HTMLParser):
+    """The text of each element that has data-key, and what the page asks for from elsewhere."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.found: list[tuple[list[str], str]] = []
+        self.outside: list[str] = []
+        self._open: list[str] | None = None
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        if keys := named.get("data-key"):
+            self.found.append((keys.split(), ""))
+            self._open = keys.split()
+        links = [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.outside += [link for link in links if not link.startswith(("#", "data:"))]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "span", "g"):
+            self._open = None
+
+    def handle_data(self, data: str) -> None:
+        if self._open is not None:
+            keys, text = self.found[-1]
+            self.found[-1] = keys, text + data
+
+
+def test_every_number_leads_to_its_results(folder: Path) -> None:
+    page, report = _Keys(folder / "out" / "report.html"), Report.model_validate_json(_read(folder, "tables.json"))
+    assert page.outside == []
+    results = {key: json.loads((folder / "store" / key / "result.json").read_text()) for key in report.stages}
+    for keys, text in page.found:
+        assert set(keys) <= set(results), text
+    texts = {(tuple(keys), text.strip()) for keys, text in page.found}
+    for table in report.tables:
+        for cell in table.rows[0].cells:
+            accuracies = [results[key]["test_acc"] for key in cell.students]
+            mean = sum(accuracies) / len(accuracies)
+            assert any(keys == cell.students and text.startswith(f"{mean:.2f} ± ") for keys, text in texts)
+            assert (cell.keys, f"{cell.flops / 1e15:.3g}") in texts
+    for key, result in results.items():
+        assert ((key,), f"{result['test_acc']:.2f}") in texts
+        assert ((key,), f"{result['val_acc']:.2f}") in texts
+
+
+def test_every_cell_of_a_table_with_a_number_has_its_keys(folder: Path) -> None:
+    """But those that say what was asked for: the published number, n, a seed, the epochs."""
+    lines = re.findall(r"<tr>(.*?)</tr>", _read(folder, "report.html"), re.DOTALL)
+    assert len(lines) > 7
+    for line in lines:
+        bare = re.findall(r"<td>(.*?)</td>", line, re.DOTALL)
+        assert not [text for text in bare[2:] if re.search(r"\d\.\d", text)], line
+
+
+def test_the_twin_says_the_same(folder: Path) -> None:
+    report, text = Report.model_validate_json(_read(folder, "tables.json")), _read(folder, "report.md")
+    for table in report.tables:
+        for cell in table.rows[0].cells:
+            assert cell.test_acc is not None
+            assert f"| {cell.label} | " in text
+            assert f"{cell.test_acc.mean:.2f} ± {cell.test_acc.std:.2f}" in text
+    linked = re.findall(r"!\[[^]]+\]\((figures/[^)]+)\)", text)
+    assert sorted(linked) == sorted(f"figures/{path.name}" for path in (folder / "out" / "figures").iterdir())
+    for name in linked:
+        root = ElementTree.parse(folder / "out" / name).getroot()
+        assert root.tag.endswith("svg")
+    kinds = {Path(name).stem.rpartition("-")[2] for name in linked}
+    assert kinds == {*KINDS, "axis"}
+
+
+def test_the_report_is_written_again_without_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KD_STORE", str(folder / "store"))
+    monkeypatch.setenv("KD_DATA", str(folder / "data"))
+    monkeypatch.setattr("kd.train.train_stage", None)
+    chosen = "--table", "takd_cifar10", "--row", "plane", "--seeds", "0,1,7", "--out", str(tmp_path)
+    assert main([*chosen, *TINY]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "NOKD, seed 7: **no result**, not trained" in text
+    again = Report.model_validate_json((tmp_path / "tables.json").read_text())
+    before = Report.model_validate_json(_read(folder, "tables.json"))
+    assert again.stages.items() <= before.stages.items()
+    assert [cell.test_acc for cell in again.tables[0].rows[0].cells] == [
+        cell.test_acc for cell in before.tables[0].rows[0].cells
+    ]
+
+
+def test_colours_survive_greyscale_and_both_pages() -> None:
+    """Lines differ by dashes and markers too; each colour stands off its paper (WCAG's 3:1 of graphics)."""
+    for side in (0, 1):
+        paper = _luminance(_PALETTE["paper"][side])
+        for name in ("ink", "blue", "red", "green", "purple", "gold"):
+            bright, dark = sorted((paper, _luminance(_PALETTE[name][side])), reverse=True)
+            assert (bright + 0.05) / (dark + 0.05) >= 3, (name, side)
+
+
+def _luminance(colour: str) -> float:
+    """Relative, as WCAG 2 defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+# Runs in a copy of the page, and leaves what it has seen in the document.
+PROBE = """<script>addEventListener("load", () => {
+  const figures = [...document.querySelectorAll("figure")].map(f => {
+    const box = f.querySelector("svg").getBoundingClientRect();
+    return {id: f.id, width: box.width, height: box.height, texts: f.querySelectorAll("svg text").length};
+  });
+  const seen = {figures, overflow: document.documentElement.scrollWidth - innerWidth, width: innerWidth,
+    paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color};
+  document.body.innerHTML = `<pre id="seen">${JSON.stringify(seen)}</pre>`;
+})</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.parametrize(("width", "dark"), [(1300, False), (1300, True), (500, False)])
+def test_a_browser_shows_it(folder: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(_read(folder, "report.html").replace("</body>", f"{PROBE}</body>"))
+    seen, complaints = _browse(page, width, dark)
+    assert complaints == []
+    report = Report.model_validate_json(_read(folder, "tables.json"))
+    ids = {figure["id"] for figure in seen["figures"]}
+    for table in report.tables:
+        assert {f"{table.id}-plane-{kind}" for kind in KINDS} <= ids
+    assert "size_cifar10-plane-axis" in ids
+    assert all(f["width"] > 200 and f["height"] > 50 and f["texts"] > 3 for f in seen["figures"])
+    assert seen["width"] == width
+    assert seen["overflow"] <= 0  # nothing to scroll sideways but the tables in their own frames
+    paper, ink = (tuple(map(int, re.findall(r"\d+", seen[name]))) for name in ("paper", "ink"))
+    assert (sum(paper) < sum(ink)) == dark
+
+
+def _browse(page: Path, width: int, dark: bool) -> tuple[Any, list[str]]:
+    """What the probe has seen, and what the browser's console was told."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    scheme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={width},2000"]
+    command = [str(BROWSER), *options, *scheme, f"--user-data-dir={page.parent / 'profile'}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stdout[-500:]
+    return json.loads(found[1]), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def _read(folder: Path, name: str) -> str:
+    return (folder / "out" / name).read_text()
