@@ -61,7 +61,7 @@ WITH_TORCH = {
     "kd.models.resnext",
     "kd.models.shufflenetv2",
 }
-DRAWING = {"kd.paper.page.chains", "kd.paper.page.figures"}
+DRAWING = {f"kd.paper.page.{name}" for name in ("axes", "chains", "figures", "likeness")}
 
 FILES = [*sorted((ROOT / "kd").rglob("*.py")), ROOT / "run.py"]
 

@@ -18,7 +18,7 @@ from kd.paper.page.svg import _PALETTE
 from kd.paper.results import Report
 
 TINY = ("teacher=plane6", "train.epochs=2", "train.precision=fp32", "runtime.threads=1", "--report")
-KINDS = {"accuracy", "chains", "curves", "fidelity", "calibration", "cost"}
+KINDS = {"accuracy", "chains", "curves", "fidelity", "calibration", "confusion", "cost"}
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 from kd import hardware
-from kd.inspection.measures import calibration, fidelity
+from kd.inspection.measures import calibration, confusion, fidelity
 from kd.inspection.outputs import outputs
 from kd.paper.plan import Graph, Job, PlannedCell, PlannedRow, PlannedTable
 from kd.paper.request import Request, shown
@@ -20,6 +20,7 @@ from kd.store import Store
 from kd.tables import parameters, training
 from kd.workplace import Workplace
 
+_LEGIBLE = 20  # classes of a confusion that are told apart on a page
 Count = Callable[[Sequence[Stage]], float]  # the operations that training some stages takes
 
 
@@ -142,6 +143,8 @@ class _Reader:
         tested = [row["test_acc"] for row in metrics if "test_acc" in row]
         labels = self._place.data(source).test_labels.numpy()
         logits = outputs(self._place, source)
+        guided = outputs(self._place, guide) if guide else None
+        few = source.dataset.num_classes <= _LEGIBLE
         return Trained(
             key=source.key,
             role=source.role,
@@ -153,8 +156,9 @@ class _Reader:
             made_with=self._store.record(source.key)["made_with"],
             val_curve=tuple(row.get("val_acc") for row in metrics),
             test_curve=tuple(tested),
-            fidelity=fidelity(logits, outputs(self._place, guide)) if guide else None,
+            fidelity=None if guided is None else fidelity(logits, guided),
             calibration=calibration(logits, labels),
+            confusion=None if guided is None or not few else confusion(guide=guided, student=logits, labels=labels),
             **self._store.result(source.key).model_dump(),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kd.inspection.measures import Calibration, Fidelity
+from kd.inspection.measures import Calibration, Confusion, Fidelity
 from kd.paper.tables import Published
 from kd.spec import Frozen
 from kd.stage import Role, Select
@@ -33,6 +33,7 @@ class Trained(Frozen):
     test_curve: tuple[float | None, ...]
     fidelity: Fidelity | None  # to its guide, on the test images
     calibration: Calibration
+    confusion: Confusion | None  # with its guide, of classes few enough to be looked at
 
     @property
     def last(self) -> float | None:
