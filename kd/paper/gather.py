@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 
@@ -20,6 +21,7 @@ from kd.store import Store
 from kd.tables import parameters, training
 from kd.workplace import Workplace
 
+_LINE_EVERY = 10.0  # seconds
 _LEGIBLE = 20  # classes of a confusion that are told apart on a page
 Count = Callable[[Sequence[Stage]], float]  # the operations that training some stages takes
 
@@ -32,7 +34,7 @@ def gather(
     Raises KnownError where the store cannot be read.
     """
     stages: dict[str, Trained] = {}
-    tables = [_Reader(table, store, stages, failures, request.vary, count).table() for table in graph.tables]
+    tables = [_Reader(table, store, stages, failures, count).table() for table in graph.tables]
     return Report(
         profile=request.name,
         title="; with ".join(filter(None, [request.profile.title, " ".join(map(shown, request.overrides))])),
@@ -56,11 +58,11 @@ class _Reader:
         store: Store,
         stages: dict[str, Trained],
         failures: Mapping[str, str],
-        vary: str,
         count: Count,
     ) -> None:
         self._planned, self._store, self._stages = planned, store, stages
-        self._failures, self._vary, self._count = failures, vary, count
+        self._failures, self._count = failures, count
+        self._told = time.monotonic()
         self._job = next(iter(planned.rows[0].cells[0].jobs.values()))
         self._place = Workplace(store, self._job.config.data_root, self._job.config.runtime)
 
@@ -134,6 +136,9 @@ class _Reader:
         """The stage's key, under which what the store has of it is put beside the others."""
         if source.key not in self._stages:
             self._stages[source.key] = self._read(source)
+            if time.monotonic() - self._told > _LINE_EVERY:
+                self._told = time.monotonic()
+                print(f"table {self._planned.table.id}: {len(self._stages)} stages read and looked at", flush=True)
         return source.key
 
     def _read(self, source: Source) -> Trained:

@@ -79,7 +79,7 @@ def curves(report: Report, row: RowResult) -> Made:
     if not any(shown):
         return None
     # The first epochs would flatten the rest.
-    settled = [value for curve in shown for value in curve[len(curve) // 8 :]]
+    settled = [value for curve in shown for value in curve[min(len(curve) - 1, max(1, len(curve) // 8)) :]]
     axes.set_ylim(bottom=min(settled) - 0.05 * (max(settled) - min(settled)) - 0.5)
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"{'test' if tested else 'validation'} accuracy, %")

@@ -70,11 +70,11 @@ def confusions(report: Report, row: RowResult) -> Made:
         panel.pcolormesh(shares, cmap="Greys", vmin=0, vmax=1, gid=gid([student.key]))
         panel.set_aspect("equal")
         panel.invert_yaxis()
-        panel.set_title(f"{label}: guide alone right {student.confusion.guide_only:.1f} %", fontsize=7)
+        panel.set_title(f"{label}: {student.confusion.guide_only:.1f} %", fontsize=7)
         panel.set_xlabel("student's class", fontsize=7)
         panel.set_ylabel("guide's class", fontsize=7)
         panel.tick_params(labelsize=6)
     return figure, (
         f"{row.title}: confusion of student and guide{which}, one student a cell. A line is what the student chooses "
-        "where the guide chooses that class, black being always; the title says how often the guide alone is right."
+        "where the guide chooses that class, black being always; the number is how often the guide alone is right."
     )
