@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, field_validator
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import track
 
 from kd import files
 from kd.hardware import bring
-from kd.inspection.figure import Landscape, Surface, write
+from kd.inspection.figure import write
+from kd.inspection.grid import Grid, Landscape, Surface
 from kd.problems import explain
 from kd.progress import console, duration
-from kd.spec import Frozen, KnownError
-from kd.stage import RuntimeSpec, Seed, Source, Stage
+from kd.spec import KnownError
+from kd.stage import RuntimeSpec, Source, Stage
 from kd.store import Store, place
 from kd.streams import DIRECTION, random_stream
 from kd.tracking.names import run_name
@@ -34,28 +35,6 @@ if TYPE_CHECKING:
     from kd.datasets.data import Data
 
 _LINE_EVERY = 10.0  # seconds between two plain lines
-
-
-class Grid(Frozen):
-    """Where the loss is computed: at points × points weights around a network's, on some of the test images."""
-
-    span: float = Field(gt=0)  # both axes run from -span to span, in lengths of the filters
-    points: int = Field(ge=3)
-    images: int = Field(ge=1)
-    seed: Seed
-
-    @field_validator("points")
-    @classmethod
-    def _has_a_centre(cls, points: int) -> int:
-        if points % 2 == 0:
-            raise ValueError("should be odd, so that the network itself is one of them")
-        return points
-
-    @property
-    def axis(self) -> NDArray[np.float64]:
-        """The values of an axis, in steps that are equal to the bit on both sides of zero."""
-        steps = np.arange(self.points) - self.points // 2
-        return self.span * steps / (self.points // 2)
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
