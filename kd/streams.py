@@ -3,7 +3,7 @@
 import numpy as np
 
 # Never by a sum of them: an epoch can be replayed alone, and seed 0's epoch 1 is not seed 1's epoch 0.
-INIT, ORDER, VIEW, DROPOUT = range(4)
+INIT, ORDER, VIEW, DROPOUT, DIRECTION = range(5)
 
 
 def random_stream(seed: int, epoch: int, purpose: int) -> np.random.Generator:

@@ -48,6 +48,7 @@ WITH_TORCH = {
     "kd.export.measures",
     "kd.export.onnx",
     "kd.export.safetensors",
+    "kd.inspection.landscape",
     "kd.datasets.views",
     "kd.models.cifar_resnet",
     "kd.models.densenet",
