@@ -35,6 +35,7 @@ HOMES = {
     "onnxruntime": {"kd.export.onnx"},
     "onnxscript": {"kd.export.onnx"},
     "jinja2": {"kd.paper.page.html"},
+    "markdown_it": {"kd.paper.page.html"},
     "optuna": SEARCH,
     "wandb": {"kd.tracking.wandb", "kd.tracking.probe"},
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 
 from kd.paper.page import content, svg
 from kd.paper.page.figures import Drawing
@@ -30,11 +31,5 @@ def html(report: Report, drawings: Mapping[tuple[str, str], Sequence[Drawing]]) 
 
 
 def _marked(text: str) -> Markup:
-    """The little Markdown that our sentences have: **bold**, *emphasis* and `code`."""
-    marked = str(escape(text))
-    for mark, tag in (("**", "strong"), ("*", "em"), ("`", "code")):
-        parts = marked.split(mark)
-        marked = "".join(
-            part if i == 0 else f"<{'/' if i % 2 == 0 else ''}{tag}>{part}" for i, part in enumerate(parts)
-        )
-    return Markup(marked)
+    """The Markdown of our sentences."""
+    return Markup(MarkdownIt("commonmark", {"html": False}).renderInline(text))
