@@ -19,6 +19,7 @@ from kd.losses import Loss
 from kd.partial import Partial
 from kd.progress import StageProgress
 from kd.ranks import ALONE, Team
+from kd.revision import commit
 from kd.signals import Deferred
 from kd.spec import Frozen, KnownError, NonFiniteError
 from kd.stage import Given, Normalization, Objective, OnNaN, Role, Select, Source, Stage
@@ -237,7 +238,8 @@ class Pipeline(Workplace):
             self.prune(metrics)
 
     def _keep(self, source: Source, trained: Trained, origin: dict[str, Any]) -> None:
-        made_with = {**self._runtime(), "python": platform.python_version(), "machine": hardware.describe(), **origin}
+        code = {"python": platform.python_version(), "commit": commit()}
+        made_with = {**self._runtime(), **code, "machine": hardware.describe(), **origin}
         self.store.save(source, trained, made_with)
         self._done.add(source.key)
 

@@ -10,7 +10,17 @@ from tests.conftest import ROOT
 # From the bottom up. A module imports only from rows below its own; within a row, nobody.
 ROWS = [
     ["kd.spec"],
-    ["kd.files", "kd.losses", "kd.hardware", "kd.problems", "kd.ranks", "kd.signals", "kd.statistics", "kd.streams"],
+    [
+        "kd.files",
+        "kd.losses",
+        "kd.hardware",
+        "kd.problems",
+        "kd.ranks",
+        "kd.revision",
+        "kd.signals",
+        "kd.statistics",
+        "kd.streams",
+    ],
     ["kd.stage"],
     ["kd.models", "kd.datasets", "kd.recipes", "kd.compilation", "kd.evaluation", "kd.optimization"],
     ["kd.methods"],

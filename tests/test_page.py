@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from kd.paper.__main__ import main
+from kd.paper.page.chains import _trees
 from kd.paper.page.svg import _PALETTE
 from kd.paper.results import Report
 
@@ -106,6 +108,16 @@ def test_the_twin_says_the_same(folder: Path) -> None:
     assert kinds == {*KINDS, "axis"}
 
 
+def test_every_point_has_its_keys(folder: Path) -> None:
+    report = Report.model_validate_json(_read(folder, "tables.json"))
+    for table in report.tables:
+        for kind in ("accuracy", "axis", "cost") if table.id.startswith("size") else ("accuracy", "cost"):
+            svg = (folder / "out" / "figures" / f"{table.id}-plane-{kind}.svg").read_text()
+            keyed = set(re.findall(r'data-key="([^"]+)"', svg))
+            for cell in table.rows[0].cells:
+                assert {" ".join(cell.keys), " ".join(cell.students)} & keyed, (kind, cell.label)
+
+
 def test_the_report_is_written_again_without_training(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -115,7 +127,7 @@ def test_the_report_is_written_again_without_training(
     chosen = "--table", "takd_cifar10", "--row", "plane", "--seeds", "0,1,7", "--out", str(tmp_path)
     assert main([*chosen, *TINY]) == 0
     text = (tmp_path / "report.md").read_text()
-    assert "NOKD, seed 7: **no result**, not trained" in text
+    assert "NOKD, seed 7: **no result**, `not trained`" in text
     again = Report.model_validate_json((tmp_path / "tables.json").read_text())
     before = Report.model_validate_json(_read(folder, "tables.json"))
     assert again.stages.items() <= before.stages.items()
@@ -148,15 +160,16 @@ PROBE = """<script>addEventListener("load", () => {
   });
   const seen = {figures, overflow: document.documentElement.scrollWidth - innerWidth, width: innerWidth,
     paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color};
-  document.body.innerHTML = `<pre id="seen">${JSON.stringify(seen)}</pre>`;
+  top.document.body.innerHTML = `<pre id="seen">${JSON.stringify(seen)}</pre>`;
 })</script>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
-@pytest.mark.parametrize(("width", "dark"), [(1300, False), (1300, True), (500, False)])
+@pytest.mark.parametrize(("width", "dark"), [(1300, False), (1300, True), (375, False)])
 def test_a_browser_shows_it(folder: Path, tmp_path: Path, width: int, dark: bool) -> None:
-    page = tmp_path / "report.html"
-    page.write_text(_read(folder, "report.html").replace("</body>", f"{PROBE}</body>"))
+    page, text = tmp_path / "report.html", _read(folder, "report.html").replace("</body>", f"{PROBE}</body>")
+    phone = f'<body><iframe width="{width}" height="2000" style="border: 0" srcdoc="{escape(text)}"></iframe></body>'
+    page.write_text(text if width > 500 else phone)  # headless windows are no narrower
     seen, complaints = _browse(page, width, dark)
     assert complaints == []
     report = Report.model_validate_json(_read(folder, "tables.json"))
@@ -174,7 +187,7 @@ def test_a_browser_shows_it(folder: Path, tmp_path: Path, width: int, dark: bool
 def _browse(page: Path, width: int, dark: bool) -> tuple[Any, list[str]]:
     """What the probe has seen, and what the browser's console was told."""
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    scheme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={width},2000"]
+    scheme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--window-size={max(width, 500)},2000"]
     command = [str(BROWSER), *options, *scheme, f"--user-data-dir={page.parent / 'profile'}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
@@ -184,3 +197,24 @@ def _browse(page: Path, width: int, dark: bool) -> tuple[Any, list[str]]:
 
 def _read(folder: Path, name: str) -> str:
     return (folder / "out" / name).read_text()
+
+
+def test_a_chain_that_lacks_a_seed_keeps_its_place(folder: Path) -> None:
+    """Boxes are of what is planned: a student that is missing at the first seed leaves its teacher whole."""
+    report = Report.model_validate_json(_read(folder, "tables.json"))
+    row = report.tables[0].rows[0]
+    short = row.cells[2].model_copy(update={"draws": row.cells[2].draws[1:]})
+    roots = _trees(report, row.model_copy(update={"cells": (*row.cells[:2], short)}))
+    assert [root.model for root in roots] == ["plane2", "plane6"]
+    teacher = roots[1]
+    assert teacher.keys == [chain[0] for chain in row.cells[1].planned]
+    assert [child.model for child in teacher.children] == ["plane2", "plane4"]
+
+
+def test_a_reference_is_not_the_mean_of_the_students_alone(folder: Path) -> None:
+    report = Report.model_validate_json(_read(folder, "tables.json"))
+    row = report.tables[0].rows[0]
+    alone, taught = row.cells[0], row.cells[1]
+    one = tuple((alone.planned[0][0], *chain[1:]) for chain in taught.planned)  # guided by the student of one seed
+    roots = _trees(report, row.model_copy(update={"cells": (alone, taught.model_copy(update={"planned": one}))}))
+    assert [root.keys for root in roots] == [[*alone.students], [alone.students[0]]]

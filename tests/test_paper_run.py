@@ -128,7 +128,7 @@ def test_what_fails_is_told_and_the_rest_is_trained(
     assert main([*TINY, "--seeds", "0", "--out", str(tmp_path / "out")]) == 1
     assert "the loss is nan" in capsys.readouterr().err
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "- TAKD, seed 0: **no result**, stands on assistant plane4" in text
+    assert "- TAKD, seed 0: **no result**, `stands on assistant plane4" in text
     assert re.search(r"^\| BLKD \| 72\.57 .* \| 1 \| \d\d\.\d\d \| n/a \|", text, re.MULTILINE)
 
 
@@ -140,7 +140,7 @@ def test_another_copy_is_named_in_its_table(tmp_path: Path) -> None:
     page.write(report, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "Ours are of **CIFAR-10 (JPEG copy)**; the published numbers are of cifar10." in text
-    assert "- NOKD, seed 0: **no result**, not trained" in text
+    assert "- NOKD, seed 0: **no result**, `not trained`" in text
     assert str(tmp_path) not in text
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.export.base import Format
+from kd.revision import commit
 from kd.stage import FORMAT, Source, Stage
 from kd.store import StageResult
 from kd.store.listing import in_bytes
@@ -156,11 +154,4 @@ def _version() -> str:
         named = f"kd {version('kd')}"
     except PackageNotFoundError:  # run where it lies, without being installed
         named = "kd"
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # else git would tell of whatever repository the package is installed in
-        return named
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    with suppress(OSError, subprocess.CalledProcessError):
-        done = subprocess.run(describe, capture_output=True, text=True, check=True)
-        return f"{named}, commit {done.stdout.strip()}"
-    return named
+    return f"{named}, commit {commit()}" if commit() else named

@@ -116,8 +116,9 @@ class Estimator:
         seconds = 0.0 if stored else images * self._seconds(stage)
         if guide is not None:
             operations += guided * self._forward(guide, stage)
-            if not stored:
-                seconds += guided * forward * self._seconds(guide if isinstance(guide, Stage) else stage)
+            if not stored:  # given weights are no stage whose steps are measured: by their operations
+                larger = 1.0 if isinstance(guide, Stage) else self._forward(guide, stage) / self._forward(stage, stage)
+                seconds += guided * forward * larger * self._seconds(guide if isinstance(guide, Stage) else stage)
         return Cost(stage, stored, trained, tested, guided, operations, seconds)
 
     def _forward(self, source: Source, stage: Stage) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,8 @@ from kd.inspection.outputs import outputs
 from kd.paper.plan import Graph, Job, PlannedCell, PlannedRow, PlannedTable
 from kd.paper.request import Request, shown
 from kd.paper.results import CellResult, Draw, Report, RowResult, TableResult, Trained, spread_of
-from kd.paper.tables import CONF, Published
+from kd.paper.tables import Published
+from kd.revision import commit
 from kd.stage import Source, Stage
 from kd.statistics import paired
 from kd.store import Store
@@ -39,7 +39,7 @@ def gather(
         profile=request.name,
         title="; with ".join(filter(None, [request.profile.title, " ".join(map(shown, request.overrides))])),
         command=command,
-        commit=_commit(),
+        commit=commit(),
         versions={"python": sys.version.split()[0], **{name: version(name) for name in ("torch", "torchvision")}},
         machine=hardware.describe(),
         left_out=graph.left_out,
@@ -121,15 +121,17 @@ class _Reader:
             chain=" → ".join(source.model for source in next(iter(jobs.values())).chain),
             command=planned.command,
             published=published,
-            varied=varied([[source.key for source in student.chain] for student in jobs.values()]),
+            roles=tuple(source.role for source in next(iter(jobs.values())).chain),
+            varied=varied([draw.chain for draw in draws.values()]),
+            planned=tuple(tuple(source.key for source in student.chain) for student in jobs.values()),
             draws=tuple(draws.values()),
             missing={s: self._failures.get(stage.key, "not trained") for s, stage in jobs.items() if s not in draws},
             test_acc=spread_of([*students.values()], lambda student: student.test_acc),
             last=spread_of([*students.values()], lambda student: student.last),
             best_test=spread_of([*students.values()], lambda student: student.best_test),
             against=paired(*pairs) if len(both) > 1 else None,
-            seconds=_seconds(self._stages[key] for key in own),
-            flops=self._count(trained),
+            seconds=_seconds(self._stages[key] for key in own) / max(1, len(draws)),
+            flops=self._count(trained) / max(1, len(draws)),
         )
 
     def _add(self, source: Source) -> str:
@@ -146,13 +148,12 @@ class _Reader:
         guide = stage.guide if stage else None
         metrics = self._store.metrics(source.key)
         tested = [row["test_acc"] for row in metrics if "test_acc" in row]
-        labels = self._place.data(source).test_labels.numpy()
+        labels = self._place.data(source).test_labels.cpu().numpy()
         logits = outputs(self._place, source)
         guided = outputs(self._place, guide) if guide else None
         few = source.dataset.num_classes <= _LEGIBLE
         return Trained(
             key=source.key,
-            role=source.role,
             model=source.model,
             seed=stage.seed if stage else None,
             guide=guide.key if guide else None,
@@ -170,9 +171,9 @@ class _Reader:
 
 def varied(chains: Sequence[Sequence[str]]) -> str:
     """What differs between chains [draw, stage] of keys."""
-    own = [len(set(keys)) == len(chains) for keys in zip(*chains, strict=True)]
     if len(chains) < 2:
-        return "nothing: one seed"
+        return "nothing: one seed" if chains else "nothing: no result"
+    own = [len(set(keys)) == len(chains) for keys in zip(*chains, strict=True)]
     if all(own):
         return "the whole chain" if len(own) > 1 else "the student's seed, with nothing above it"
     return "the student's seed, over one chain" if own[-1] and not any(own[:-1]) else "a part of the chain"
@@ -180,12 +181,3 @@ def varied(chains: Sequence[Sequence[str]]) -> str:
 
 def _seconds(stages: Iterable[Trained]) -> float:
     return round(sum(stage.seconds for stage in stages), 1)
-
-
-def _commit() -> str | None:
-    """Of the checkout, `+` behind it where files differ; None where it is none."""
-    asked = ["git", "-C", str(CONF), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -24,6 +24,8 @@ _OTHERWISE = {
     "teacher.seed": "--vary",
     "method.assistant.seed": "--vary",
     "dry_run": "--plan",
+    "method": "another row, or a table of your own in conf/paper/ours.yaml",
+    "experiment": "another row, or a table of your own in conf/paper/ours.yaml",
     "runtime.retrain": "python -m kd.store rm",
 }
 _PLACES = ("dataset.root", "runtime.store", "runtime.data", "teacher.checkpoint")

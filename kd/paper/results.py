@@ -16,7 +16,6 @@ class Trained(Frozen):
     """A stage; accuracies in percent. Its curves have an entry an epoch."""
 
     key: str
-    role: Role
     model: str
     seed: int | None  # null of given weights
     guide: str | None
@@ -60,22 +59,29 @@ class CellResult(Frozen):
     axis: str | None  # what it is a point of, with others of its row: T, λ, the assistant's size
     at: float | None  # where on it
     chain: str
+    roles: tuple[Role, ...]  # along the chain
     command: str
     published: Published | None
     varied: str  # what an interval is of
+    planned: tuple[tuple[str, ...], ...]  # keys [seed, stage], whether they are there or not
     draws: tuple[Draw, ...]
     missing: dict[int, str]  # seeds without a result: why
     test_acc: Spread | None
     last: Spread | None
     best_test: Spread | None
     against: Paired | None  # test_acc less the baseline's, over the seeds that both have
-    seconds: float  # of all its stages, each once, whoever else uses them
+    seconds: float  # of all its stages, each once, whoever else uses them; divided by the seeds
     flops: float  # the same in floating-point operations, counted and not measured
 
     @property
     def students(self) -> tuple[str, ...]:
         """Their keys."""
         return tuple(draw.chain[-1] for draw in self.draws)
+
+    @property
+    def published_accuracy(self) -> float | None:
+        """In percent, where what was published is no difference."""
+        return self.published.value if self.published and not self.published.difference else None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -119,6 +125,12 @@ class Report(Frozen):
     seconds: float  # of all stages, each once
     tables: tuple[TableResult, ...]
     stages: dict[str, Trained]  # by key
+
+    def roles(self, key: str) -> list[Role]:
+        """A stage's, which may be one cell's student and another's reference."""
+        cells = (cell for table in self.tables for row in table.rows for cell in row.cells)
+        places = ((cell, draw.chain.index(key)) for cell in cells for draw in cell.draws if key in draw.chain)
+        return list(dict.fromkeys(cell.roles[place] for cell, place in places))
 
     def students(self, cell: CellResult) -> list[Trained]:
         """A cell's, a seed each."""

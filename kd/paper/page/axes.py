@@ -13,7 +13,7 @@ from kd.statistics import Spread
 
 Made = tuple[Figure, str] | None  # a figure and its caption, where there is something to show
 MOST = 100.4  # percent of an axis, whatever an interval says
-_AT_ONCE = 6  # cells whose curves are told apart by an eye
+_AT_ONCE = 5  # cells whose curves are told apart by an eye
 
 
 def plain(height: float) -> tuple[Figure, Axes]:
@@ -52,9 +52,9 @@ def dots(axes: Axes, cell: CellResult, y: float, values: Sequence[float], known:
         )
 
 
-def half(known: Spread | None) -> float:
-    """Of an interval; 0 where there is none."""
-    return known.ci95[1] - known.mean if known else 0.0
+def half(known: Spread | None) -> float | None:
+    """Of an interval; None where there is none."""
+    return known.ci95[1] - known.mean if known else None
 
 
 def average(report: Report, cell: CellResult) -> float:

@@ -10,14 +10,15 @@ from kd.paper.page.svg import COLOURS, WIDTH, gid
 from kd.paper.results import Report, RowResult, mean
 
 _COLUMN, _LINE = 1.45, 0.55  # inches
+_LETTER = 0.05  # of a column
 
 
 @dataclass
 class _Node:
-    """A stage of the first seed, with the stages at its place at the other seeds."""
+    """A place in a chain: the stages there, one a seed or the same one for all."""
 
     model: str
-    keys: list[str] = field(default_factory=list)
+    keys: list[str]
     labels: list[str] = field(default_factory=list)  # of the cells that end here
     children: list[_Node] = field(default_factory=list)
     x: int = 0
@@ -30,11 +31,13 @@ def chains(report: Report, row: RowResult) -> tuple[Figure, str]:
     lines = _place(roots, 0, 0)
     nodes = list(_walk(roots))
     columns = 1 + max(node.x for node in nodes)
-    width = max(WIDTH, _COLUMN * columns + 0.8)
+    longest = max(len(", ".join(node.labels)) - 4 * (columns - 1 - node.x) for node in nodes)
+    beyond = max(0.2, _LETTER * longest - 0.1)  # columns that the last labels take
+    width = max(WIDTH, _COLUMN * (columns + beyond + 0.1))
     figure = Figure(figsize=(width, 0.3 + _LINE * lines))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    axes.set_xlim(-0.55, columns + 0.2)
+    axes.set_xlim(-0.55, columns - 0.45 + beyond)
     axes.set_ylim(lines - 0.4, -0.6)
     for node in nodes:
         accuracy = mean([report.stages[key].test_acc for key in node.keys])
@@ -57,16 +60,17 @@ def chains(report: Report, row: RowResult) -> tuple[Figure, str]:
 
 
 def _trees(report: Report, row: RowResult) -> list[_Node]:
+    """Cells share a box where they plan the same stages at every seed."""
     roots: list[_Node] = []
-    found: dict[str, _Node] = {}
+    found: dict[tuple[str, ...], _Node] = {}
     for cell in row.cells:
         siblings = roots
-        for place, key in enumerate(cell.draws[0].chain):
-            if key not in found:
-                found[key] = _Node(report.stages[key].model)
-                siblings.append(found[key])
-            node = found[key]
-            node.keys = list(dict.fromkeys([*node.keys, *(draw.chain[place] for draw in cell.draws)]))
+        for planned in zip(*cell.planned, strict=True):
+            if planned not in found:
+                there = [key for key in dict.fromkeys(planned) if key in report.stages]
+                found[planned] = _Node(report.stages[there[0]].model, there)
+                siblings.append(found[planned])
+            node = found[planned]
             siblings = node.children
         node.labels.append(cell.label)
     return roots

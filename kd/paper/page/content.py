@@ -12,14 +12,14 @@ from kd.tables import SELECTED, percent
 
 OURS = "A table of our own, in no paper"
 PROTOCOL = (
-    "*last* and *best on test* are of the same trainings: the last epoch, and the best on the test set, which is the "
-    "papers' protocol. The chain above a student is chosen on validation in all three.",
+    "*last* and *best on test* are of the same trainings over the same chains: the student's last epoch, and its best "
+    "on the test set, which is the papers' protocol.",
     "Intervals are 95 %, Student's t; differences are paired by seed. Bold is a difference whose interval excludes "
     "zero; many cells are compared, and one in twenty would be bold by luck.",
     "Fidelity is how often the student chooses its guide's class on the test images, and KL(guide ‖ student) in nats "
     "at T 1. ECE is the expected calibration error of 15 bins, in percent.",
-    "Operations and time are of all stages of all seeds, each once, whoever else uses them. Operations are counted; "
-    "time is what training took on the machine of the day, whatever else that did.",
+    "Operations and time are for each seed: of all stages of a cell, each once, whoever else uses them, divided by its "
+    "seeds. Operations are counted; time is what training took on the machine of the day, whatever else that did.",
 )
 
 
@@ -36,7 +36,7 @@ def headings(table: TableResult, row: RowResult) -> tuple[str, ...]:
     """Over `entries`."""
     return (
         "",
-        f"published, {table.dataset} %",
+        *([f"published, {table.dataset} %"] if _has_published(row) else []),
         "n",
         "test % (mean ± std)",
         "95 % interval",
@@ -52,18 +52,24 @@ def headings(table: TableResult, row: RowResult) -> tuple[str, ...]:
     )
 
 
+def _has_published(row: RowResult) -> bool:
+    return any(cell.published for cell in row.cells)
+
+
 def entries(report: Report, row: RowResult, cell: CellResult) -> tuple[Entry, ...]:
     """A cell's line."""
     students, keys = report.students(cell), cell.students
-    base = next((found.students for found in row.cells if found.label == row.baseline), ())
-    both, against = (*keys, *base), cell.against
+    published = [Entry(_published(cell, row.baseline))] if _has_published(row) else []
+    against, base = cell.against, next((found for found in row.cells if found.label == row.baseline), None)
+    seeds = {draw.seed for draw in cell.draws} & {draw.seed for draw in base.draws} if base else set()
+    both = [draw.chain[-1] for found in (cell, base) if found for draw in found.draws if draw.seed in seeds]
     return (
         Entry(cell.label),
-        Entry(_published(cell, row.baseline)),
+        *published,
         Entry(str(len(keys))),
         Entry(_mean(cell.test_acc, [student.test_acc for student in students]), keys),
         Entry(_interval(cell.test_acc), keys if cell.test_acc else ()),
-        Entry(_against(cell), both if against else (), bool(against and against.told_apart)),
+        Entry(_against(cell), tuple(both) if against else (), bool(against and against.told_apart)),
         Entry(_mean(cell.last, [student.last for student in students]), keys),
         Entry(_mean(cell.best_test, [student.best_test for student in students]), keys),
         Entry(percent(mean([student.val_acc for student in students])), keys),
@@ -77,8 +83,8 @@ def entries(report: Report, row: RowResult, cell: CellResult) -> tuple[Entry, ..
 
 def about(report: Report, table: TableResult) -> Iterator[str]:
     """What a reader has to know of a table."""
-    copy = "" if table.data == table.dataset else f"; the published numbers are of {table.dataset}"
-    yield f"Ours are of **{table.data}**{copy}."
+    other = table.data != table.dataset and any(map(_has_published, table.rows))
+    yield f"Ours are of **{table.data}**" + (f"; the published numbers are of {table.dataset}." if other else ".")
     yield f"Mode {table.mode}; {SELECTED[table.select]}."
     yield from table.notes
 
@@ -95,7 +101,9 @@ def below(report: Report, row: RowResult) -> Iterator[str]:
         which = ", ".join(cell.label for cell in row.cells if cell.published and cell.published.source == source)
         yield f"Published numbers of {which}: {source}."
     for cell in row.cells:
-        yield from (f"{cell.label}, seed {seed}: **no result**, {why}" for seed, why in cell.missing.items())
+        for seed, why in cell.missing.items():
+            reason = "; ".join(why.splitlines())
+            yield f"{cell.label}, seed {seed}: **no result**, `{reason}`"
 
 
 def _worth(report: Report, row: RowResult) -> Iterator[str]:
@@ -111,7 +119,8 @@ def origin(report: Report) -> Iterator[str]:
     """Where the page is from."""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     yield f"Written by `{report.command}`, commit {report.commit or 'unknown'}, on {report.machine}, with {versions}."
-    yield from (f"Table {name} is left out: {reason}" for name, reason in report.left_out.items())
+    yield f"All {len(report.stages)} stages took {duration(report.seconds)} of training."
+    yield from (f"Table {name} is left out: `{reason}`" for name, reason in report.left_out.items())
 
 
 STAGE_HEADINGS = (
@@ -131,12 +140,12 @@ STAGE_HEADINGS = (
 )
 
 
-def stage_entries(stage: Trained) -> tuple[Entry, ...]:
+def stage_entries(report: Report, stage: Trained) -> tuple[Entry, ...]:
     """A stage's line under STAGE_HEADINGS."""
     own = (stage.key,)
     return (
         Entry(stage.key),
-        Entry(stage.role),
+        Entry(", ".join(report.roles(stage.key))),
         Entry(stage.model),
         Entry("" if stage.seed is None else str(stage.seed)),
         Entry(stage.guide or ""),
@@ -163,9 +172,12 @@ def _published(cell: CellResult, baseline: str) -> str:
 def _against(cell: CellResult) -> str:
     if cell.against is None:
         return ""
-    low, high = cell.against.ci95
-    p = "" if cell.against.p is None else f", p {cell.against.p:.3f}"
-    return f"{cell.against.mean:+.2f}, {low:+.2f} to {high:+.2f}{p}"
+    known, (low, high) = cell.against, cell.against.ci95
+    pairs = "" if known.n == len(cell.draws) else f", {known.n} pairs"
+    if known.p is None:
+        return f"{known.mean:+.2f} at every seed{pairs}"
+    p = "p < 0.001" if known.p < 0.001 else f"p {known.p:.3f}"
+    return f"{known.mean:+.2f}, {low:+.2f} to {high:+.2f}, {p}{pairs}"
 
 
 def _mean(known: Spread | None, values: Iterable[float | None]) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from itertools import cycle
 
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from kd.paper.page.axes import Made, dots, few, legend, lines, plain
 from kd.paper.page.svg import COLOURS, LINES, MARKERS, WIDTH, gid
 from kd.paper.results import Report, RowResult, mean
+
+# Ink from transparent to full: of no colour that a dark page would take for its paper.
+_SHARE = LinearSegmentedColormap.from_list("share", [(COLOURS["ink"], 0.0), (COLOURS["ink"], 1.0)])
 
 
 def fidelity(report: Report, row: RowResult) -> Made:
@@ -40,7 +44,7 @@ def calibration(report: Report, row: RowResult) -> Made:
         ece = mean([student.calibration.ece for student in students])
         axes.plot(
             *zip(*bins, strict=True),
-            color=colour, marker=marker, ms=4, lw=1, label=f"{cell.label}: ECE {ece:.1f}", gid=gid(cell.students),
+            color=colour, marker=marker, ms=4, lw=1, label=f"{cell.label}: ECE {ece:.1f}", gid=gid([students[0].key]),
         )  # fmt: skip
     axes.set_xlabel("confidence, %")
     axes.set_ylabel("accuracy, %")
@@ -57,9 +61,9 @@ def confusions(report: Report, row: RowResult) -> Made:
     students = {cell.label: student for cell in cells if (student := report.students(cell)[0]).confusion}
     if not students:
         return None
-    across = min(3, len(students))
+    across = min(2, len(students))
     down = -(-len(students) // across)
-    figure = Figure(figsize=(WIDTH, 0.4 + 1.95 * down * 3 / max(across, 2)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.3 + 2.5 * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for panel in panels.flat:
         panel.set_axis_off()
@@ -67,14 +71,15 @@ def confusions(report: Report, row: RowResult) -> Made:
         assert student.confusion is not None
         panel.set_axis_on()
         shares = [[count / max(1, sum(line)) for count in line] for line in student.confusion.matrix]
-        panel.pcolormesh(shares, cmap="Greys", vmin=0, vmax=1, gid=gid([student.key]))
+        panel.pcolormesh(shares, cmap=_SHARE, vmin=0, vmax=1, gid=gid([student.key]))
         panel.set_aspect("equal")
         panel.invert_yaxis()
-        panel.set_title(f"{label}: {student.confusion.guide_only:.1f} %", fontsize=7)
-        panel.set_xlabel("student's class", fontsize=7)
-        panel.set_ylabel("guide's class", fontsize=7)
-        panel.tick_params(labelsize=6)
+        panel.set_title(f"{label}: {student.confusion.guide_only:.1f} %", fontsize=8)
+        panel.set_xlabel("student's class", fontsize=8)
+        panel.set_ylabel("guide's class", fontsize=8)
+        panel.tick_params(labelsize=8)
     return figure, (
         f"{row.title}: confusion of student and guide{which}, one student a cell. A line is what the student chooses "
-        "where the guide chooses that class, black being always; the number is how often the guide alone is right."
+        "where the guide chooses that class, full strength being always; the number is how often the guide alone is "
+        "right."
     )

@@ -19,20 +19,20 @@ def markdown(report: Report, drawings: Drawings, folder: str) -> str:
 
 def _page(report: Report, drawings: Drawings, folder: str) -> Iterator[str]:
     first = report.tables[0]
-    yield f"# {first.title}: {first.dataset}\n" if len(report.tables) == 1 else "# The papers' tables, reproduced\n"
+    yield f"# {first.title}: {first.data}\n" if len(report.tables) == 1 else "# The papers' tables, reproduced\n"
     yield f"**{report.title}**\n" if report.profile != "full" else f"Trained by {report.title}.\n"
     for table in report.tables:
         yield from _table(report, table, drawings, folder)
     yield "## How to read the numbers\n"
     yield from (f"- {line}" for line in content.PROTOCOL)
     yield "\n## Stages\n"
-    yield from _lines(content.STAGE_HEADINGS, map(content.stage_entries, report.stages.values()))
+    yield from _lines(content.STAGE_HEADINGS, (content.stage_entries(report, s) for s in report.stages.values()))
     yield "\n".join(content.origin(report))
 
 
 def _table(report: Report, table: TableResult, drawings: Drawings, folder: str) -> Iterator[str]:
     if len(report.tables) > 1:
-        yield f"## {table.title}: {table.dataset}\n"
+        yield f"## {table.title}: {table.data}\n"
     yield f"{table.paper or content.OURS}.\n"
     yield from (f"- {line}" for line in content.about(report, table))
     yield ""

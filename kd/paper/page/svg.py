@@ -42,7 +42,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "kd",
 }
-WIDTH = 4.9  # inches: at 9 points, readable on a phone that shows the figure as wide as it is
+WIDTH = 4.9  # inches: a phone shows it at three quarters, where 9 points are still read
 BROAD = 5.5
 _KEYS = "data-key:"  # an artist's gid that begins so is the keys of the stages that it shows
 
