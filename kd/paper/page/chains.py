@@ -10,7 +10,7 @@ from kd.paper.page.svg import COLOURS, WIDTH, gid
 from kd.paper.results import Report, RowResult, mean
 
 _COLUMN, _LINE = 1.45, 0.55  # inches
-_LETTER = 0.05  # of a column
+_LETTER = 0.058  # of a column
 
 
 @dataclass

@@ -73,7 +73,7 @@ def confusions(report: Report, row: RowResult) -> Made:
         shares = [[count / max(1, sum(line)) for count in line] for line in student.confusion.matrix]
         panel.pcolormesh(shares, cmap=_SHARE, vmin=0, vmax=1, gid=gid([student.key]))
         panel.set_aspect("equal")
-        panel.invert_yaxis()
+        panel.set_ylim(len(shares), 0)
         panel.set_title(f"{label}: {student.confusion.guide_only:.1f} %", fontsize=8)
         panel.set_xlabel("student's class", fontsize=8)
         panel.set_ylabel("guide's class", fontsize=8)
