@@ -73,7 +73,7 @@ WITH_TORCH = {
     "kd.models.resnext",
     "kd.models.shufflenetv2",
 }
-DRAWING = {f"kd.paper.page.{name}" for name in ("axes", "chains", "figures", "likeness")}
+DRAWING = {f"kd.paper.page.{name}" for name in ("accuracy", "axes", "chains", "figures", "likeness")}
 
 FILES = [*sorted((ROOT / "kd").rglob("*.py")), ROOT / "run.py"]
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
 from kd.paper.page.axes import MOST, Made, average, dots, few, half, legend, lines, plain
 from kd.paper.page.svg import COLOURS, DASHES, LINES, MARKERS, gid
 from kd.paper.results import CellResult, Report, RowResult, Trained
@@ -105,6 +107,9 @@ def cost(report: Report, row: RowResult) -> Made:
             axes.annotate(cell.label, at, xytext=(6, 3), textcoords="offset points", fontsize=8)
     if max(costs) > 5 * min(costs):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("PFLOP of all stages, for each seed")
     axes.set_ylabel("test accuracy, %")
     axes.set_ylim(top=min(axes.get_ylim()[1], MOST))
