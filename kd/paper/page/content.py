@@ -81,7 +81,7 @@ def entries(report: Report, row: RowResult, cell: CellResult) -> tuple[Entry, ..
     )
 
 
-def about(report: Report, table: TableResult) -> Iterator[str]:
+def about(table: TableResult) -> Iterator[str]:
     """What a reader has to know of a table."""
     other = table.data != table.dataset and any(map(_has_published, table.rows))
     yield f"Ours are of **{table.data}**" + (f"; the published numbers are of {table.dataset}." if other else ".")

@@ -34,7 +34,7 @@ def _table(report: Report, table: TableResult, drawings: Drawings, folder: str) 
     if len(report.tables) > 1:
         yield f"## {table.title}: {table.data}\n"
     yield f"{table.paper or content.OURS}.\n"
-    yield from (f"- {line}" for line in content.about(report, table))
+    yield from (f"- {line}" for line in content.about(table))
     yield ""
     for row in table.rows:
         yield from _row(report, table, row)
