@@ -15,9 +15,9 @@ setup: .venv/.installed ## make .venv and install everything; does nothing when 
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-demo: setup ## compare the four methods on real digits, three students each
+demo: setup ## compare the four methods on real digits, three students each; then a pair for which distillation helps
 	$(RUN) -m method=scratch,kd,ta,trained_teacher replicates=3 hydra.sweep.dir=outputs/demo
-	$(BIN)/python -m kd.report outputs/demo
+	$(RUN) -m experiment=ours/digits/scratch_plane2,ours/digits/kd_net_plane2 replicates=8 hydra.sweep.dir=outputs/demo-plane2
 
 best: setup ## train, or load, the best setting of the newest finished multirun again; FOLDER=multirun/… says which
 	@best="$(or $(FOLDER:%=%/best.sh),$$(ls -t multirun/*/best.sh multirun/*/*/best.sh outputs/*/best.sh 2>/dev/null | head -1))"; \
@@ -34,7 +34,7 @@ test: setup ## ruff, mypy --strict and the tests
 	$(BIN)/mypy --strict kd bench run.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
-docs: setup ## write docs/experiments.md from conf/experiment
+docs: setup ## write docs/experiments.md from conf/paper
 	$(BIN)/python docs/experiments.py
 
 bench: setup ## training speed beside the usual script's, into results/speed.json and .svg: about 15 quiet minutes

@@ -1,4 +1,4 @@
-"""The one entry: compose → parse → resolve data → plan → run the chain → return the objective."""
+"""The command line: compose → parse → resolve data → plan → run the chain → return the objective."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from kd import job, records, sweep, tables
-from kd.config import plan
+from kd.app import jobs
+from kd.app.config import plan
+from kd.app.parsing import parse, recorded, register
+from kd.core.spec import KnownError, tilde
 from kd.datasets import resolve
-from kd.parsing import parse, recorded
-from kd.pipeline import Pipeline, Pruned, run, write_result
-from kd.ranks import team, world
-from kd.signals import exit_code, ignore, raise_on_sigterm
-from kd.spec import tilde
+from kd.reporting import console
+from kd.reporting.results import Pruned, record_pruned, write_result
+from kd.reporting.tracking import track
 from kd.store import Store
-from kd.tracking import track
-from kd.workplace import follow
+from kd.training.checkpoint import exit_code, ignore, raise_on_sigterm
+from kd.training.pipeline import Pipeline, follow, run_students
+from kd.training.ranks import team, world
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    """One job: the mean accuracy of its students in percent, on validation, which a search maximises."""
+    """Run one job. Returns what a search maximises: the mean accuracy of its students in percent."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     dry = OmegaConf.select(cfg, "dry_run", throw_on_resolution_failure=False) is True
-    return job.job(folder, lambda: _job(cfg, folder), dry)
+    return jobs.run_job(folder, lambda: _job(cfg, folder), dry)
 
 
 def _job(cfg: DictConfig, folder: Path) -> float | None:
@@ -36,25 +37,32 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     students = plan(config, dataset)
     store = Store(config.store_root)
     if config.dry_run:
-        tables.print_plan(config.mode, students, store, config.runtime.retrain)
+        console.print_plan(config.mode, students, store, config.runtime.retrain)
         return None
-    runtime = job.share(config.runtime)
-    with track(config.tracking, folder, students, recorded(cfg), store, job.group()) as tracker:
-        teacher = config.teacher
-        prune = job.pruning(config, students)
-        shared = store, config.data_root, runtime
-        pipeline = Pipeline(*shared, tracker, teacher.file, config.train.on_nan, teacher.min_acc, team(), prune)
+    runtime = jobs.with_share(config.runtime)
+    with track(config.tracking, folder, students, recorded(cfg), store, jobs.group()) as tracker:
+        pipeline = Pipeline(
+            store=store,
+            data_root=config.data_root,
+            runtime=runtime,
+            tracker=tracker,
+            checkpoint=config.teacher.file,
+            on_nan=config.train.on_nan,
+            min_acc=config.teacher.min_acc,
+            team=team(),
+            prune=jobs.pruning(config, students),
+        )
         labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
         try:
-            result = run(pipeline, students, labels)
+            result = run_students(pipeline, students, labels)
         except Pruned as pruned:
             tracker.summarize({"pruned_after_epoch": pruned.epoch})
             print(pruned, flush=True)
-            records.record_pruned(folder, pruned)
-            return pruned.value  # what it had reached
+            record_pruned(folder, pruned)
+            return pruned.value  # the accuracy so far
         write_result(result, folder)
         tracker.summarize(result.columns)
-    tables.print_run(result)
+    console.print_run(result)
     print(tilde(f"this run: {folder}"))
     return result.value(config.sweep.objective)
 
@@ -65,14 +73,16 @@ if __name__ == "__main__":
     raise_on_sigterm()
     ranks = team()
     try:
+        register()
         main()
+    except KnownError as error:  # a mistake in conf/paper: nothing has begun
+        print(error, file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(
-            "interrupted: the same command goes on after the finished stages and the last checkpoint", file=sys.stderr
-        )
+        print("interrupted: start the same command again to resume from the last checkpoint", file=sys.stderr)
         sys.exit(exit_code(interrupt))
     finally:
-        ignore()  # whoever asks again is told how it ended first
-        failed = sweep.summarize()
+        ignore()  # so that the summary is printed
+        failed = jobs.summarize()
         ranks.dismiss()
     sys.exit(1 if failed else 0)

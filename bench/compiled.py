@@ -20,11 +20,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bench.workloads import BATCH, FACTS, RESULTS, Workload, planned
-from kd import hardware
-from kd.compilation import compile_network
-from kd.hardware import autocast
-from kd.optimization import make_optimizer
-from kd.train import make_network
+from kd.core import hardware
+from kd.core.hardware import autocast
+from kd.training.step import compile_network, make_network, make_optimizer
 
 NETWORKS = ("resnet8", "resnet20", "resnet56", "preresnet20", "plane2", "plane4", "plane10", "net")
 _ROUNDS = 25
@@ -72,7 +70,7 @@ def compare(network: str) -> dict[str, float]:
 
 
 def main() -> None:
-    hardware.prepare(None)
+    hardware.make_deterministic(None)
     found = {}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache

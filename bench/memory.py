@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 from bench.workloads import ROOT, WORKLOADS, Clock, guide_of, images, planned
-from kd import hardware
+from kd.core import hardware
 from kd.datasets.data import Data
-from kd.train import train_stage
+from kd.training.loop import train_stage
 
 
 def measured_apart() -> float:
@@ -26,11 +26,13 @@ def measured_apart() -> float:
 
 
 def main() -> None:
-    hardware.prepare(None)
+    hardware.make_deterministic(None)
     stage = planned(WORKLOADS["kd resnet110 → resnet8"], "train.epochs=1")
     data = Data.of(stage.dataset, images(50_000), "cpu")
     with tempfile.TemporaryDirectory() as place:
-        train_stage(stage, data, guide_of(stage, data, Path(place)), "cpu", Clock(), compiled=True)
+        train_stage(
+            stage, data=data, guide=guide_of(stage, data, Path(place)), device="cpu", watch=Clock(), compiled=True
+        )
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from bench.workloads import BATCH, WORKLOADS, Clock, guide_of, images, planned
-from kd import hardware
+from kd.core import hardware
 from kd.datasets.data import Data
-from kd.train import train_stage
+from kd.training.loop import train_stage
 
 _STEPS = 60
 # The first kind whose word is in an operator's name has its time.
@@ -40,10 +40,12 @@ def breakdown(name: str) -> tuple[float, Counter[str]]:
     data = Data.of(stage.dataset, images(round(BATCH * _STEPS / 0.9)), "cpu")
     kinds: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as place:
-        train_stage(stage, data, guide_of(stage, data, Path(place)), "cpu", Clock())  # fills the bank
+        train_stage(
+            stage, data=data, guide=guide_of(stage, data, Path(place)), device="cpu", watch=Clock()
+        )  # fills the bank
         clock = Clock()
         with profile(activities=[ProfilerActivity.CPU]) as found:
-            train_stage(stage, data, guide_of(stage, data, Path(place)), "cpu", clock)
+            train_stage(stage, data=data, guide=guide_of(stage, data, Path(place)), device="cpu", watch=clock)
     for event in found.key_averages():
         lowered = event.key.lower()
         kind = next((kind for kind, words in _KINDS.items() if any(word in lowered for word in words)), "the rest")
@@ -52,7 +54,7 @@ def breakdown(name: str) -> tuple[float, Counter[str]]:
 
 
 def main() -> None:
-    hardware.prepare(None)
+    hardware.make_deterministic(None)
     for name in sys.argv[1:] or ["scratch resnet8", "scratch plane2"]:
         speed, kinds = breakdown(name)
         print(f"\n{name}: {speed:,.0f} images a second under the profiler, {_STEPS} steps of {BATCH}")

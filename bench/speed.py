@@ -20,7 +20,7 @@ import torch
 
 from bench import figure, machine, memory, stored, sweep
 from bench.workloads import RESULTS, WORKLOADS, ours, usual_script
-from kd import hardware
+from kd.core import hardware
 
 Rounds = list[float]
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    hardware.prepare(None)
+    hardware.make_deterministic(None)
     measured = measure(arguments.rounds)
     found = summary(measured)
     jobs = {

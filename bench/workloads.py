@@ -12,17 +12,17 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 
 from bench import usual
-from kd.compilation import PAYS_AFTER
-from kd.config import plan
-from kd.datasets import specify
-from kd.datasets.base import Arrays, Facts
+from kd.app.config import plan
+from kd.app.parsing import parse, register
+from kd.core.stage import Stage
+from kd.datasets import Arrays, Facts, specify
 from kd.datasets.data import Data
-from kd.guide import Guide, open_bank
 from kd.models import build
-from kd.parsing import parse
-from kd.stage import Stage
+from kd.reporting.console import Watch
 from kd.store import Metrics
-from kd.train import make_network, train_stage
+from kd.training.guide import Guide, open_bank
+from kd.training.loop import train_stage
+from kd.training.step import PAYS_AFTER, make_network
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -49,7 +49,7 @@ WORKLOADS = {
 
 
 @dataclass
-class Clock:
+class Clock(Watch):
     """Watches a training: when its epochs and its steps of full batches end."""
 
     epochs: list[float] = field(default_factory=lambda: [time.perf_counter()])
@@ -86,6 +86,7 @@ def planned(work: Workload, *overrides: str) -> Stage:
     """The student's stage as `run.py` would plan it."""
     method = "method=kd" if work.teacher else "method=scratch"
     chosen = [f"model={work.student}", f"teacher={work.teacher or 'resnet20'}", method, *overrides]
+    register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = parse(compose("config", ["dataset=cifar10", *chosen]))
     return plan(config, specify(config.dataset, FACTS))[0]
@@ -111,11 +112,11 @@ def ours(work: Workload, place: Path) -> dict[str, float]:
     data = Data.of(stage.dataset, images(round(BATCH * work.steps / 0.9)), "cpu")
     warm = Clock()
     if stage.guide is None:
-        train_stage(stage, data, None, "cpu", warm, compiled=compiled)
+        train_stage(stage, data=data, guide=None, device="cpu", watch=warm, compiled=compiled)
         return _speeds(len(data.train), warm)
     cold = Clock()  # both of its epochs are, each drawing views of its own
-    train_stage(stage, data, guide_of(stage, data, place), "cpu", cold, compiled=compiled)
-    train_stage(stage, data, guide_of(stage, data, place), "cpu", warm, compiled=compiled)
+    train_stage(stage, data=data, guide=guide_of(stage, data, place), device="cpu", watch=cold, compiled=compiled)
+    train_stage(stage, data=data, guide=guide_of(stage, data, place), device="cpu", watch=warm, compiled=compiled)
     return {"cold": len(data.train) / (cold.epochs[2] - cold.epochs[1]), **_speeds(len(data.train), warm)}
 
 

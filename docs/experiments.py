@@ -9,14 +9,12 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from kd.config import Config, plan
-from kd.datasets import DATASETS, specify
-from kd.datasets.base import Facts
-from kd.losses import CrossEntropy, Distill
-from kd.parsing import parse
-from kd.stage import Source, Stage
+from kd.app.config import Config, plan
+from kd.app.experiments import CONF, experiments
+from kd.app.parsing import parse, register
+from kd.core.stage import Source, Stage
+from kd.datasets import DATASETS, Facts, specify
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 PAGE = Path(__file__).with_suffix(".md")
 
 _TINY = Facts(200, 64, (0.4802, 0.4481, 0.3975), (0.277, 0.2691, 0.2821))  # decoded ones are known when they are there
@@ -36,14 +34,20 @@ cross-entropy, T and λ for a student of the network before it, T and w for a te
 frozen network before it (w < 0: that turns nasty). Networks that chains share are trained once. A nasty or trained
 teacher by itself is the second stage of its chains, and printed with them.
 
-*Written by `make docs`; a test holds it to the files.*
+These options are declared in `conf/paper/takd.yaml` and `conf/paper/trained_teacher.yaml`. The tables of
+`make reproduce-paper` use them too. An experiment of your own is a file: `experiment=mine/first` reads
+`conf/experiment/mine/first.yaml`. It needs a name that is not in the tables below. It can start from one of them:
+
+```yaml
+# @package _global_
+defaults:
+  - /experiment/tt/cifar10/nasty_resnet18_net
+  - override /model: preresnet20
+seed: 3
+```
+
+*Written by `make docs`. A test compares this page with the declarations.*
 """
-
-
-def names() -> list[str]:
-    """Every experiment, as the command line calls it."""
-    root = CONF / "experiment"
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
 def planned(config: Config) -> Stage:
@@ -53,8 +57,9 @@ def planned(config: Config) -> Stage:
 
 def page() -> str:
     """The whole page."""
+    register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = {name: compose("config", [f"experiment={name}"]) for name in names()}
+        composed = {name: compose("config", [f"experiment={name}"]) for name in sorted(experiments())}
     return "\n".join([_HEAD, *_sections(composed)]) + "\n"
 
 
@@ -67,23 +72,15 @@ def _sections(composed: dict[str, DictConfig]) -> Iterator[str]:
             chain = planned(config).chain
             epochs = ", ".join(dict.fromkeys(str(s.train.epochs) for s in chain if isinstance(s, Stage)))
             steps = " → ".join(_step(source) for source in chain)
-            yield f"| `{name}` | {_about(name)} | {steps} | {epochs} | {config.mode} |"
+            yield f"| `{name}` | {experiments()[name].about} | {steps} | {epochs} | {config.mode} |"
         yield ""
 
 
-def _about(name: str) -> str:
-    """The comment of its file's second line."""
-    return (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()[1].removeprefix("# ")
-
-
 def _step(source: Source) -> str:
-    if not isinstance(source, Stage) or isinstance(source.loss, CrossEntropy):
-        return source.model
-    loss = source.loss
-    strength = f"λ {loss.lam:g}" if isinstance(loss, Distill) else f"w {loss.weight:g}"
-    return f"{source.model} (T {loss.T:g}, {strength})"
+    settings = source.loss.settings.replace("=", " ") if isinstance(source, Stage) else ""
+    return f"{source.model} ({settings})" if settings else source.model
 
 
 if __name__ == "__main__":
     PAGE.write_text(page())
-    print(f"{PAGE} is written: {len(names())} experiments")
+    print(f"{PAGE} is written: {len(experiments())} experiments")

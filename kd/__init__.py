@@ -1,4 +1,4 @@
-"""Knowledge distillation in stages: each network trained once, addressed by all that decides its weights."""
+"""Knowledge distillation in stages: each network is trained once, and stored by a key."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kd.models.normalized import Normalized
+    from kd.models.normalization import Normalized
 
 
 def load(key: str, store: str | Path | None = None) -> Normalized:
-    """A finished stage's network in eval mode, on the CPU, its normalisation inside.
+    """A finished stage's network in eval mode, on the CPU, with its normalisation inside.
 
     It takes images [batch, 3, height, width], uint8 or floating in [0, 1], and gives logits [batch, class].
     `store` is the path of the store, by default the one in the repository (or $KD_STORE). Raises
-    kd.spec.KnownError where there is no such stage, or its files are not what was written.
+    kd.core.spec.KnownError if there is no such stage, or if it is damaged.
     """
     from kd.store import Store, place
 

@@ -1,4 +1,4 @@
-"""What tests share: the composed configuration, jobs in this process, and places of their own for store and data."""
+"""Shared by all tests: the composed configuration, jobs in this process, and temporary folders for store and data."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
+
+from kd.app.parsing import register
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +48,7 @@ def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 @pytest.fixture
 def signals() -> Iterator[None]:
-    """Ctrl-C is heard, which a process in the background has ignored; and handlers are put back."""
+    """SIGINT is handled, also if pytest runs in the background. Handlers are restored afterwards."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,14 +60,15 @@ def signals() -> Iterator[None]:
 def composed(*overrides: str) -> DictConfig:
     """The configuration as run.py would get it."""
     GlobalHydra.instance().clear()
+    register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config", list(overrides))
 
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: None) -> Callable[..., Any]:
-    """Runs run.py in this process, which is quick; returns result.json (of a multirun: the list of its jobs')."""
-    from kd.sweep import Multirun
+    """Runs run.py in this process, which is fast. Returns result.json; of a multirun, a list with each job's."""
+    from kd.app.jobs import Multirun
 
     def start(*overrides: str, multirun: bool = False, folder: str = "out", code: int = 0) -> Any:
         GlobalHydra.instance().clear()
@@ -87,7 +90,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: None) -> Calla
 
 
 def run_py(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """run.py in a process of its own, started in `cwd`."""
+    """run.py in a new process, started in `cwd`."""
     command = [sys.executable, str(ROOT / "run.py"), *arguments]
     return subprocess.run(
         command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=280

@@ -1,4 +1,4 @@
-"""Calls that change files, one of which is made to fail: by an error, by one that stays, or as if the process died."""
+"""Fault injection: one of the calls that change files fails, once, from there on, or as if the process had died."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 
-from kd.spec import KnownError
+from kd.core.spec import KnownError
 
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync")
 FAULTS = ("ENOSPC", "EIO", "EACCES", "EROFS from there on", "crash")
 
 
 class CrashError(BaseException):
-    """Passes every `except Exception`, as a killed process does."""
+    """Not caught by `except Exception`, like a kill."""
 
 
 class _Written:
-    """A file of which each write may fail, half done."""
+    """A file with writes that may fail half done."""
 
     def __init__(self, file: Any, enter: Callable[[str], None]) -> None:
         self._file, self._enter = file, enter

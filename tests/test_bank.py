@@ -1,4 +1,4 @@
-"""The bank of a guide's logits: whatever is remembered, forgotten, shared or torn, the same student to the bit."""
+"""The bank of a guide's logits: full, empty, shared or damaged, it gives the same student to the bit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd.bank import Bank
 from kd.datasets.data import Data
-from kd.guide import Guide, open_bank
+from kd.training.guide import Bank, Guide, open_bank
 from tests.conftest import QUICK, ROOT
 from tests.test_train import data, teacher_of
 
@@ -144,7 +143,7 @@ def test_a_disk_that_fills_up(
     monkeypatch.setattr(os, call, full)
     assert torch.equal(guide.logits(samples, views, nobody), plain)
     assert torch.equal(guide.logits(samples, views, nobody), plain)
-    assert capsys.readouterr().out.count("not kept from here on: [Errno 28] No space left on device") == 1
+    assert capsys.readouterr().out.count("not cached from here on: [Errno 28] No space left on device") == 1
 
 
 def test_without_room_or_right_nothing_is_kept(
@@ -152,10 +151,10 @@ def test_without_room_or_right_nothing_is_kept(
 ) -> None:
     (tmp_path / "file").touch()
     assert open_bank(tmp_path / "file", KEY, "w", data, "bf16", "cpu") is None
-    assert "the guide's logits are computed and not kept: [Errno" in capsys.readouterr().out
+    assert "the guide's logits are not cached: [Errno" in capsys.readouterr().out
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.statvfs_result([0] * 10) and type("U", (), {"free": 9}))
     assert open_bank(tmp_path / "new", KEY, "w", data, "bf16", "cpu") is None
-    assert "1 GB to spare do not fit" in capsys.readouterr().out
+    assert "1 GB to spare" in capsys.readouterr().out
 
 
 # runs -------------------------------------------------------------------------------------------------------------

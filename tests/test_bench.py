@@ -1,4 +1,4 @@
-"""The benchmarks run; what they say is for quiet machines."""
+"""The benchmarks run. Their numbers are not checked: they need an idle machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled steps: chosen where they pay back, the same bits every time, and never half of a stage."""
+"""Compiled steps: chosen if they save time, the same bits every time, and for whole stages only."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 
-from kd import compilation
-from kd.compilation import PAYS_AFTER, resolve_compile
-from kd.config import plan
-from kd.datasets import specify
-from kd.datasets.base import Facts
+from kd.app.config import plan
+from kd.app.parsing import parse
+from kd.core.spec import KnownError
+from kd.core.stage import Stage
+from kd.datasets import Facts, specify
 from kd.datasets.data import Data
 from kd.models import MODELS
-from kd.parsing import parse
-from kd.partial import Partial
-from kd.spec import KnownError
-from kd.stage import Stage
-from kd.train import train_stage
+from kd.training import step as compilation
+from kd.training.checkpoint import Checkpoint
+from kd.training.loop import train_stage
+from kd.training.step import PAYS_AFTER, resolve_compile
 from tests.conftest import composed
 from tests.test_train import Interrupted, Silent, data, same
 from tests.test_train import a_stage as training_stage
@@ -73,7 +72,7 @@ def test_true_and_false_are_obeyed() -> None:
 def test_without_a_compiler(capsys: pytest.CaptureFixture[str]) -> None:
     stage = a_stage("model=resnet8")
     assert resolve_compile("auto", stage, 45_000, "cpu") is False
-    assert "student resnet8: not compiled, which would be faster: no C++ compiler" in capsys.readouterr().out
+    assert "student resnet8: slower without torch.compile, which fails here: no C++ compiler" in capsys.readouterr().out
     with pytest.raises(KnownError, match=r"runtime\.compile=true: torch cannot compile here: no"):
         resolve_compile(True, stage, 45_000, "cpu")
 
@@ -89,16 +88,20 @@ def test_a_stage_records_whether_it_was_compiled(job: Any, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_compiled_stages_have_bits_of_their_own(data: Data, tmp_path: Path) -> None:
-    """Trained twice, and interrupted: the same bits; beside the uncompiled one: nearly the same accuracy."""
+    """Trained twice, and interrupted: the same bits. Compared with an uncompiled training: nearly the same accuracy."""
     if problem := compilation._problem("cpu"):
         pytest.skip(f"torch cannot compile here: {problem}")
     stage = training_stage(data, epochs=4)
-    eager = train_stage(stage, data, None, "cpu", Silent())
-    one, two = (train_stage(stage, data, None, "cpu", Silent(), compiled=True) for _ in range(2))
-    partial = Partial(tmp_path, stage, {"compiled": True}, every=1)
+    eager = train_stage(stage, data=data, guide=None, device="cpu", watch=Silent())
+    one, two = (
+        train_stage(stage, data=data, guide=None, device="cpu", watch=Silent(), compiled=True) for _ in range(2)
+    )
+    partial = Checkpoint(tmp_path, stage, {"compiled": True}, every=1)
     with pytest.raises(KeyboardInterrupt):
-        train_stage(stage, data, None, "cpu", Interrupted(3), partial, compiled=True)
+        train_stage(stage, data=data, guide=None, device="cpu", watch=Interrupted(3), checkpoint=partial, compiled=True)
     assert same(one, two)
-    assert same(one, train_stage(stage, data, None, "cpu", Silent(), partial, compiled=True))
+    assert same(
+        one, train_stage(stage, data=data, guide=None, device="cpu", watch=Silent(), checkpoint=partial, compiled=True)
+    )
     assert not same(one, eager)  # else nothing was compiled
     assert abs(one.result.test_acc - eager.result.test_acc) < 5

@@ -1,4 +1,4 @@
-"""Stages that are not what was written: found, set aside, and trained again; locks, and what holds without them."""
+"""Damaged stages are found, moved aside and trained again; locks, and what happens without them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pytest
 from safetensors.torch import load_file
 
 import kd
-from kd import files
-from kd.spec import KnownError
-from kd.store import Store, locks
+from kd.core import files
+from kd.core.spec import KnownError
+from kd.store import Store
 from tests.conftest import QUICK, ROOT, run_py
 from tests.test_faults import KEY, save
 from tests.test_stage import stage
@@ -35,7 +35,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def set_aside(store: Store, reason: str, output: str) -> None:
-    assert f"stage {KEY} is damaged ({reason}): it lies in {store.damaged / KEY}-" in output
+    assert f"stage {KEY} is damaged ({reason}): it is moved to {store.damaged / KEY}-" in output
     assert output.count("\n") == 1
     assert len(list(store.damaged.iterdir())) == 1
     assert not (store.root / KEY).exists()
@@ -69,6 +69,7 @@ def test_a_damaged_stage_is_set_aside(store: Store, name: str, how: str, capsys:
         path.touch()
     elif how == "a folder":
         path.mkdir()
+    differs = f"{name} does not " + ("list the stage's files" if name == "SHA256SUMS" else "match its checksum")
     reason = {"gone": f"it has no {name}", "a folder": f"{name} cannot be read: Is a directory"}
     assert not store.whole(KEY)
     readers = {"stage.json": store.source, "result.json": store.result, "model.safetensors": store.fingerprint}
@@ -77,7 +78,7 @@ def test_a_damaged_stage_is_set_aside(store: Store, name: str, how: str, capsys:
             readers[name](KEY)
     assert (store.root / KEY).exists()  # reading moves nothing
     with store.lock(KEY):
-        set_aside(store, reason.get(how, f"{name} is not what was written"), capsys.readouterr().out)
+        set_aside(store, reason.get(how, differs), capsys.readouterr().out)
 
 
 def test_a_copy_under_another_key_is_no_stage(store: Store) -> None:
@@ -87,7 +88,7 @@ def test_a_copy_under_another_key_is_no_stage(store: Store) -> None:
 
 
 def test_what_may_not_be_read_is_not_set_aside(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As root is denied nothing, the refusal is made up."""
+    """root may read everything, so the refusal is simulated."""
 
     def refuse(path: Path) -> bytes:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
@@ -118,7 +119,7 @@ def test_a_run_trains_a_damaged_stage_again_to_the_same_bits(
     weights = tmp_path / "store" / teacher / "model.safetensors"
     before = weights.read_bytes()
     weights.write_bytes(before[:-1])
-    with pytest.raises(KnownError, match=r"is damaged \(model.safetensors is not what was written\)"):
+    with pytest.raises(KnownError, match=r"is damaged \(model.safetensors does not match its checksum\)"):
         kd.load(teacher)
     capsys.readouterr()
     job("dry_run=true")
@@ -132,7 +133,7 @@ def test_a_run_trains_a_damaged_stage_again_to_the_same_bits(
 
 
 def test_a_full_disk_is_one_line_and_no_stage(tmp_path: Path) -> None:
-    """A real one, of 200 kB, in a mount namespace of its own."""
+    """A real file system of 200 kB, in its own mount namespace."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=200k none {disk} && exec "
@@ -149,7 +150,7 @@ def test_a_full_disk_is_one_line_and_no_stage(tmp_path: Path) -> None:
 
 
 def test_a_file_too_large_is_one_line_and_no_stage(tmp_path: Path) -> None:
-    """A limit of the process, which anybody may set."""
+    """A file size limit of the process, which needs no rights."""
     chosen = (*QUICK, "model=resnet8", "method=scratch", f"hydra.run.dir={tmp_path}/out")
     command = " ".join(f"'{part}'" for part in (sys.executable, str(ROOT / "run.py"), *chosen))
     limited = ["bash", "-c", f"ulimit -f 200 && exec {command}"]
@@ -198,7 +199,7 @@ def test_a_store_that_vanishes_while_one_waits_is_one_line(store: Store, monkeyp
     def gone(*args: object, **kwargs: object) -> bool:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(store.lock_file(KEY)))
 
-    monkeypatch.setattr(locks.FileLock, "acquire", gone)
+    monkeypatch.setattr(files.FileLock, "acquire", gone)
     with pytest.raises(KnownError, match=r"cannot write to the store: .*No such file"), store.lock(KEY):
         pass
 
@@ -217,20 +218,20 @@ def test_a_file_system_without_locks_is_refused(store: Store, monkeypatch: pytes
 UNLOCKED = """
 import runpy, sys
 from contextlib import contextmanager
-from kd.store import locks
+from kd.core import files
 
 @contextmanager
 def nobody(path, waiting):
     yield True
 
-locks.hold = nobody
+files.hold_lock = nobody
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 @pytest.mark.slow
 def test_without_locks_two_processes_end_in_one_whole_stage(tmp_path: Path) -> None:
-    """The worst that a file system may do to us: both train, and publish the same bits."""
+    """The worst case: both processes train, and publish the same bits."""
     code = UNLOCKED.replace("runpy.run", f"sys.argv = {[str(ROOT / 'run.py'), *QUICK]!r} + sys.argv[1:]\nrunpy.run")
     workers = [
         subprocess.Popen(
@@ -257,7 +258,7 @@ def test_without_locks_two_processes_end_in_one_whole_stage(tmp_path: Path) -> N
 
 
 def test_another_who_publishes_meanwhile_wins(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without locks, between our two renames."""
+    """Without locks, between the two renames."""
     rename = os.rename
 
     def other_first(source: Path, target: Path) -> None:

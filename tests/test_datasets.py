@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from kd.datasets import DATASETS, load, resolve, specify, views
-from kd.datasets.base import Arrays, DatasetConfig, Facts, statistics
-from kd.datasets.data import Data, split
-from kd.spec import KnownError
+from kd.core.spec import KnownError, load_attribute
+from kd.core.stage import VIEWS
+from kd.datasets import DATASETS, Arrays, DatasetConfig, Facts, load_data, resolve, specify, statistics
+from kd.datasets.data import Data, pad_images, show_views, split
 
 
 def config(name: str = "digits", augment: str = "none", **changes: object) -> DatasetConfig:
@@ -38,12 +38,32 @@ def arrays(count: int = 60, classes: int = 3, size: int = 32) -> Arrays:
 
 def test_digits_are_what_the_table_says() -> None:
     spec = resolve(config(), Path("/nowhere"))
-    data = load(spec, Path("/nowhere"), "cpu")
+    data = load_data(spec, Path("/nowhere"), "cpu")
     assert (len(data.labels), len(data.test_labels)) == (1437, 360)
     assert data.test_images.shape[1:] == (16, 16, 3)
     mean, std = statistics(data.padded.numpy())
     assert (spec.mean, spec.std) == (mean, std)
     assert len(data.labels.unique()) == spec.num_classes
+
+
+DOWNLOADS = {"cifar10", "cifar100", "fashion_mnist"}  # their files are tested below
+
+
+@pytest.mark.parametrize("name", [n for n, entry in DATASETS.items() if entry.facts is not None and n not in DOWNLOADS])
+def test_facts_are_those_of_the_images(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_network(monkeypatch)
+    entry = DATASETS[name]
+    assert entry.facts is not None
+    try:
+        found: Arrays = load_attribute(entry.read)(tmp_path, None)
+    except KnownError as error:
+        pytest.skip(f"{name} cannot be read without network: {error}")
+    size, images = entry.facts.image_size, (len(found.labels), len(found.test_labels))
+    assert (entry.facts.mean, entry.facts.std) == statistics(found.images)
+    assert entry.facts.images in (None, images)
+    for arrays, labels in ((found.images, found.labels), (found.test_images, found.test_labels)):
+        assert (arrays.dtype, arrays.shape) == (np.uint8, (len(labels), size, size, 3))
+        assert (labels.dtype, sorted({*labels})) == (np.int64, [*range(entry.facts.num_classes)])
 
 
 def test_the_split_is_stratified_and_a_function_of_its_seed() -> None:
@@ -59,7 +79,7 @@ def test_the_split_is_stratified_and_a_function_of_its_seed() -> None:
 def test_crop_flip_is_torchvisions_crop_and_flip() -> None:
     images = torch.from_numpy(random_images(162))
     every = torch.arange(162)
-    shown = views.show(views.pad(images, "crop_flip"), every, every, "crop_flip")
+    shown = show_views(pad_images(images, "crop_flip"), every, every, "crop_flip")
     assert shown.is_contiguous(memory_format=torch.channels_last)
     for view in range(162):
         top, left = divmod(view // 2, 9)
@@ -71,7 +91,7 @@ def test_crop_flip_is_torchvisions_crop_and_flip() -> None:
 def test_rotate_flip_is_torchvisions_rotation_and_flip(size: int) -> None:
     images = torch.from_numpy(random_images(82, size))
     every = torch.arange(82)
-    shown = views.show(views.pad(images, "rotate_flip"), every.flip(0), every, "rotate_flip")
+    shown = show_views(pad_images(images, "rotate_flip"), every.flip(0), every, "rotate_flip")
     assert shown.is_contiguous(memory_format=torch.channels_last)
     assert shown.dtype == torch.uint8
     for view in range(82):
@@ -99,7 +119,7 @@ def test_restricted_views(augment: str) -> None:
     assert Data.of(specify(config(views=5), facts(arrays())), arrays(), "cpu").allowed_views is None  # `none` has one
 
 
-@pytest.mark.parametrize("augment", views.COUNT)
+@pytest.mark.parametrize("augment", VIEWS)
 def test_validation_images_are_shown_as_they_are(augment: str) -> None:
     data = Data.of(specify(config(augment=augment), facts(arrays())), arrays(), "cpu")
     assert torch.equal(data.val_images, torch.from_numpy(arrays().images[data.val]))
@@ -130,7 +150,7 @@ def test_a_folder_is_decoded_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "decoding 16 images" in capsys.readouterr().out
     assert resolve(folder(root), places) == spec
     assert capsys.readouterr().out == ""
-    data = load(resolve(folder(root, val_fraction=0), places), places, "cpu")
+    data = load_data(resolve(folder(root, val_fraction=0), places), places, "cpu")
     assert (spec.num_classes, spec.image_size, len(data.labels)) == (2, 8, 8)
     pixels = np.asarray(Image.open(root / "train" / "dog" / "1.png"))
     assert np.array_equal(data.padded[5], pixels)
@@ -149,7 +169,7 @@ def test_a_copy_of_a_folder_is_the_same_data_and_a_change_is_not(tmp_path: Path)
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda root: (root / "test").rename(root / "tset"), "test is no folder"),
+        (lambda root: (root / "test").rename(root / "tset"), "test is not a folder"),
         (lambda root: (root / "test" / "dog").rename(root / "test" / "fox"), "not in both train and test: dog, fox"),
         (lambda root: [f.unlink() for f in (root / "train" / "cat").iterdir()], "has no images"),
         (
@@ -188,7 +208,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_network_one_line_says_what_to_do(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_network(monkeypatch)
     with pytest.raises(KnownError) as caught:
-        load(resolve(config(name), tmp_path), tmp_path, "cpu")
+        load_data(resolve(config(name), tmp_path), tmp_path, "cpu")
     text = str(caught.value)
     assert "could not be downloaded" in text
     assert "runtime.data" in text
@@ -209,7 +229,9 @@ def test_cifar_files(name: str, classes: int, tmp_path: Path, monkeypatch: pytes
         labels = list(range(classes))
         (place / file).write_bytes(pickle.dumps({"data": pixels, "labels": labels, "fine_labels": labels}))
     (place / reader.meta["filename"]).write_bytes(pickle.dumps({reader.meta["key"]: [str(i) for i in range(classes)]}))
-    data = load(specify(config(name, val_fraction=0), DATASETS[name].facts or pytest.fail("no facts")), tmp_path, "cpu")
+    data = load_data(
+        specify(config(name, val_fraction=0), DATASETS[name].facts or pytest.fail("no facts")), tmp_path, "cpu"
+    )
     assert np.array_equal(data.test_images, random_images(classes))
     assert data.test_labels.tolist() == list(range(classes))
     assert data.spec.num_classes == classes
@@ -224,7 +246,7 @@ def test_fashion_mnist_is_padded(tmp_path: Path) -> None:
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
         header = b"".join(n.to_bytes(4, "big") for n in (2049, 20))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + bytes(range(10)) * 2)
-    data = load(resolve(config("fashion_mnist", val_fraction=0), tmp_path), tmp_path, "cpu")
+    data = load_data(resolve(config("fashion_mnist", val_fraction=0), tmp_path), tmp_path, "cpu")
     assert data.padded.shape == (20, 32, 32, 3)
     assert np.array_equal(data.padded[:, 2:30, 2:30, 1], pixels)
     assert data.padded[:, :2].sum() == 0

@@ -1,20 +1,60 @@
-"""The experiments: each one composes, parses and plans, and is what the papers' rows say."""
+"""The experiments: the published rows, each one an option that composes, parses and plans as its name says."""
 
 from __future__ import annotations
 
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
 
+from kd.app.experiments import experiments
+from kd.app.parsing import parse
+from kd.core.spec import KnownError
+from kd.core.stage import Stage
 from kd.losses import Distill, TeachableTeacher
-from kd.parsing import parse
-from kd.stage import Stage
-from tests.conftest import ROOT, composed
+from tests.conftest import ROOT, composed, run_py
 
 DOCS: dict[str, Any] = runpy.run_path(str(ROOT / "docs" / "experiments.py"))
-NAMES: list[str] = DOCS["names"]()
+PAGE = Path(DOCS["PAGE"])
+
+SMALL, LARGE, CNNS = "mobilenetv2 shufflenetv2", "resnet18 mobilenetv2 shufflenetv2", "net preresnet20 preresnet32"
+PUBLISHED = {  # by group: how the names begin, and how they go on
+    "takd/cifar10": {
+        "scratch": "plane2 resnet8 resnet20 resnet110",
+        "kd": "plane10_plane2 resnet110_resnet8 resnet110_resnet20",
+        "ta": "plane10_plane4_plane2 resnet110_resnet20_resnet8 resnet110_resnet14_resnet8",
+    },
+    "takd/cifar100": {
+        "scratch": "plane2 resnet8",
+        "kd": "plane10_plane2 resnet110_resnet8",
+        "ta": "plane10_plane4_plane2 resnet110_resnet20_resnet8",
+        "tuned_scratch": "resnet8 resnet20 resnet110",
+        "tuned_kd": "resnet110_resnet8 resnet110_resnet20",
+        "tuned_ta": "resnet110_resnet20_resnet8",
+    },
+    "tt/cifar10": {
+        "baseline": f"{CNNS} resnet18 resnext29",
+        "normal_resnet18": CNNS,
+        "normal_resnet50": CNNS,
+        "nasty_resnet18": CNNS,
+        "trained_resnet18": CNNS,
+        "trained_resnet50": CNNS,
+    },
+    **{
+        f"tt/{dataset}": {
+            "baseline": f"{LARGE} resnet50 resnext29",
+            **{f"{kind}_resnet18": SMALL for kind in ("normal", "nasty", "trained")},
+            **{f"{kind}_resnet50": LARGE for kind in ("normal", "nasty", "trained")},
+            **{f"{kind}_resnext29": LARGE for kind in ("normal", "nasty")},
+        }
+        for dataset in ("cifar100", "tiny_imagenet")
+    },
+}
 
 
 def chain(name: str, *overrides: str) -> list[Stage]:
@@ -26,40 +66,42 @@ def models(name: str) -> list[str]:
     return [stage.model for stage in chain(name)]
 
 
+def listed(group: str) -> set[str]:
+    """What Hydra offers, also to --help."""
+    composed()  # readies Hydra's configuration loader
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return set(GlobalHydra.instance().config_loader().get_group_options(f"experiment/{group}"))
+
+
+def test_every_published_row_is_an_option() -> None:
+    """94 names, under which results have been published. Our own experiments in conf/paper have another group."""
+    expected = {
+        group: {f"{beginning}_{end}" for beginning, ends in kinds.items() for end in ends.split()}
+        for group, kinds in PUBLISHED.items()
+    }
+    assert sum(map(len, expected.values())) == 94
+    assert {name for name in experiments() if name.startswith(("takd/", "tt/"))} == {
+        f"{group}/{name}" for group, names in expected.items() for name in names
+    }
+    for group, names in expected.items():
+        assert names <= listed(group)
+
+
 def test_the_page_lists_them_all_as_they_are() -> None:
-    """Composes, parses and plans every one on the way."""
-    assert Path(DOCS["PAGE"]).read_text() == DOCS["page"](), "run `make docs`"
+    """This composes, parses and plans every experiment."""
+    assert PAGE.read_text() == DOCS["page"](), "run `make docs`"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_short_and_named_after_its_chain(name: str) -> None:
-    lines = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text().splitlines()
-    assert len(lines) <= 15
-    assert lines[0] == "# @package _global_"
-    assert lines[1].startswith("# ")
-    dataset = name.split("/")[1]
-    assert f"  - override /dataset: {dataset}" in lines
-    assert f"  - override /train: {dataset}" in lines
-    named = [part.replace("resnext29", "resnext29_8x64d") for part in name.rpartition("/")[2].split("_")]
-    networks = [part for part in named if any(c.isdigit() for c in part) or part == "net"]
-    overridden = [line.split(": ")[1] for line in lines if "/model:" in line or "/teacher:" in line]
-    assert set(overridden) == {networks[0], networks[-1]}
-
-
-def test_no_published_row_is_absent() -> None:
-    takd = {"takd/cifar10/kd_resnet110_resnet8", "takd/cifar100/kd_resnet110_resnet8"}  # README 3.1, both ways
-    takd |= {"takd/cifar100/ta_resnet110_resnet20_resnet8", "takd/cifar10/ta_resnet110_resnet14_resnet8"}
-    small, large = ["mobilenetv2", "shufflenetv2"], ["resnet18", "mobilenetv2", "shufflenetv2"]
-    cnns = ["preresnet20", "preresnet32", "net"]
-    tt = {f"cifar10/baseline_{m}" for m in ("resnet18", "resnext29", "preresnet20", "preresnet32", "net")}
-    tt |= {f"cifar10/{kind}_resnet18_{s}" for kind in ("normal", "nasty", "trained") for s in cnns}
-    for data in ("cifar100", "tiny_imagenet"):
-        tt |= {f"{data}/baseline_{m}" for m in (*large, "resnet50", "resnext29")}
-        for kind in ("normal", "nasty"):
-            tt |= {f"{data}/{kind}_resnet18_{s}" for s in small}
-            tt |= {f"{data}/{kind}_{t}_{s}" for t in ("resnet50", "resnext29") for s in large}
-        tt |= {f"{data}/trained_resnet50_{s}" for s in large}
-    assert takd | {f"tt/{name}" for name in tt} <= set(NAMES)
+def test_each_trains_the_networks_that_it_is_named_after() -> None:
+    """Chains come from the page, which the test above compares with the plans. A reference precedes its teacher."""
+    lines = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    assert len(lines) == len(experiments())
+    for name, about, stages, _, mode in [line for line in lines if line[0].startswith(("`takd/", "`tt/"))]:
+        kind, *_ = own = name.strip("`").rpartition("/")[2].removeprefix("tuned_").split("_")
+        networks = [stage.split()[0].replace("resnext29_8x64d", "resnext29") for stage in stages.split(" → ")]
+        assert networks[kind in ("nasty", "trained") :] == own[1:], name
+        assert mode == ("reference" if "tuned" in name else "paper")
+        assert "{" not in about
 
 
 def test_takds_readme() -> None:
@@ -112,3 +154,70 @@ def test_modes_and_other_data_can_be_put_on_top() -> None:
     assert (stage.train.select, stage.dataset.val_fraction) == ("best_test_batches", 0)
     copy = chain("takd/cifar10/kd_resnet110_resnet8", "dataset=folder", "dataset.root=/x", "train.epochs=5")[-1]
     assert (copy.dataset.name, copy.train.lr, copy.train.epochs) == ("folder", 0.1, 5)
+
+
+def test_an_option_stays_as_it_is_declared() -> None:
+    """Hydra changes the nodes that it loads, so each has to be a copy."""
+    first = composed("experiment=tt/cifar10/nasty_resnet18_net")
+    composed("experiment=tt/cifar10/nasty_resnet18_net", "method.T=9", "model=plane2")
+    assert composed("experiment=tt/cifar10/nasty_resnet18_net") == first
+
+
+def test_a_file_is_an_experiment_too_and_may_start_from_one_of_these(tmp_path: Path) -> None:
+    conf = Path(shutil.copytree(ROOT / "conf", tmp_path / "conf"))
+    (conf / "experiment" / "mine").mkdir(parents=True)
+    (conf / "experiment" / "mine" / "first.yaml").write_text(
+        "# @package _global_\n"
+        "defaults: [/experiment/tt/cifar10/nasty_resnet18_net, override /model: preresnet20]\n"
+        "seed: 3\n"
+    )
+    composed()  # registers
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        own, ours = (
+            parse(compose("config", [f"experiment={name}"])) for name in ("mine/first", "tt/cifar10/baseline_net")
+        )
+    assert (own.model.name, own.seed, own.dataset.name, own.method.name) == (
+        "preresnet20",
+        3,
+        "cifar10",
+        "trained_teacher",
+    )
+    assert (ours.model.name, ours.method.name) == ("net", "scratch")
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(MissingConfigException, match="Could not find 'experiment/tt/cifar10/nasty_resnet18_nett'"):
+        composed("experiment=tt/cifar10/nasty_resnet18_nett")
+
+
+def test_several_at_once_in_processes_of_their_own(tmp_path: Path) -> None:
+    ended = run_py(
+        "-m",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+        "experiment=takd/cifar10/scratch_plane2,tt/cifar10/nasty_resnet18_net",
+        "dry_run=true",
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "student plane2" in ended.stdout
+    assert "reference resnet18" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"chains": [["plane3"]]}, "experiments.takd[0].chains[0][0]: did you mean plane"),
+        ({"chains": [[]]}, "experiments.takd[0].chains[0]: should have at least 1 entries"),
+        ({"about": None}, "experiments.takd[0].about: should be a text (got null)"),
+        ({"model": "plane2"}, "experiments.takd[0].model: unknown key"),
+        ({"chains": [["plane2"], ["plane2"]]}, "experiment takd/cifar10/scratch_plane2 is declared twice"),
+    ],
+)
+def test_a_declarations_problems_are_lines(change: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {"kind": "scratch", "datasets": ["cifar10"], "chains": [["plane2"]], "method": "scratch", "about": "alone"}
+    monkeypatch.setattr("kd.app.experiments.read_yaml", lambda _: {"experiments": {"takd": [{**whole, **change}]}})
+    with pytest.raises(KnownError) as caught:
+        experiments.__wrapped__()
+    assert str(caught.value).startswith(f"conf/paper/takd.yaml: {said}")

@@ -1,4 +1,4 @@
-"""`python -m kd.export`: the files compute what the stored network computes, and say where they come from."""
+"""`python -m kd.export`: the files compute the same as the stored network, and the card names their origin."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ import pytest
 import torch
 
 import kd
+from kd.core.spec import KnownError
 from kd.datasets import digits
-from kd.export import folder
-from kd.export.__main__ import main
-from kd.export.base import FORMATS, open_format
-from kd.export.measures import as_fed, compare
 from kd.models import MODELS, build
-from kd.models.normalized import Normalized
-from kd.spec import KnownError
+from kd.models.normalization import Normalized
+from kd.reporting.console import in_bytes
 from kd.store import Store
+from kd.tools.export import destination
+from kd.tools.export.comparison import compare_logits
+from kd.tools.export.exporter import main
+from kd.tools.export.formats import FORMATS, open_format
 from tests.conftest import ROOT
 from tests.faults import every_fault
 from tests.test_faults import trained
@@ -38,7 +39,7 @@ QUICK = {"net", "mlp"}  # a second each; plane2 is exported below
 
 
 def logits_by_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """Of the test images, by the code of the model card, run as its reader would."""
+    """The logits of the test images, by the code in the model card."""
     (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     images = TEST.test_images.transpose(0, 3, 1, 2).astype(np.float32) / 255
     names: dict[str, Any] = {"images": images}
@@ -76,42 +77,43 @@ def test_onnx(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert [(each.domain, each.version) for each in model.opset_import] == [("", 18)]
 
     accuracies = f"test {student['test_acc']:.2f} % and {student['test_acc']:.2f} %"
-    assert f"the same class for 100.00 %; {accuracies}" in capsys.readouterr().out
+    assert f"same class for 100.00 %; {accuracies}" in capsys.readouterr().out
     for path in out.iterdir():
         assert not any(place.encode() in path.read_bytes() for place in (str(ROOT), str(tmp_path), "/site-packages/"))
 
 
-def test_safetensors(
-    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def weights_of(key: str) -> Path:
+    """A stage's weights in the store."""
+    return Path(os.environ["KD_STORE"]) / key / "model.safetensors"
+
+
+def test_safetensors(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, student = job("method=kd")["chain"]
-    capsys.readouterr()
     out = tmp_path / "out of the store"
     command = [student["key"], "--format", "safetensors", "--out", str(out)]
     assert main(command) == 0
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "model.json", "README.md"}
     assert np.array_equal(logits_by_card(out, monkeypatch), original_logits(student["key"]))
-    shown, card = capsys.readouterr().out, (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
     for each in (teacher, student):
-        (line,) = (line for line in shown.splitlines() if each["key"] in line)
-        assert f"{each['params']:,}" in line
-        assert "–" not in line
-        assert f"| `{each['key']}` |" in card
-    for part in ("distill T=4 lambda=0.5", "epoch chosen on validation accuracy", "; threads: "):
+        (line,) = (line for line in card.splitlines() if f"| `{each['key']}` |" in line)
+        assert f"| {each['params']:,} | {in_bytes(weights_of(each['key']).stat().st_size)} |" in line
+        assert f"| {each['val_acc']:.2f} | {each['test_acc']:.2f} |" in line
+    size = in_bytes((out / "model.safetensors").stat().st_size)
+    for part in ("distill T=4 lambda=0.5", "epoch chosen on validation accuracy", f"`model.safetensors`: {size}."):
         assert part in card
 
-    with pytest.raises(KnownError, match="is there already; --force replaces it"):
+    with pytest.raises(KnownError, match="exists already; --force replaces it"):
         main(command)
-    shutil.rmtree(Path(os.environ["KD_STORE"]) / teacher["key"])
-    capsys.readouterr()
+    shutil.rmtree(weights_of(teacher["key"]).parent)
     assert main([*command, "--force"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if teacher["key"] in line)
-    assert line.split() == ["teacher", "plane4", teacher["key"], "–", "–", "–", "–"]
+    line = next(line for line in (out / "README.md").read_text().splitlines() if teacher["key"] in line)
+    assert line.endswith("| – | – | – | – |")  # parameters, weights and accuracies of a network that is gone
     assert not list(tmp_path.glob(".*"))  # the earlier one is gone
 
     (out / "notes.txt").touch()
     for place in (out, out / "notes.txt"):
-        with pytest.raises(KnownError, match=r"--out: .* name another"):
+        with pytest.raises(KnownError, match=r"--out: .* use another"):
             main([*command[:-1], str(place), "--force"])
     assert (out / "notes.txt").exists()
 
@@ -131,7 +133,7 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(KnownError, match="xyz: should be the key of one finished stage"):
         main(["xyz", "--format", "onnx"])
     with monkeypatch.context() as lacking:
-        lacking.delitem(sys.modules, "kd.export.onnx", raising=False)
+        lacking.delitem(sys.modules, "kd.tools.export.onnx", raising=False)
         lacking.setitem(sys.modules, "onnxruntime", None)
         with pytest.raises(KnownError, match=r"onnxruntime.*pip install '\.\[export\]'"):
             main([stage().key, "--format", "onnx"])
@@ -143,11 +145,11 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_failure_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["kd.export", "xyz", "--format", "onnx"])
-    monkeypatch.delitem(sys.modules, "kd.export.__main__")
+    monkeypatch.delitem(sys.modules, "kd.export", raising=False)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("kd.export", run_name="__main__")
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("xyz: should be the key of one finished stage (none begins so in ")
+    assert capsys.readouterr().err.startswith("xyz: should be the key of one finished stage (no key begins with it in ")
 
 
 def test_an_export_is_whole_or_absent_whatever_fails(tmp_path: Path) -> None:
@@ -159,15 +161,15 @@ def test_an_export_is_whole_or_absent_whatever_fails(tmp_path: Path) -> None:
 
     def fresh() -> None:
         shutil.rmtree(tmp_path / "parent", ignore_errors=True)
-        folder.write(place, earlier, force=False)
+        destination.publish_export(place, earlier, force=False)
 
     def check() -> None:
         assert not place.exists() or held(place) in (earlier, newer)
-        folder.write(place, newer, force=True)
+        destination.publish_export(place, newer, force=True)
         assert held(place) == newer
         assert os.listdir(tmp_path / "parent") == ["export"]
 
-    calls, _ = every_fault(lambda: folder.write(place, newer, force=True), fresh, check)
+    calls, _ = every_fault(lambda: destination.publish_export(place, newer, force=True), fresh, check)
     assert {"mkdir", "open", "write", "fsync", "rename"} <= {call.split()[0] for call in calls}
 
 
@@ -189,9 +191,9 @@ def test_every_network(name: str) -> None:
     network = network_of(name)
     source = stage(model=name, dataset=DATASET.model_copy(update={"image_size": 32}))
     for form in map(open_format, FORMATS):
-        run = form.unpack(form.pack(network, source), 1)
-        assert compare(network, run, IMAGES, torch.zeros(9)).agreement == 100
-        assert run(as_fed(IMAGES[:1])).shape == (1, 10)
+        run = form.unpack(form.pack(network, source))
+        assert compare_logits(network, run, IMAGES, torch.zeros(9)).agreement == 100
+        assert run((IMAGES[:1].permute(0, 3, 1, 2) / 255).numpy()).shape == (1, 10)
 
 
 def test_float64() -> None:
@@ -199,13 +201,15 @@ def test_float64() -> None:
     source = stage(model="plane2", dataset=DATASET.model_copy(update={"image_size": 32}))
     for name, dtype in (("onnx", "float32"), ("safetensors", "float64")):
         form = open_format(name)
-        assert compare(network, form.unpack(form.pack(network, source), 1), IMAGES, torch.zeros(9)).dtype == dtype
+        assert compare_logits(network, form.unpack(form.pack(network, source)), IMAGES, torch.zeros(9)).dtype == dtype
     assert network.mean.dtype == torch.float64
 
 
 def test_a_network_that_is_not_the_original() -> None:
     network = network_of("plane2")
-    with pytest.raises(KnownError, match="is not the original: logits differ by"), torch.inference_mode():
-        compare(network, lambda images: network.network(torch.from_numpy(images)).numpy(), IMAGES, torch.zeros(9))
-    with pytest.raises(KnownError, match="differ by nan"):
-        compare(network, lambda images: np.full((len(images), 10), np.nan, np.float32), IMAGES, torch.zeros(9))
+    with pytest.raises(KnownError, match="differs from the original: logits by"), torch.inference_mode():
+        compare_logits(
+            network, lambda images: network.network(torch.from_numpy(images)).numpy(), IMAGES, torch.zeros(9)
+        )
+    with pytest.raises(KnownError, match="logits by nan"):
+        compare_logits(network, lambda images: np.full((len(images), 10), np.nan, np.float32), IMAGES, torch.zeros(9))

@@ -1,4 +1,4 @@
-"""Fault injection: whatever call of the store fails or is the last one, a stage is whole or absent afterwards."""
+"""Fault injection: if any call of the store fails, or the process dies there, a stage is complete or absent."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd import files
-from kd.spec import KnownError
-from kd.store import StageResult, Store, Trained
+from kd.core import files
+from kd.core.spec import KnownError
+from kd.store import StageResult, Store, TrainedStage
 from kd.store.housekeeping import collect, remove
 from tests.faults import every_fault
 from tests.test_stage import distilled, stage
@@ -20,9 +20,9 @@ from tests.test_stage import distilled, stage
 KEY = stage().key
 
 
-def trained(seconds: float) -> Trained:
+def trained(seconds: float) -> TrainedStage:
     result = StageResult(params=3, val_acc=None, test_acc=50, epochs=1, selected_epoch=1, seconds=seconds)
-    return Trained({"w": torch.zeros(3)}, [{"epoch": 1}], result)
+    return TrainedStage({"w": torch.zeros(3)}, [{"epoch": 1}], result)
 
 
 def save(root: Path, seconds: float) -> None:
@@ -33,7 +33,7 @@ def save(root: Path, seconds: float) -> None:
 
 
 def left(root: Path) -> set[str]:
-    """All that lies in the store, but for the lock's file, which may stay."""
+    """Everything in the store except lock files, which may stay."""
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} - {f".locks/{KEY}.lock"}
 
 
@@ -62,7 +62,7 @@ def crashed(root: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here outlives the machine, and a real fsync takes milliseconds."""
+    """No fsync: it takes milliseconds, and these tests do not crash the machine."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -73,7 +73,7 @@ def told(name: str, calls: list[str], injections: int) -> None:
 
 @pytest.mark.parametrize("start", [nothing, earlier, damaged, crashed])
 def test_saving(tmp_path: Path, start: Callable[[Path], None]) -> None:
-    """The result is the newer one, or what was there; the next attempt succeeds, and leaves nothing behind."""
+    """The result is the new stage or the old one. The next attempt succeeds and leaves no temporary files."""
     template, root = tmp_path / "template", tmp_path / "store"
     start(template)
     before = {1.0} if start in (earlier, crashed) else set()

@@ -1,4 +1,4 @@
-"""Whatever a configuration holds, it ends in a plan or in lines that name keys; thousands of drawn values say so.
+"""Fuzzing: any configuration gives a plan, or lines that name its wrong keys.
 
 KD_FUZZ=20000 draws so many instead of the suite's few.
 """
@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kd.config import plan
+from kd.app.config import plan
+from kd.app.parsing import parse, recorded
+from kd.core.spec import KnownError
 from kd.datasets import resolve
 from kd.methods import METHODS
-from kd.parsing import parse, recorded
-from kd.spec import KnownError
 from tests.conftest import composed, run_py
 
 EXAMPLES = int(os.environ.get("KD_FUZZ", "400"))
@@ -60,7 +60,7 @@ def base(overrides: tuple[str, ...]) -> DictConfig:
 
 
 def keys(tree: Any, prefix: str = "") -> Iterator[str]:
-    """Every key of the tree, of groups and of leaves."""
+    """Every key of the tree, groups and leaves."""
     for name, value in tree.items():
         yield f"{prefix}{name}"
         if isinstance(value, dict):
@@ -78,7 +78,7 @@ def configurations(draw: st.DrawFn) -> tuple[DictConfig, dict[str, Any]]:
 
 
 def told(cfg: DictConfig) -> str:
-    """What the user is told of a configuration; nothing where it plans."""
+    """The message about a configuration; "" if it can be planned."""
     try:
         config = parse(cfg)
         plan(config, resolve(config.dataset, config.data_root))

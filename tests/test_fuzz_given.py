@@ -1,4 +1,4 @@
-"""Files that are no checkpoints: damaged, hostile or strange ones end in lines or the right weights, and run nothing.
+"""Fuzzing checkpoints: damaged, hostile and strange files give a message or the right weights, and run no code.
 
 KD_FUZZ=5000 draws so many instead of the suite's few.
 """
@@ -28,9 +28,9 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from kd.given import fingerprint, load_network
+from kd.core.spec import KnownError
 from kd.models import build
-from kd.spec import KnownError
+from kd.store.foreign import fingerprint, load_network
 from tests.test_given import given
 
 FEW = 200
@@ -54,7 +54,7 @@ def contents() -> dict[str, bytes]:
 
 
 def outcome(path: Path) -> str:
-    """What is said of a file, or `loaded`; anything but a KnownError is raised."""
+    """The message about a file, or `loaded`. Errors other than KnownError are raised."""
     try:
         load_network(path, given("plane2", sha256=fingerprint(path)))
     except KnownError as error:
@@ -164,7 +164,7 @@ def zip_bomb(file: Path) -> None:
 
 
 def far_end(file: Path) -> None:
-    """The same, with its end so far from the file's that Python takes it for no zip, and torch for one."""
+    """The same, with its end record so far from the file's end that torch sees a zip and Python does not."""
     zip_bomb(file)
     with file.open("ab") as bomb:
         bomb.write(bytes(67_000))

@@ -1,4 +1,4 @@
-"""Weights that people already have: every layout loads, nothing in a file runs, all that does not fit is said."""
+"""Checkpoints of other projects: every layout loads, no code in a file runs, and all mismatches are reported."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import kd
+from kd.app.config import normalizations
+from kd.core.spec import KnownError
+from kd.core.stage import DatasetSpec, Given, Normalization
 from kd.datasets import digits
-from kd.given import allowed_globals, fingerprint, load_network, normalizations
 from kd.models import build
-from kd.spec import KnownError
-from kd.stage import DatasetSpec, Given, Normalization
+from kd.store.foreign import allowed_globals, fingerprint, load_network
 from tests.conftest import QUICK, run_py
 from tests.test_stage import DATASET
 
@@ -132,7 +133,7 @@ def test_a_hint_whatever_the_order_of_names(tmp_path: Path) -> None:
 
 
 def test_numpy_ones_name_of_its_scalars(tmp_path: Path) -> None:
-    """Files of numpy 1 say numpy.core where numpy 2 says numpy._core."""
+    """Files of numpy 1 contain numpy.core, those of numpy 2 numpy._core."""
     file, network = tmp_path / "old.pth", network_of()
     content = {"model": network.state_dict(), "best": np.float64(9), "n": np.int64(3)}
     torch.save(content, file, _use_new_zipfile_serialization=False)
@@ -173,7 +174,7 @@ def refused(file: Path) -> str:
 def test_another_depth_and_number_of_classes_at_once(tmp_path: Path) -> None:
     torch.save(network_of("resnet14", classes=100).state_dict(), tmp_path / "r14.pt")
     first, *lines = refused(tmp_path / "r14.pt").splitlines()
-    assert "is no resnet8 of 10 classes for 16×16 images; it is a resnet14 of 100 classes" in first
+    assert "is not a resnet8 of 10 classes for 16×16 images; it is a resnet14 of 100 classes" in first
     assert "36 unexpected: layer1.1.conv1.weight, layer1.1.bn1.weight" in lines[0]
     assert "2 of another shape: fc.weight [100, 64] instead of [10, 64], fc.bias [100] instead of [10]" in lines[1]
 
@@ -284,7 +285,7 @@ def test_whatever_it_calls_is_not_called(tmp_path: Path, function: str, nested: 
     }[function]
     content = {"model": network_of().state_dict(), "opt": argparse.Namespace(a=evil) if nested else evil}
     torch.save(content, tmp_path / "evil.pth")
-    assert "it asks Python for" in refused(tmp_path / "evil.pth")
+    assert "it needs the Python object" in refused(tmp_path / "evil.pth")
     assert not trace.exists()
 
 
@@ -299,7 +300,7 @@ def test_a_malicious_pickle_runs_nothing(tmp_path: Path, kind: str) -> None:
     text = refused(file)
     assert "\n" not in text
     assert "cannot be loaded as weights and plain data alone" in text
-    assert kind == "pickle" or "asks Python for posix.system" in text
+    assert kind == "pickle" or "needs the Python object posix.system" in text
     assert not trace.exists()
 
 
@@ -386,7 +387,7 @@ def test_a_run_on_given_weights(job: Job, tmp_path: Path, capsys: pytest.Capture
     assert (teacher["role"], teacher["seed"], teacher["loss"], teacher["epochs"]) == ("teacher", None, None, 0)
     assert teacher["val_acc"] is None
     assert teacher["normalize"] == {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
-    assert "given weights, which see images by mean 0.1/0.2/0.3, std 0.5/0.6/0.7" in out
+    assert "given weights, teacher.normalize is mean 0.1/0.2/0.3, std 0.5/0.6/0.7" in out
     assert (student["role"], student["reused"]) == ("student", False)
     back = kd.load(teacher["key"], tmp_path / "store")
     images = torch.rand(4, 3, 16, 16)
@@ -413,7 +414,7 @@ def test_a_run_on_given_weights(job: Job, tmp_path: Path, capsys: pytest.Capture
 def test_a_dry_run_shows_what_is_given(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, _ = saved(tmp_path)
     job("dry_run=true", "replicates=2", f"teacher.checkpoint={file}", multirun=True)
-    assert "given, and not opened by a dry run; it sees images by mean 0.3054" in capsys.readouterr().out
+    assert "given (a dry run does not open its file); teacher.normalize is mean 0.3054" in capsys.readouterr().out
     assert not (tmp_path / "store").exists()
 
 
@@ -425,8 +426,8 @@ def test_a_bad_teacher_teaches_nobody(
     job("teacher.min_acc=99.9", *extra, multirun=True, code=1)
     said = capsys.readouterr()
     assert "less than teacher.min_acc=99.9: nothing is trained on it" in said.err
-    assert ("it sees images by mean 0.3054/0.3054/0.3054" in said.err) == given_weights
-    assert ("that is near chance: is it the right file" in said.out) == given_weights
+    assert ("teacher.normalize is mean 0.3054/0.3054/0.3054" in said.err) == given_weights
+    assert ("that is near chance: check the file" in said.out) == given_weights
     assert len([*(tmp_path / "store").glob("*/result.json")]) == 1  # the teacher's alone
     job("teacher.min_acc=1", *extra)
 
@@ -435,8 +436,8 @@ def test_a_bad_teacher_teaches_nobody(
     ("overrides", "message"),
     [
         (("teacher.train.epochs=3",), "teacher.train.epochs: a teacher from teacher.checkpoint is not trained"),
-        (("method=trained_teacher",), "teacher.checkpoint: method=trained_teacher trains its teacher"),
-        (("model=plane2", "teacher=plane6"), "is no plane6 of 10 classes for 16×16 images; it is a plane4"),
+        (("method=trained_teacher",), "teacher.checkpoint: method=trained_teacher trains its own teacher"),
+        (("model=plane2", "teacher=plane6"), "is not a plane6 of 10 classes for 16×16 images; it is a plane4"),
     ],
 )
 def test_what_a_given_teacher_excludes(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Outputs of finished stages are what their accuracy was counted from; measures are what the papers define."""
+"""Outputs of finished stages agree with their accuracy; measures agree with the papers' definitions."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kd import files
-from kd.inspection.measures import Bin, calibration, confusion, fidelity
-from kd.inspection.outputs import outputs
+from kd.core import files
+from kd.core.spec import KnownError
 from kd.models import build
-from kd.spec import KnownError
-from kd.stage import RuntimeSpec
 from kd.store import Store
-from kd.store.__main__ import main
-from kd.workplace import Workplace
+from kd.tools.inspection.measures import Bin, calibration, confusion, fidelity
+from kd.tools.inspection.outputs import outputs
+from kd.tools.store import main
+from kd.training.pipeline import RuntimeSpec, Workplace
 from tests.test_datasets import write_folder
 from tests.test_faults import trained
 from tests.test_stage import stage
@@ -61,7 +60,7 @@ def test_of_somebodys_network(job: Job, workplace: Workplace, tmp_path: Path) ->
 
 
 def test_a_stage_retried_in_fp32(job: Job, workplace: Workplace) -> None:
-    """Its test accuracy was computed in fp32, whatever its spec says."""
+    """Its test accuracy was computed in fp32, although its spec has another precision."""
     (student,) = job("method=scratch", "train.precision=bf16")["chain"]
     source, store = workplace.store.source(student["key"]), workplace.store
     before = outputs(workplace, source)
@@ -130,7 +129,7 @@ def test_what_has_no_outputs(student: str, workplace: Workplace) -> None:
     source, store = workplace.store.source(student), workplace.store
     state = {name: t * torch.nan for name, t in store.network(student).network.state_dict().items()}
     store.save(source, replace(trained(1), state=state), {})
-    with pytest.raises(KnownError, match=f"stage {student}: its logits on the test images should be finite"):
+    with pytest.raises(KnownError, match=f"stage {student}: some of its logits on the test images are not finite"):
         outputs(workplace, source)
 
 
@@ -149,7 +148,7 @@ def test_housekeeping(student: str, workplace: Workplace, capsys: pytest.Capture
 
 
 def logits_of(*probabilities: tuple[float, ...]) -> np.ndarray:
-    """Whose softmax they are, and which are shifted by something else in every row."""
+    """Logits with this softmax, shifted by another number in every row."""
     return np.log(np.array(probabilities)) + np.arange(len(probabilities))[:, None]
 
 
@@ -243,5 +242,5 @@ def test_what_does_not_belong_together_is_refused() -> None:
         confusion(guide=GOOD, student=GOOD, labels=np.array([0, 3]))
     with pytest.raises(ValueError, match="bins should be at least 1"):
         calibration(GOOD, RIGHT, bins=0)
-    with pytest.raises(ValueError, match=r"logits should be \[sample, class\], and some"):
+    with pytest.raises(ValueError, match=r"logits should be \[sample, class\] and not empty"):
         fidelity(GOOD[:0], GOOD[:0])

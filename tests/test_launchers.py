@@ -1,4 +1,4 @@
-"""Jobs at once: the same bits by every launcher, failures kept apart, and each job's share of the machine."""
+"""Parallel jobs: the same bits with every launcher, separate failures, and each job's share of the machine."""
 
 from __future__ import annotations
 
@@ -14,38 +14,40 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd import hardware, job, progress
-from kd.stage import RuntimeSpec
+from kd.app.jobs import processors_of_a_job, with_share
+from kd.core import hardware
+from kd.reporting import console
+from kd.training.pipeline import RuntimeSpec
 from tests.conftest import QUICK, ROOT, run_py
 
 # A bug that only one job meets, in whatever process it runs; its exception cannot be unpickled.
 BUG = """
-import kd.pipeline
+import kd.reporting.results
 
 class Odd(Exception):
     def __init__(self, one, two):
         super().__init__(f"{one} and {two}")
 
-def write(result, folder, really=kd.pipeline.write_result):
+def write(result, folder, really=kd.reporting.results.write_result):
     if result.chain[-1].loss.T == 2:
         raise Odd("bug", "no reason")
     really(result, folder)
 
-kd.pipeline.write_result = write
+kd.reporting.results.write_result = write
 """
 GRID = "method.T=1,-1,2,5"  # of which one value is bad, and one meets the bug
 
 
 @pytest.fixture
 def jobs(tmp_path: Path) -> Path:
-    """A folder for multiruns, with the bug in all their processes."""
+    """A folder for multiruns. All their processes contain the bug."""
     (tmp_path / "bug").mkdir()
     (tmp_path / "bug" / "sitecustomize.py").write_text(BUG)
     return tmp_path
 
 
 def launch(jobs: Path, name: str, *overrides: str, path: Sequence[Path] = ()) -> str:
-    """The grid into `jobs`/<name>, with a store of its own; what it printed. `path`: folders of commands."""
+    """Run the grid into `jobs`/<name>, with its own store. Returns its output. `path`: folders of commands."""
     place = jobs / name
     place.mkdir()
     own = (f"hydra.sweep.dir={place / 'sweep'}", f"runtime.store={place / 'store'}", f"hydra/launcher={name}")
@@ -63,7 +65,7 @@ def launch(jobs: Path, name: str, *overrides: str, path: Sequence[Path] = ()) ->
 
 
 def check(jobs: Path, name: str, summary: str) -> dict[str, bytes]:
-    """Two jobs failed and are named, the others ran, the teacher was trained once; the stored weights by key."""
+    """Two jobs failed and are named, the others ran, one teacher was trained. Returns the stored weights by key."""
     assert re.search(r"job 1 \(.*method.T=-1.*\): method.T: should be above 0 \(got -1\)\n", summary)
     assert re.search(r"job 2 \(.*method.T=2.*\): Odd: bug and no reason\n", summary)
     sweep = jobs / name / "sweep"
@@ -78,7 +80,7 @@ def check(jobs: Path, name: str, summary: str) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_the_same_bits_by_basic_joblib_and_submitit(jobs: Path) -> None:
-    """Of the preset `local` a job gets one thread without being told."""
+    """With the preset `local` a job gets one thread by default."""
     one = "runtime.threads=1"
     found = {}
     for name, *overrides in (("basic", one), ("joblib", one, "hydra.launcher.n_jobs=2"), ("local",)):
@@ -107,7 +109,7 @@ exec "$@"
 
 @pytest.mark.slow
 def test_slurm(jobs: Path) -> None:
-    """The preset as an sbatch script, and its jobs run by what stands for SLURM here."""
+    """The preset as an sbatch script; its jobs run by a stand-in for SLURM."""
     commands = jobs / "bin"
     commands.mkdir()
     for name, text in COMMANDS.items():
@@ -150,7 +152,7 @@ def test_ray(jobs: Path) -> None:
     ],
 )
 def test_processors_of_a_job(launcher: dict[str, object], processors: int, threads: int) -> None:
-    assert job.processors_of_a_job(OmegaConf.create(launcher), processors) == threads
+    assert processors_of_a_job(OmegaConf.create(launcher), processors) == threads
 
 
 def in_job(number: int, launcher: str, mode: RunMode = RunMode.MULTIRUN) -> DictConfig:
@@ -164,7 +166,7 @@ def in_job(number: int, launcher: str, mode: RunMode = RunMode.MULTIRUN) -> Dict
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve processors and three GPUs."""
-    monkeypatch.setattr(job, "cpu_count", lambda: 12)
+    monkeypatch.setattr("kd.app.jobs.cpu_count", lambda: 12)
     monkeypatch.setattr(hardware, "has_nvidia_driver", lambda: True)
     monkeypatch.setattr(hardware, "_gpus", lambda: 3)
 
@@ -185,17 +187,17 @@ def test_share(
     hydra_job: DictConfig, given: RuntimeSpec, expected: tuple[str, int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HydraConfig, "get", lambda: hydra_job.hydra)
-    shared = job.share(given)
+    shared = with_share(given)
     assert (shared.device, shared.threads) == expected
     assert RuntimeSpec(**{**shared.model_dump(), "device": given.device, "threads": given.threads}) == given
 
 
 def test_jobs_that_share_a_terminal_write_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their live bars would draw over each other."""
+    """Their live bars would overwrite each other."""
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    assert progress.console().is_terminal
-    monkeypatch.setattr(progress, "parent_process", object)
-    assert not progress.console().is_terminal
+    assert console.console().is_terminal
+    monkeypatch.setattr(console, "parent_process", object)
+    assert not console.console().is_terminal
 
 
 def test_of_one_gpu_or_none_there_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from kd.losses import CrossEntropy, Distill, TeachableTeacher, kl
+from kd.losses import LOSSES, CrossEntropy, Distill, TeachableTeacher, kl, parse_loss
 
 
 def logits(*rows: list[float]) -> Tensor:
@@ -83,6 +83,37 @@ def test_takd_released_loss_is_a_scaled_batchmean_loss() -> None:
 def test_cross_entropy_by_hand() -> None:
     loss = CrossEntropy()(logits([1, 0, 0]), torch.tensor([0]))["loss"]
     assert loss.item() == pytest.approx(-log(exp(1) / (exp(1) + 2)))
+
+
+def test_the_papers_losses_are_there() -> None:
+    assert {"cross_entropy", "distill", "teachable_teacher"} <= LOSSES.keys()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_keeps_to_the_table(name: str) -> None:
+    """It can be read from its record, it is a scalar with a gradient, and the order of the images does not matter.
+
+    Numbers without a default are set to 0.5.
+    """
+    fields = LOSSES[name].model_fields
+    assert fields["name"].default == name
+    numbers = {f.serialization_alias or key: 0.5 for key, f in fields.items() if f.is_required()}
+    loss = LOSSES[name].model_validate(numbers)
+    assert parse_loss(loss.dump()) == loss
+    student, guide = (torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    labels, order = torch.randint(4, (6,)), torch.randperm(6)
+    parts = loss(student, labels, guide.detach() if loss.guided else None)
+    other = loss(student[order], labels[order], guide[order].detach() if loss.guided else None)
+    assert all(part.shape == () and torch.isfinite(part) for part in parts.values())
+    torch.testing.assert_close(parts["loss"], other["loss"])
+    parts["loss"].backward()
+    assert student.grad is not None
+    assert student.grad.abs().sum() > 0
+
+
+def test_an_unknown_loss_is_no_traceback() -> None:
+    with pytest.raises(ValueError, match="there are cross_entropy"):
+        parse_loss({"name": "gone"})
 
 
 @pytest.mark.parametrize("bad", [{"T": 0, "lam": 0.5}, {"T": 1, "lam": 1.1}, {"T": float("nan"), "lam": 0}, {"T": 1}])

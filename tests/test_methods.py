@@ -1,13 +1,13 @@
-"""Each method's chain, and what methods share of it."""
+"""Each method's chain, and the stages that methods share."""
 
 import pytest
 
-from kd.config import plan
+from kd.app.config import plan
+from kd.app.parsing import parse
+from kd.core.stage import Stage
 from kd.datasets import resolve
-from kd.losses import CrossEntropy, Distill, TeachableTeacher
+from kd.losses import Distill, TeachableTeacher
 from kd.methods import METHODS
-from kd.parsing import parse
-from kd.stage import Stage
 from tests.conftest import composed
 
 
@@ -95,4 +95,8 @@ def test_overrides_reach_the_chain_the_teacher_or_the_student() -> None:
 def test_every_student_is_last_and_ours(method: str) -> None:
     student = planned(f"method={method}", "model=plane4")
     assert (student.role, student.model) == ("student", "plane4")
-    assert isinstance(student.loss, CrossEntropy) == (method == "scratch")
+
+
+def test_students_of_the_papers_methods_are_distilled_but_for_scratch() -> None:
+    losses = {name: planned(f"method={name}").loss.name for name in ("scratch", "kd", "ta", "trained_teacher")}
+    assert losses == {"scratch": "cross_entropy", "kd": "distill", "ta": "distill", "trained_teacher": "distill"}

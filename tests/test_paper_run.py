@@ -1,4 +1,4 @@
-"""python -m kd.paper, from cost to tables: nothing trained twice, and every number followed to its stages."""
+"""python -m kd.paper, from cost to tables: no stage is trained twice, and every number comes from its stages."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-import kd.paper.train
-import kd.train
-from kd.datasets import load, resolve, views
-from kd.datasets.base import DatasetConfig
-from kd.paper import cost, page, results
-from kd.paper.__main__ import main
-from kd.paper.cost import Cost, Estimator, forward_flops
-from kd.paper.gather import gather
-from kd.paper.plan import graph
-from kd.paper.request import Copy, Request, profiles
-from kd.spec import KnownError
-from kd.stage import RuntimeSpec, Stage
+import kd.tools.paper.trainer
+import kd.training.loop
+from kd.core.spec import KnownError
+from kd.core.stage import VIEWS, Stage
+from kd.datasets import DatasetConfig, load_data, resolve
+from kd.datasets import data as memory
 from kd.store import Store
-from kd.workplace import Workplace
+from kd.tools.paper import cost, page, report
+from kd.tools.paper.cost import Cost, Estimator, forward_flops
+from kd.tools.paper.gather import gather
+from kd.tools.paper.graph import graph
+from kd.tools.paper.reproduction import main
+from kd.tools.paper.request import Copy, Request, profiles
+from kd.training.pipeline import RuntimeSpec, Workplace
 from tests.conftest import ROOT
 from tests.test_datasets import write_folder
 
@@ -35,13 +36,13 @@ TINY = (*ROW, "teacher=plane6", "train.epochs=1", "train.precision=fp32", "runti
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The keys of all stages whose training begins."""
     begun: list[str] = []
-    original = kd.train.train_stage
+    original = kd.training.loop.train_stage
 
-    def noted(stage: Stage, *rest: Any) -> Any:
+    def noted(stage: Stage, **rest: Any) -> Any:
         begun.append(stage.key)
-        return original(stage, *rest)
+        return original(stage, **rest)
 
-    monkeypatch.setattr(kd.train, "train_stage", noted)
+    monkeypatch.setattr(kd.training.loop, "train_stage", noted)
     return begun
 
 
@@ -59,7 +60,7 @@ def test_an_interrupted_reproduction_goes_on_and_ends_in_tables(
     tmp_path: Path, trainings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [*TINY, "--out", str(tmp_path / "out")]
-    original = kd.paper.train._train
+    original = kd.tools.paper.trainer._train
 
     def interrupted(*arguments: Any) -> None:
         if len(trainings) == 4:
@@ -67,7 +68,7 @@ def test_an_interrupted_reproduction_goes_on_and_ends_in_tables(
         original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kd.paper.train, "_train", interrupted)
+        patch.setattr(kd.tools.paper.trainer, "_train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             main(given)
     assert main(given) == 0
@@ -80,11 +81,11 @@ def test_an_interrupted_reproduction_goes_on_and_ends_in_tables(
     assert main(given) == 0
     assert len(trainings) == 10
     assert (tmp_path / "out" / "tables.json").read_text() == before
-    _look_at(results.Report.model_validate_json(before), (tmp_path / "out" / "report.md").read_text(), tmp_path)
+    _look_at(report.Report.model_validate_json(before), (tmp_path / "out" / "report.md").read_text(), tmp_path)
 
 
-def _look_at(report: results.Report, text: str, tmp_path: Path) -> None:
-    """Every number is that of the stages named beside it."""
+def _look_at(report: report.Report, text: str, tmp_path: Path) -> None:
+    """Every number is the one of its stages."""
     store = Store(tmp_path / "store")
     ((found,),) = [table.rows for table in report.tables]
     assert [cell.label for cell in found.cells] == ["NOKD", "BLKD", "TAKD"]
@@ -117,18 +118,18 @@ def _look_at(report: results.Report, text: str, tmp_path: Path) -> None:
 def test_what_fails_is_told_and_the_rest_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = kd.paper.train._train
+    original = kd.tools.paper.trainer._train
 
     def failing(stage: Stage, *rest: Any) -> None:
         if stage.role == "assistant":
             raise KnownError("the loss is nan")
         original(stage, *rest)
 
-    monkeypatch.setattr(kd.paper.train, "_train", failing)
+    monkeypatch.setattr(kd.tools.paper.trainer, "_train", failing)
     assert main([*TINY, "--seeds", "0", "--out", str(tmp_path / "out")]) == 1
     assert "the loss is nan" in capsys.readouterr().err
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "- TAKD, seed 0: **no result**, `stands on assistant plane4" in text
+    assert "- TAKD, seed 0: **no result**, `depends on assistant plane4" in text
     assert re.search(r"^\| BLKD \| 72\.57 .* \| 1 \| \d\d\.\d\d \| n/a \|", text, re.MULTILINE)
 
 
@@ -137,9 +138,9 @@ def test_another_copy_is_named_in_its_table(tmp_path: Path) -> None:
     copies = (("cifar10", Copy(tmp_path / "jpeg", "CIFAR-10 (JPEG copy)")),)
     request = Request("full", profiles()["full"], ("takd_cifar10",), ("plane",), (0,), copies)
     report = gather(request, "…", graph(request), Store(tmp_path / "store"), {}, lambda stages: 0)
-    page.write(report, tmp_path / "out")
+    page.write_report(report, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "Ours are of **CIFAR-10 (JPEG copy)**; the published numbers are of cifar10." in text
+    assert "Our numbers are on **CIFAR-10 (JPEG copy)**; published numbers are on cifar10." in text
     assert "- NOKD, seed 0: **no result**, `not trained`" in text
     assert str(tmp_path) not in text
 
@@ -175,16 +176,17 @@ def test_operations_are_those_that_are_known(model: str, classes: int, mmacs: fl
 
 
 def test_what_is_written_down_of_data_sets_is_true(tmp_path: Path) -> None:
-    assert cost._VIEWS == views.COUNT
+    for augment in ("crop_flip", "rotate_flip"):
+        assert len(memory._sources(augment, 8, torch.device("cpu"))) == VIEWS[augment]
     config = DatasetConfig(name="digits", augment="none", val_fraction=0.1, split_seed=0)
-    data = load(spec := resolve(config, tmp_path), tmp_path, "cpu")
-    assert cost.images(spec, tmp_path) == (len(data.labels), len(data.test_labels))
+    data = load_data(spec := resolve(config, tmp_path), tmp_path, "cpu")
+    assert cost.count_images(spec, tmp_path) == (len(data.labels), len(data.test_labels))
 
 
 @pytest.fixture
 def a_millisecond_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a step takes on a machine that need not be measured."""
-    monkeypatch.setattr("kd.paper.cost._step", lambda stage, device, batch: batch / 1000)
+    """A constant time for a step, so that nothing is measured."""
+    monkeypatch.setattr("kd.tools.paper.cost._step", lambda stage, device, batch: batch / 1000)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A search whose study lies in a real PostgreSQL, started here on loopback; skipped where there is none to start."""
+"""A search with its study in a real PostgreSQL server, which is started here. Skipped without PostgreSQL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees: a word before long stages, plain lines where there is no terminal, a bar where there is."""
+"""Progress: a line before long stages, plain lines without a terminal, a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kd import progress
-from kd.progress import StageProgress
+from kd.reporting import console as progress
+from kd.reporting.console import StageProgress
 from tests.test_stage import TRAIN, stage
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Time that passes only when it is told to."""
+    """A clock that the test sets."""
 
     class Clock:
         now = 0.0

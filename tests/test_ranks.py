@@ -1,4 +1,4 @@
-"""One run of several processes under torchrun: exact gradients, the same bits, one voice, and an end for all."""
+"""A run of several ranks under torchrun: exact gradients, the same bits, output of rank 0 only, and a common end."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
-from kd.compilation import resolve_compile
-from kd.config import plan
+from kd.app.config import plan
+from kd.app.jobs import Multirun
+from kd.app.parsing import parse
+from kd.core.spec import KnownError
+from kd.core.stage import TrainSpec
 from kd.datasets import resolve
-from kd.parsing import parse
-from kd.ranks import World, batches, own_device, share, world
-from kd.spec import KnownError
-from kd.stage import TrainSpec
-from kd.sweep import Multirun
+from kd.training.ranks import World, batches, own_device, share_of, world
+from kd.training.step import resolve_compile
 from tests.conftest import QUICK, ROOT, composed, run_py
 from tests.test_stage import TRAIN, stage
 
@@ -54,7 +54,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
 
 @pytest.fixture
 def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torchrun tells rank 0 of two, without any second process."""
+    """torchrun's environment of rank 0 of two, without a second process."""
     told = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
@@ -70,7 +70,7 @@ def weights(store: Path, key: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_shares_are_the_batch_and_differ_by_one_at_most(ranks: int) -> None:
     for samples in (7, 64, 129):
-        parts = [share(slice(100, 100 + samples), rank, ranks) for rank in range(ranks)]
+        parts = [share_of(slice(100, 100 + samples), rank, ranks) for rank in range(ranks)]
         assert np.r_[tuple(parts)].tolist() == list(range(100, 100 + samples))
         sizes = {part.stop - part.start for part in parts}
         assert max(sizes) - min(sizes) <= 1
@@ -109,11 +109,11 @@ def test_the_world_enters_the_key(two_ranks: None) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("train.ranks=3",), "train.ranks=3 is for torchrun --nproc_per_node=3 (got 2 ranks)"),
+        (("train.ranks=3",), "train.ranks=3 needs torchrun --nproc_per_node=3 (got 2 ranks)"),
         (("train.batch_size=1",), "train.batch_size: 2 ranks share each batch, so it should be at least 2 (got 1)"),
         (
             ("experiment=takd/cifar10/kd_resnet110_resnet8", "mode=reference"),
-            "mode=reference keeps the released code's train.ranks=1 (got 2)",
+            "mode=reference needs the released code's train.ranks=1 (got 2)",
         ),
     ],
 )
@@ -123,7 +123,7 @@ def test_what_two_ranks_cannot_do(two_ranks: None, overrides: tuple[str, ...], m
 
 
 def test_a_number_of_ranks_needs_torchrun() -> None:
-    with pytest.raises(KnownError, match=re.escape("train.ranks=2 is for torchrun --nproc_per_node=2 (got 1 rank)")):
+    with pytest.raises(KnownError, match=re.escape("train.ranks=2 needs torchrun --nproc_per_node=2 (got 1 rank)")):
         parse(composed("train.ranks=2"))
 
 
@@ -164,7 +164,7 @@ def test_each_rank_takes_a_gpu_of_its_own(two_ranks: None) -> None:
 
 
 def test_an_epoch_of_two_ranks_is_that_of_one(tmp_path: Path) -> None:
-    """Without BatchNorm the gradient is the global batch's, in each of the steps, of which the last is smaller."""
+    """Without BatchNorm the gradient is the whole batch's in every step, also in the last, smaller one."""
     exact = (*EXACT, "train.batch_size=101")  # 1,293 = 12·101 + 81, shared as 50 and 51, and as 40 and 41
     code, out, problems = finish(launch(*exact, "runtime.bank=false", cwd=tmp_path))
     assert (code, problems) == (0, []), out
@@ -182,7 +182,7 @@ def test_an_epoch_of_two_ranks_is_that_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_speak_once_and_go_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank is killed, the same command goes on, and ends as an unbroken run does."""
+    """A rank is killed. The same command resumes, and gives the same bits as an unbroken run."""
     store, long = tmp_path / "store", ("train.epochs=12", "runtime.checkpoint_every=2")
     process = launch(*long, cwd=tmp_path)
     children = wait_for(lambda: list(store.glob("partial/*/state")) and ranks_of(process.pid), process)
@@ -196,7 +196,7 @@ def test_two_ranks_speak_once_and_go_on_to_the_same_bits(tmp_path: Path, monkeyp
 
     code, out, problems = finish(launch(*long, cwd=tmp_path))
     assert (code, problems) == (0, []), out
-    assert "going on after epoch" in out
+    assert "resuming after epoch" in out
     assert out.count("this run:") == 1
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     keys = [outcome["key"] for outcome in result["chain"]]
@@ -221,7 +221,7 @@ def test_every_rank_ends_with_the_failure_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_multirun_of_two_ranks(tmp_path: Path) -> None:
-    """A job that fails is among them: the ranks meet again for the next one."""
+    """One of the jobs fails. The ranks still work together in the next one."""
     jobs = ("method=scratch", "train.epochs=1", "train.lr=0.01,1e30,0.02", "hydra.sweep.dir=sweep")
     code, _, problems = finish(launch(*jobs, cwd=tmp_path, multirun=True))
     assert (code, len(problems)) == (1, 1), problems
@@ -247,7 +247,7 @@ def ranks_of(torchrun: int) -> list[int]:
 
 @pytest.mark.slow
 def test_two_ranks_are_as_good_as_one(tmp_path: Path) -> None:
-    """Test accuracy of students of three seeds, BatchNorm over half of a batch, within the single process's spread."""
+    """With BatchNorm over half of a batch, students' test accuracies are within the spread of the single process's."""
     usual = ("model=plane2", "method=scratch", "train.epochs=30", "replicates=3")
     code, out, problems = finish(launch(*usual, cwd=tmp_path))
     assert (code, problems) == (0, []), out

@@ -1,4 +1,4 @@
-"""mode=reference against the formulas of the released codes, written out anew and computed in float64."""
+"""mode=reference against the formulas of the released code, written again and computed in float64."""
 
 from __future__ import annotations
 
@@ -13,23 +13,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import kd
-from kd import train as training
-from kd.config import plan
-from kd.datasets import specify
-from kd.datasets.base import Arrays, Facts
+from kd.app.config import plan
+from kd.app.parsing import parse
+from kd.core.recipes import RECIPES, recipe
+from kd.core.spec import KnownError
+from kd.core.stage import Stage, TrainSpec, random_stream
+from kd.datasets import Arrays, Facts, specify
 from kd.datasets.data import Data
-from kd.evaluation import evaluate
-from kd.guide import Guide
-from kd.models import MODELS
-from kd.models.normalized import Normalized
-from kd.optimization import learning_rate
-from kd.parsing import parse
-from kd.recipes import RECIPES
-from kd.spec import KnownError
-from kd.stage import Stage
-from kd.streams import random_stream
-from kd.train import make_network, train_stage
+from kd.models.normalization import Normalized
+from kd.training import loop as training
+from kd.training.guide import Guide
+from kd.training.loop import train_stage
+from kd.training.step import evaluate, learning_rate, make_network
 from tests.conftest import composed
+from tests.test_recipes import FAMILIES
 from tests.test_train import Silent
 
 TAKD = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))
@@ -108,12 +105,12 @@ def test_takds_teacher_is_trained_by_the_rule_of_the_students_family() -> None:
         (("dataset.val_fraction=0.1",), "dataset.val_fraction: should be 0 in mode=reference"),
         (("dataset.augment=crop_flip",), "dataset.augment: should be null in mode=reference"),
         (("dataset.views=3",), "dataset.views: should be null"),
-        (("train.batch_size=64",), r"student resnet8: mode=reference keeps .* train.batch_size=128 \(got 64\)"),
+        (("train.batch_size=64",), r"student resnet8: mode=reference needs .* train.batch_size=128 \(got 64\)"),
         (("train.precision=bf16",), r"train.precision=fp32 \(got bf16\)"),
         (("model.train.select=last",), r"train.select=best_test \(got last\)"),
-        (("teacher=resnet18",), r"teacher resnet18: .* TAKD's \(resnet8\) has no such network"),
-        (("method=trained_teacher",), "runs TAKD's code for resnet8, which has scratch, kd, ta"),
-        (("teacher=resnet18", "teacher.checkpoint=weights.pt"), r"teacher resnet18: .* has no such network"),
+        (("teacher=resnet18",), r"teacher resnet18: TAKD's .* student resnet8, does not have this network"),
+        (("method=trained_teacher",), "follows TAKD's code for resnet8, which has only scratch, kd, ta"),
+        (("teacher=resnet18", "teacher.checkpoint=weights.pt"), r"teacher resnet18: .* does not have this network"),
         (("train.lr=0.05",), r"train.lr=0.01 \(got 0.05\)"),
         (("model=net", "teacher=resnet18", "train.momentum=0.5", "train.weight_decay=0.1"), "train.weight_decay=0.0"),
     ],
@@ -137,9 +134,16 @@ def test_the_released_codes_own_flags_stay_free() -> None:
     assert (own[-1].train.epochs, own[-1].train.lr, own[0].train.lr) == (4, 0.05, 1e-3)
 
 
-def test_every_network_has_a_reference() -> None:
+def test_every_network_of_the_papers_has_a_reference() -> None:
     covered = {family for recipes in RECIPES["reference"].values() for family in recipes}
-    assert covered == {entry.family for entry in MODELS.values()}
+    assert covered == FAMILIES
+
+
+def test_a_recipe_that_a_network_brings_is_not_the_released_codes() -> None:
+    own = {"epochs": 3}
+    assert recipe("reference", "cifar10", "resnet", own) == recipe("reference", "cifar10", "resnet")
+    with pytest.raises(KnownError, match="no recipe for the tiny networks in mode=reference"):
+        recipe("reference", "cifar10", "tiny", own)
 
 
 # three steps in float64 -------------------------------------------------------------------------------------------
@@ -153,9 +157,9 @@ def few_images(stage: Stage) -> Data:
 
 
 def in_float64(stage: Stage, **changes: Any) -> Stage:
-    tree = stage.model_dump(by_alias=True)
-    tree["train"] |= {"precision": "fp64", "epochs": 1, "milestones": (), "schedule": "constant", **changes}
-    return Stage.model_validate(tree)
+    short = {"precision": "fp64", "epochs": 1, "milestones": (), "schedule": "constant"}
+    fields = {name: getattr(stage, name) for name in Stage.model_fields}
+    return Stage(**{**fields, "train": TrainSpec(**{**stage.train.model_dump(), **short, **changes})})
 
 
 def softmax(z: Tensor) -> Tensor:
@@ -258,7 +262,9 @@ def test_three_steps(overrides: tuple[str, ...], role: str, loss: Callable[..., 
     guide = make_network(guide_stage, "cpu").train()
     with torch.no_grad():  # statistics of its own
         guide(data.show(torch.arange(100), torch.zeros(100, dtype=torch.int64)))
-    trained = train_stage(stage, data, Guide(guide.eval(), data, "fp64", "cpu"), "cpu", Silent())
+    trained = train_stage(
+        stage, data=data, guide=Guide(guide.eval(), data, "fp64", "cpu"), device="cpu", watch=Silent()
+    )
     expected, losses = by_hand(stage, data, guide.double(), loss)
     assert trained.metrics[0]["loss"] == pytest.approx(np.mean(losses), abs=1e-6)
     for name, value in expected.state_dict().items():
@@ -293,7 +299,7 @@ def test_of_equal_epochs(select: str, epoch: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(training, "evaluate", scripted)
     stage = planned("dataset=cifar10", "model=plane2", "method=scratch")[0]
     stage = in_float64(stage, select=select, epochs=4, precision="fp32")
-    result = train_stage(stage, few_images(stage), None, "cpu", Silent()).result
+    result = train_stage(stage, data=few_images(stage), guide=None, device="cpu", watch=Silent()).result
     assert (result.selected_epoch, result.test_acc) == (epoch, 42)
     assert set(asked) == {128 if select == "best_test_batches" else None}
 

@@ -1,4 +1,4 @@
-"""Searches: a study goes on to its number of trials, whatever happens in between, and never by the luck of a seed."""
+"""Searches: a study reaches its number of trials after any interruption, and does not choose by lucky seeds."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import optuna
 import pytest
 from omegaconf import OmegaConf
 
-from kd.config import plan
+from kd.app.config import plan
+from kd.app.parsing import parse
+from kd.app.search import ORDINAL, Locks, hand_over, ordinal, study_name
 from kd.datasets import resolve
-from kd.parsing import parse
-from kd.search import ORDINAL, Locks, hand_over, ordinal, study_name
 from tests.conftest import QUICK, ROOT, composed, run_py
 
 Job = Callable[..., Any]
@@ -113,7 +113,7 @@ def test_one_process_searches_and_others_join(job: Job, tmp_path: Path, capsys: 
     job(*overrides, multirun=True, code=2)
     said = capsys.readouterr().err
     assert f"is being searched by another process (pid {os.getpid()} on" in said
-    assert "sweep.join=true adds trials beside it" in said
+    assert "sweep.join=true adds trials" in said
     # The other process is at a trial: that is neither ours to begin again nor a failure of this multirun.
     storage = f"sqlite:///{tmp_path / 'out' / 'study.db'}"
     study = optuna.load_study(study_name=place.name, storage=storage)
@@ -144,6 +144,7 @@ def test_trials_of_a_process_that_lives_are_left_alone(tmp_path: Path) -> None:
 def named(*overrides: str, space: dict[str, str] | None = None, sampler: Any = None) -> str:
     config = parse(composed(*QUICK, "method=kd", *overrides))
     students = plan(config, resolve(config.dataset, config.data_root))
+    sampler = {"_target_": "kd.app.search.ByTrial", **(sampler or {})}
     return study_name(config, students, space or {"method.T": "interval(1,20)"}, sampler)
 
 
@@ -162,9 +163,9 @@ def test_a_study_is_named_by_what_makes_it_this_search() -> None:
     [
         (
             ("method=kd", "seed=20,31,55"),
-            "seed: a search would take the luckiest one for the best setting; replicates=3",
+            "seed: cannot be searched, because the luckiest seed would win; with replicates=3",
         ),
-        (("method=scratch",), "method.T: cannot be searched, method=scratch has none"),
+        (("method=scratch",), "method.T: cannot be searched, method=scratch has no such key"),
         (("method=kd", "method.lambda=7"), "method.lambda: should be at most 1 (got 7)"),
     ],
 )
@@ -192,7 +193,7 @@ def test_takd_searches_as_its_authors_did(job: Job, tmp_path: Path, capsys: pyte
     assert all(result["mode"] == "reference" and result["objective"] is None for result in results)
     assert [value for *_, value in trials(tmp_path / "out")] == [result["chain"][-1]["test_acc"] for result in results]
     printed = capsys.readouterr().out
-    assert "best setting, CHOSEN ON THE TEST SET, as the paper had it" in printed
+    assert "best setting, CHOSEN ON THE TEST SET, as in the paper" in printed
     assert "mode=reference" in (tmp_path / "out" / "best.sh").read_text()
 
 
@@ -236,21 +237,21 @@ def test_hopeless_trials_end_early_and_can_be_gone_on_with(
     capsys.readouterr()
     job(*overrides, folder="alone")
     epoch = json.loads(marks[0].read_text())["epoch"]
-    assert f"student plane2: going on after epoch {epoch}" in capsys.readouterr().out
+    assert f"student plane2: resuming after epoch {epoch}" in capsys.readouterr().out
 
 
 def test_pruning_is_for_searches_of_single_students(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job("sweep.prune=true", code=2)
-    assert "sweep.prune: compares the trials of a search, which this is not" in capsys.readouterr().err
+    assert "sweep.prune: works only in a search" in capsys.readouterr().err
     job("sweep.prune=true", "replicates=2", code=2)
-    assert "sweep.prune: ends the training of one student (got replicates=2)" in capsys.readouterr().err
+    assert "sweep.prune: works with one student per trial (got replicates=2)" in capsys.readouterr().err
     job("sweep.prune=true", "dataset.val_fraction=0", "train.select=last", code=2)
     assert "sweep.prune: compares validation accuracies" in capsys.readouterr().err
 
 
 def test_what_a_search_needs(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job("sweep=tpe", code=2)
-    assert "sweep: a search is a multirun: python run.py -m sweep=" in capsys.readouterr().err
+    assert "sweep: a search needs -m: python run.py -m sweep=" in capsys.readouterr().err
     job("sweep=tpe", "hydra.sweeper.storage=sqlite:////nowhere/at/all.db", multirun=True, code=2)
     assert "hydra.sweeper.storage: sqlite:////nowhere/at/all.db cannot be opened" in capsys.readouterr().err
 

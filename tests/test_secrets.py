@@ -1,4 +1,4 @@
-"""Canaries: a key, the environment and the home folder are in nothing that a run writes, prints or sends."""
+"""No API key, environment variable or home folder is in anything that a run writes, prints or sends."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def told(content: bytes) -> set[str]:
 
 
 def found(folder: Path) -> dict[str, set[str]]:
-    """Files below a folder that hold a canary, with which."""
+    """The files below a folder that contain a secret, with the secret."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return {str(path.relative_to(folder)): seen for path in files if (seen := told(path.read_bytes()))}
 
 
 def is_hydras(name: str) -> bool:
-    """Hydra's own record of the command: absolute paths of its working directory, and what was typed."""
+    """Files that Hydra writes itself: they contain the working directory and the command."""
     return "/.hydra/" in f"/{name}" or name.endswith("/multirun.yaml")
 
 
 def is_staging(name: str, seen: set[str]) -> bool:
-    """A multirun's summary that waits for `wandb sync`: where the table to be sent lies. It is not sent along."""
+    """The offline summary of a multirun contains the path of its table file. `wandb sync` does not send this path."""
     return name.endswith(".wandb") and seen == {HOME}
 
 
@@ -62,7 +62,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(home: Path) -> Callable[..., bytes]:
-    """run.py as somebody at home in `home` starts it; everything printed."""
+    """Run run.py with this home folder. Returns everything that it prints."""
 
     def run(*arguments: str, code: int = 0, **environment: str) -> bytes:
         (home / "work").mkdir(exist_ok=True)

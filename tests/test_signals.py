@@ -1,4 +1,4 @@
-"""Signals that ask for an end: kept while a stage is trained, then handed to whom they were meant for."""
+"""Signals that ask for an end: they wait while a stage is trained, then their handlers are called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kd.signals import Deferred, Terminated, exit_code, raise_on_sigterm
+from kd.training.checkpoint import Deferred, Terminated, exit_code, raise_on_sigterm
 from tests.conftest import QUICK, ROOT, run_py
 
 pytestmark = pytest.mark.usefixtures("signals")
@@ -30,7 +30,7 @@ def test_a_signal_waits_for_its_delivery(capfd: pytest.CaptureFixture[str]) -> N
         with pytest.raises(KeyboardInterrupt):
             signals.deliver()
         assert not signals.asked
-    assert "asked to end: as soon as the state is on disk" in capfd.readouterr().err
+    assert "asked to end: writing a checkpoint first" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -61,7 +61,7 @@ def test_a_second_signal_is_not_kept() -> None:
 
 @pytest.mark.parametrize("order", [(signal.SIGTERM, signal.SIGUSR2), (signal.SIGUSR2, signal.SIGTERM)])
 def test_a_pre_emption_may_send_two(order: tuple[signal.Signals, signal.Signals]) -> None:
-    """As SLURM does; submitit lets one pass, and queues the job again for the other."""
+    """SLURM's two signals: submitit ignores one, and queues the job again for the other."""
     heard: list[int] = []
     for number in order:
         signal.signal(number, lambda number, frame: heard.append(number))
@@ -75,7 +75,7 @@ def test_a_pre_emption_may_send_two(order: tuple[signal.Signals, signal.Signals]
 
 
 def test_a_schedulers_handler_may_let_the_process_go_on() -> None:
-    """As submitit's does; signals that nobody handles, or that are ignored, stay as they are."""
+    """As under submitit. Signals without a handler, and ignored ones, are not changed."""
     heard: list[int] = []
     signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -128,19 +128,17 @@ def interrupted(folder: Path, number: int, *arguments: str, after: Callable[[], 
 def test_an_interrupted_run_goes_on_at_its_step(
     tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without any checkpoint of an epoch: what is there was written for the signal."""
+    """Without checkpoints of epochs: the checkpoint was written for the signal."""
     run = (*QUICK, "method=scratch", "train.epochs=15", "runtime.checkpoint_every=1000", "hydra.run.dir=out")
     rows = tmp_path / "out" / "metrics.jsonl"
     begun = lambda: rows.exists() and rows.read_text().count("\n") > 1  # noqa: E731
     code, _, err = interrupted(tmp_path, number, *run, after=begun)
     assert code == 128 + number
-    assert err.splitlines()[-1] == (
-        "interrupted: the same command goes on after the finished stages and the last checkpoint"
-    )
+    assert err.splitlines()[-1] == "interrupted: start the same command again to resume from the last checkpoint"
     assert "Traceback" not in err
     again = run_py(*run, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "student plane2: going on after epoch" in again.stdout
+    assert "student plane2: resuming after epoch" in again.stdout
     key = json.loads((tmp_path / "out" / "result.json").read_text())["chain"][0]["key"]
     monkeypatch.setenv("KD_STORE", str(tmp_path / "unbroken"))
     assert run_py(*run, cwd=tmp_path).returncode == 0
@@ -157,6 +155,6 @@ def test_an_interrupted_multirun_is_summarized(tmp_path: Path) -> None:
     )
     assert code == 143
     assert "Traceback" not in err
-    assert "1 of 3 jobs left nothing: killed, or never begun" in out
+    assert "1 of 3 jobs left no result: killed, or never started" in out
     assert "job 1 (" in (tmp_path / "sweep" / "summary.md").read_text()
     assert os.path.exists(tmp_path / "sweep" / "0" / "result.json")

@@ -1,17 +1,19 @@
-"""Stage keys: golden, and equal if and only if what decides the weights is."""
+"""Stage keys: fixed golden values, and equal if and only if everything that decides the weights is equal."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 
+from kd.core.spec import Neutral
+from kd.core.stage import DatasetSpec, Given, Normalization, Stage, TrainOverrides, TrainSpec, descriptions
 from kd.losses import CrossEntropy, Distill, TeachableTeacher
-from kd.stage import DatasetSpec, Stage, TrainSpec
+from kd.store.stages import parse_source
 
 DATASET = DatasetSpec(name="digits", num_classes=10, image_size=16, mean=(0.3,) * 3, std=(0.4,) * 3)
 TRAIN = TrainSpec(
@@ -52,7 +54,7 @@ def distilled(T: float = 4, lam: float = 0.5, **changes: Any) -> Stage:
 
 
 def test_golden_keys() -> None:
-    """Keys are addresses of finished work: when one of these moves, raise FORMAT, deliberately."""
+    """Keys address finished stages. If one of these must change, raise FORMAT."""
     assert stage().key == "323e43477de0f1a5"
     assert distilled().key == "19ad38430173f26a"
     assert stage(loss=TeachableTeacher(T=4, weight=0.005), guide=stage()).key == "dc0aeb51fac23bc8"
@@ -120,7 +122,7 @@ def test_keys_agree_if_and_only_if_specs_do(one: Stage, other: Stage) -> None:
 
 @given(stages)
 def test_a_stage_survives_json(one: Stage) -> None:
-    again = Stage.model_validate(json.loads(json.dumps(one.dump())))
+    again = parse_source(json.loads(json.dumps(one.dump())))
     assert again == one
     assert again.key == one.key
 
@@ -165,3 +167,56 @@ def test_specs_are_frozen_and_strict() -> None:
     with pytest.raises(ValidationError, match="Extra inputs"):
         DatasetSpec(**DATASET.model_dump(), colour="blue")
     assert [s.role for s in distilled().chain] == ["teacher", "student"]
+
+
+def with_field(spec: Any, **values: Any) -> Any:
+    """The same spec, of a class that has one field more: `ema`, whose neutral value is 0."""
+    kind = type(spec)
+    grown = create_model(f"Grown{kind.__name__}", __base__=kind, ema=(Annotated[float, Neutral(0.0)], 0.0))
+    fields = {name: getattr(spec, name) for name in kind.model_fields}
+    return grown(**{**fields, **values})
+
+
+def grown(one: Stage, part: str, **values: Any) -> Stage | Given:
+    """A stage with one more field, in itself or in one of its parts, guides included."""
+    if part == "stage":
+        found: Stage = with_field(one, **values)
+        return found
+    if part == "guide":
+        assert one.guide is not None
+        return stage(loss=one.loss, train=one.train, guide=with_field(one.guide, **values))
+    fields = {name: getattr(one, name) for name in Stage.model_fields}
+    return Stage(**{**fields, part: with_field(fields[part], **values)})
+
+
+@pytest.mark.parametrize("part", ["stage", "guide", "loss", "dataset", "train"])
+@given(one=stages)
+def test_a_new_field_moves_no_key_while_it_is_neutral(part: str, one: Stage) -> None:
+    base = stage(loss=one.loss, train=one.train, guide=one.guide) if part == "guide" else one
+    assert grown(one, part).key == base.key
+    assert grown(one, part, ema=0.9).key not in (base.key, grown(one, part, ema=0.5).key)
+
+
+@pytest.mark.parametrize("part", ["itself", "normalize", "dataset"])
+def test_nor_does_one_of_given_weights(part: str) -> None:
+    normalize = Normalization(mean=(0.5,) * 3, std=(0.5,) * 3)
+    one = Given(role="teacher", model="resnet20", sha256="0" * 64, normalize=normalize, dataset=DATASET)
+
+    def grow(**values: Any) -> Given:
+        fields = {name: getattr(one, name) for name in Given.model_fields}
+        if part == "itself":
+            found: Given = with_field(one, **values)
+            return found
+        return Given(**{**fields, part: with_field(fields[part], **values)})
+
+    assert grow().key == one.key
+    assert grow(ema=0.9).key != one.key
+
+
+def test_overrides_have_every_setting_of_a_training_and_no_default() -> None:
+    fields = TrainOverrides.model_fields
+    assert list(fields) == list(TrainSpec.model_fields) == list(descriptions())
+    assert all(field.default is None for field in fields.values())
+    assert TrainOverrides.model_validate({"precision": "auto", "lr": 0.1}).dump()["precision"] == "auto"
+    with pytest.raises(ValidationError):
+        TrainSpec(**{**TRAIN.model_dump(), "precision": "auto"})

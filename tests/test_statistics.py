@@ -1,9 +1,9 @@
-"""Statistics beside scipy's own."""
+"""Statistics against scipy's."""
 
 import pytest
 from scipy import stats
 
-from kd.statistics import paired, spread
+from kd.core.statistics import paired, spread
 
 ONES, OTHERS = [70.1, 71.4, 69.9, 72.3], [69.0, 70.9, 69.8, 70.2]
 

@@ -1,4 +1,4 @@
-"""The store: complete or absent, one training a stage, networks given back."""
+"""The store: stages are complete or absent, are trained once, and give their networks back."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import pytest
 import torch
 
 import kd
-from kd.spec import KnownError
-from kd.store import StageResult, Store, Trained
-from kd.train import make_network
+from kd.core.spec import KnownError
+from kd.store import StageResult, Store, TrainedStage
+from kd.training.step import make_network
 from tests.conftest import QUICK, ROOT
 from tests.test_stage import stage
 
 RESULT = StageResult(params=78_042, val_acc=91.5, test_acc=90.25, epochs=2, selected_epoch=1, seconds=3.5)
 
 
-def trained() -> Trained:
+def trained() -> TrainedStage:
     state = make_network(stage(), "cpu").network.state_dict()
-    return Trained(state, [{"epoch": 1, "loss": 2.0, "val_acc": None}], RESULT)
+    return TrainedStage(state, [{"epoch": 1, "loss": 2.0, "val_acc": None}], RESULT)
 
 
 def test_a_stage_comes_back_as_it_was_saved(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_load_finds_the_store_of_the_environment(tmp_path: Path) -> None:
 def test_saving_again_replaces(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(stage(), trained(), {})
-    again = Trained(trained().state, [], RESULT.model_copy(update={"seconds": 9.0}))
+    again = TrainedStage(trained().state, [], RESULT.model_copy(update={"seconds": 9.0}))
     store.save(stage(), again, {})
     assert store.result(stage().key).seconds == 9.0
     assert [path.name for path in tmp_path.iterdir()] == [stage().key]
@@ -65,18 +65,18 @@ def test_saving_again_replaces(tmp_path: Path) -> None:
 WORKER = """
 import runpy, sys, time
 from pathlib import Path
-import kd.train
-from kd.train import train_stage
+import kd.training.loop
+from kd.training.loop import train_stage
 
 folder, name = Path(sys.argv[1]), sys.argv[2]
 
-def logged(stage, *args):
+def logged(stage, **rest):
     with (folder / "starts").open("a") as log:
         log.write(f"{name} {stage.role}\\n")
     time.sleep(1)  # long enough for the other process to come to the lock
-    return train_stage(stage, *args)
+    return train_stage(stage, **rest)
 
-kd.train.train_stage = logged
+kd.training.loop.train_stage = logged
 (folder / f"ready-{name}").touch()
 while not (folder / "go").exists():
     time.sleep(0.01)

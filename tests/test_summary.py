@@ -1,32 +1,58 @@
-"""What a multirun leaves: settings over their seeds, the best one, and nothing that failed left unsaid."""
+"""The summary of a multirun: settings over their seeds, the best setting, and all failures."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
+from scipy.stats import ttest_rel
 
-from kd import summary
-from kd.pipeline import RunResult
-from kd.records import Job
-from tests.test_stage import distilled
+from kd.reporting import summary
+from kd.reporting.results import Job, RunResult
+from kd.reporting.summary_figure import varying_numbers
+from tests.test_stage import TEACHER, distilled
 
 RunJob = Callable[..., Any]
 
 
 def a_job(number: int, *overrides: str, val: float | None = 90.0, test: float = 80.0, reason: str = "") -> Job:
+    """A job of one student, at the seed and by the method of its overrides."""
     if reason:
         return Job(str(number), list(overrides), None, reason)
+    told = dict(override.split("=", 1) for override in overrides)
     outcome = {
-        "role": "student", "model": "plane2", "key": f"{number:016x}", "seed": 0, "loss": distilled().loss.dump(),
-        "params": 1, "val_acc": val, "test_acc": test, "epochs": 1, "seconds": 1.0, "select": "best_val",
+        "role": "student", "model": told.get("model", "plane2"), "key": f"{number:016x}",
+        "seed": int(told.get("seed", 0)), "loss": distilled().loss.dump(), "params": 1, "val_acc": val,
+        "test_acc": test, "epochs": int(told.get("train.epochs", 1)), "seconds": 1.0, "select": "best_val",
         "reused": False,
     }  # fmt: skip
-    common = {"objective": val, "mode": "paper", "method": "kd", "dataset": "digits"}
-    return Job(str(number), list(overrides), RunResult.model_validate({"chain": [outcome], **common}), "")
+    teacher = {**outcome, "role": "teacher", "model": "plane4", "loss": TEACHER.loss.dump(), "test_acc": 85.0}
+    method = told.get("method", "kd")
+    chain = [outcome] if method == "scratch" else [teacher, outcome]
+    common = {"objective": val, "mode": "paper", "method": method, "dataset": told.get("dataset", "digits")}
+    return Job(str(number), list(overrides), RunResult.model_validate({"chain": chain, **common}), "")
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """matplotlib's objects of the written figure."""
+    drawn, really = [], Figure.savefig
+
+    def savefig(self: Figure, *arguments: Any, **settings: Any) -> None:
+        really(self, *arguments, **settings)
+        drawn.append(self)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return drawn
+
+
+def legend(axes: Any) -> set[str]:
+    return set(axes.get_legend_handles_labels()[1])
 
 
 def test_seeds_are_pooled_and_the_luckiest_one_does_not_win(tmp_path: Path) -> None:
@@ -36,27 +62,30 @@ def test_seeds_are_pooled_and_the_luckiest_one_does_not_win(tmp_path: Path) -> N
         a_job(2, "method.T=5", "seed=0", val=91.0, test=75.0),
         a_job(3, "method.T=5", "seed=1", val=92.0, test=77.0),
     ]
-    lines = summary.write(tmp_path, jobs, "val_acc")
+    lines = summary.write_summary(tmp_path, jobs, "val_acc")
     assert lines[0] == "best setting, chosen on validation: method.T=5: validation 91.50 %, test 76.00 %, 2 students"
     assert lines[1] == "again: python run.py -m method.T=5 seed=0,1"
     assert (tmp_path / "best.sh").read_text().splitlines()[-1] == "python run.py -m method.T=5 seed=0,1"
     text = (tmp_path / "summary.md").read_text()
-    assert "| method.T=5 | 91.50 | 76.00 ± 1.41 | 2 | 63.29 to 88.71 |" in text
+    chain = "plane4 → plane2 (T=4 lambda=0.5)"
+    assert f"| method.T=5 | {chain} | 91.50 | 76.00 ± 1.41 | 2 | 63.29 to 88.71 |" in text
     assert (tmp_path / "summary.png").stat().st_size > 5000
 
 
 def test_the_order_of_a_grid_breaks_no_tie(tmp_path: Path) -> None:
     jobs = [a_job(0, "method.T=1", test=70.0), a_job(1, "method.T=5", test=80.0), a_job(2, "method.T=9", val=80.0)]
-    lines = summary.write(tmp_path, jobs, "val_acc")
-    assert lines == summary.write(tmp_path, jobs[::-1], "val_acc")
-    assert lines[0].endswith("1 student; 2 settings are equal there, and it is the first of them by name")
+    lines = summary.write_summary(tmp_path, jobs, "val_acc")
+    assert lines == summary.write_summary(tmp_path, jobs[::-1], "val_acc")
+    assert lines[0].endswith("1 student; 2 settings are equal, and this is the first by name")
 
 
 def test_a_choice_by_the_test_set_is_in_the_files(tmp_path: Path) -> None:
     job = a_job(0, "method.T=1")
     assert job.result is not None
     chain = [outcome.model_copy(update={"select": "best_test"}) for outcome in job.result.chain]
-    summary.write(tmp_path, [job._replace(result=job.result.model_copy(update={"chain": tuple(chain)}))], "val_acc")
+    summary.write_summary(
+        tmp_path, [job._replace(result=job.result.model_copy(update={"chain": tuple(chain)}))], "val_acc"
+    )
     assert "Mode paper; EPOCH CHOSEN ON THE TEST SET" in (tmp_path / "summary.md").read_text()
     assert "EPOCH CHOSEN ON THE TEST SET" in (tmp_path / "summary.csv").read_text()
 
@@ -67,10 +96,10 @@ def test_by_the_test_set_the_best_is_one_job_and_it_says_so(tmp_path: Path) -> N
         a_job(1, "method.T=5", "seed=0", test=75.0, val=None),
     ]
     jobs.append(a_job(2, "method.T=1", "seed=1", test=78.0, val=None))
-    lines = summary.write(tmp_path, jobs, "test_acc")
-    assert lines[0].startswith("best setting, CHOSEN ON THE TEST SET, as the paper had it: method.T=1: ")
+    lines = summary.write_summary(tmp_path, jobs, "test_acc")
+    assert lines[0].startswith("best setting, CHOSEN ON THE TEST SET, as in the paper: method.T=1: ")
     assert lines[1] == "again: python run.py method.T=1 seed=1"
-    assert summary.write(tmp_path / ".", jobs, "val_acc")[0].startswith("no best setting is named")
+    assert summary.write_summary(tmp_path / ".", jobs, "val_acc")[0].startswith("no best setting: ")
 
 
 def test_failed_and_unfinished_jobs_are_in_every_part(tmp_path: Path) -> None:
@@ -79,7 +108,7 @@ def test_failed_and_unfinished_jobs_are_in_every_part(tmp_path: Path) -> None:
         a_job(1, "method.T=-1", reason="method.T: too small"),
         a_job(2, "method.T=5", reason="unfinished"),
     ]
-    summary.write(tmp_path, jobs, "val_acc")
+    summary.write_summary(tmp_path, jobs, "val_acc")
     rows = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
     assert [row["failure"] for row in rows] == ["", "method.T: too small", "unfinished"]
     assert [row["method.T"] for row in rows] == ["1", "-1", "5"]
@@ -90,7 +119,7 @@ def test_failed_and_unfinished_jobs_are_in_every_part(tmp_path: Path) -> None:
 
 
 def test_when_every_job_failed(tmp_path: Path) -> None:
-    assert summary.write(tmp_path, [a_job(0, "method.T=-1", reason="no")], "val_acc") == []
+    assert summary.write_summary(tmp_path, [a_job(0, "method.T=-1", reason="no")], "val_acc") == []
     assert "job 0 (method.T=-1): no" in (tmp_path / "summary.md").read_text()
     assert not (tmp_path / "best.sh").exists()
 
@@ -105,9 +134,124 @@ def test_when_every_job_failed(tmp_path: Path) -> None:
 )
 def test_what_varies(told: tuple[tuple[str, ...], ...], numbers: dict[str, list[float]], tmp_path: Path) -> None:
     jobs = [a_job(number, *each) for number, each in enumerate(told)]
-    assert summary.varied(summary.settings(jobs)) == numbers
-    summary.write(tmp_path, jobs, "val_acc")  # and each can be drawn
+    assert varying_numbers(summary.settings(jobs)) == numbers
+    summary.write_summary(tmp_path, jobs, "val_acc")  # and each can be drawn
     assert (tmp_path / "summary.png").exists()
+
+
+# figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_of_numbers_is_drawn_as_a_curve_for_each_other_choice(tmp_path: Path, figures: list[Figure]) -> None:
+    told = [(t, method) for t in (1, 5, 20) for method in ("kd", "ta")]
+    jobs = [
+        a_job(number, f"method.T={t}", f"method={method}", val=80.0 + number) for number, (t, method) in enumerate(told)
+    ]
+    summary.write_summary(tmp_path, jobs, "val_acc")
+    (axes,) = figures[0].axes
+    assert axes.get_xlabel() == "method.T"
+    assert axes.get_ylabel() == "test accuracy on digits, mode paper, %"
+    assert legend(axes) == {"method=kd", "method=ta", "best setting, by validation"}
+    (curve,) = [line for line in axes.lines if line.get_label() == "method=kd"]
+    assert [round(x) for x in curve.get_xdata()] == [1, 5, 20]
+
+
+def test_a_search_is_drawn_as_dots(tmp_path: Path, figures: list[Figure]) -> None:
+    """All trials differ in all numbers, so no points are joined."""
+    jobs = [a_job(n, f"method.T={n}.5", f"method.lambda=0.{n}", test=70.0 + n) for n in range(1, 10)]
+    summary.write_summary(tmp_path, jobs, "val_acc")
+    assert [axes.get_xlabel() for axes in figures[0].axes] == ["method.T", "method.lambda"]
+    for axes in figures[0].axes:
+        assert {len(line.get_xdata()) for line in axes.lines} == {1}
+        assert legend(axes) == {"best setting, by validation"}
+
+
+def test_settings_without_numbers_are_drawn_as_lines(tmp_path: Path, figures: list[Figure]) -> None:
+    """Each with its chain, its students, their interval and its teacher."""
+    jobs = [
+        a_job(2 * number + seed, f"method={method}", f"seed={seed}", test=60.0 + 35 * seed, val=90.0 - number)
+        for number, method in enumerate(("scratch", "kd"))
+        for seed in (0, 1)
+    ]
+    summary.write_summary(tmp_path, jobs, "val_acc")
+    (axes,) = figures[0].axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["method=scratch\nplane2", "method=kd\nplane4 → plane2"]
+    assert legend(axes) == {"a student", "mean, 95 % interval", "its teacher", "best setting, by validation"}
+    points = {(line.get_label(), *line.get_xdata()) for line in axes.lines}
+    assert {("a student", 60.0, 95.0), ("its teacher", 85.0), ("best setting, by validation", 77.5)} <= points
+    assert axes.get_xlim() == (0, 100.4)  # whatever an interval of two students says
+
+
+# what distillation adds -------------------------------------------------------------------------------------------
+
+SCRATCH = [a_job(seed, "method=scratch", f"seed={seed}", test=test) for seed, test in enumerate((90.0, 91.0, 92.0))]
+
+
+def differences(*jobs: Job) -> list[str]:
+    return summary.differences(summary.settings(jobs))
+
+
+def test_a_setting_is_compared_to_its_student_from_scratch(tmp_path: Path) -> None:
+    kd = [a_job(3 + seed, "method=kd", f"seed={seed}", test=test) for seed, test in enumerate((91.0, 93.0, 92.5))]
+    # 1, 2 and 0.5: mean 7/6, standard deviation 0.7638, and Student's t at .975 with two degrees of freedom is 4.3027
+    line = "method=kd: +1.17 (-0.73 to +3.06) over 3 seeds"
+    assert differences(*SCRATCH, *kd) == [line]
+    assert differences(*kd[::-1], *SCRATCH) == [line]  # the order of jobs decides nothing
+    assert summary.write_summary(tmp_path, [*SCRATCH, *kd], "val_acc")[:2] == [
+        "difference to method=scratch in test accuracy, paired by seed, 95 % interval:",
+        f"  {line}",
+    ]
+    text = (tmp_path / "summary.md").read_text()
+    assert f"Difference to method=scratch in test accuracy, paired by seed, 95 % interval:\n\n- {line}\n" in text
+
+
+def test_differences_that_have_no_interval() -> None:
+    one = a_job(3, "method=kd", "seed=1", test=92.39)
+    assert differences(*SCRATCH, one) == ["method=kd: +1.39, one seed"]
+    same = [a_job(3 + seed, "method=kd", f"seed={seed}", test=89.5 + seed) for seed in range(3)]
+    assert differences(*SCRATCH, *same) == ["method=kd: -0.50 at every seed, 3 seeds"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=kd", "seed=7"),
+        ("method=kd", "seed=0", "model=plane4"),
+        ("method=kd", "seed=0", "dataset=pets"),
+        ("method=kd", "seed=0", "train.epochs=2"),
+        ("method=kd", "seed=0", "train.lr=0.3"),
+        ("method=scratch", "seed=0", "train.lr=0.3"),
+    ],
+)
+def test_without_the_same_student_from_scratch_nothing_is_compared(overrides: tuple[str, ...]) -> None:
+    assert differences(*SCRATCH, a_job(3, *overrides)) == []
+
+
+def test_of_several_baselines_each_setting_has_its_own() -> None:
+    told = [("scratch", 1, 80.0), ("scratch", 2, 90.0), ("kd", 1, 85.0), ("kd", 2, 91.0)]
+    jobs = [
+        a_job(number, f"method={method}", f"train.epochs={epochs}", test=test)
+        for number, (method, epochs, test) in enumerate(told)
+    ]
+    assert differences(*jobs) == [
+        "method=kd train.epochs=1: +5.00, one seed",
+        "method=kd train.epochs=2: +1.00, one seed",
+    ]
+
+
+def test_a_multirun_says_what_distillation_adds(
+    job: RunJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scratch, kd = job("method=scratch,kd", "replicates=3", "train.epochs=1", multirun=True)
+    printed = capsys.readouterr().out
+    known = ttest_rel(*([student["test_acc"] for student in each["replicates"]] for each in (kd, scratch)))
+    low, high = known.confidence_interval()
+    line = f"method=kd: {kd['mean'] - scratch['mean']:+.2f} ({low:+.2f} to {high:+.2f}) over 3 seeds"
+    assert printed.index("method=kd      ") < printed.index(f"  {line}\n") < printed.index("best setting")
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert f"- {line}\n" in text
+    assert "| method=kd | plane4 → plane2 (T=4 lambda=0.5) |" in text
 
 
 def test_a_grid_leaves_its_summary(job: RunJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,17 +262,17 @@ def test_a_grid_leaves_its_summary(job: RunJob, tmp_path: Path, capsys: pytest.C
 
 
 def test_a_student_that_two_trials_found_is_one(tmp_path: Path) -> None:
-    """A search may draw a setting again; it is loaded, and adds nothing to n."""
+    """A search may draw a setting twice. The second is loaded, and n does not change."""
     jobs = [a_job(0, "method.T=1", test=70.0), a_job(1, "method.T=5", test=75.0)]
     again = jobs[1]._replace(number="2")
-    lines = summary.write(tmp_path, [*jobs, again], "val_acc")
-    assert "| method.T=5 | 90.00 | 75.00 | 1 |  |" in (tmp_path / "summary.md").read_text()
+    lines = summary.write_summary(tmp_path, [*jobs, again], "val_acc")
+    assert re.search(r"\| method.T=5 \| .* \| 90.00 \| 75.00 \| 1 \|  \|", (tmp_path / "summary.md").read_text())
     assert lines[1] == "again: python run.py method.T=1"
     assert len((tmp_path / "summary.csv").read_text().splitlines()) == 4  # every job has its row
 
 
 def test_jobs_that_do_not_say_what_they_were_told_are_not_pooled(tmp_path: Path) -> None:
-    assert summary.write(tmp_path, [a_job(0, test=70.0), a_job(1, test=75.0)], "val_acc") == []
+    assert summary.write_summary(tmp_path, [a_job(0, test=70.0), a_job(1, test=75.0)], "val_acc") == []
     assert not (tmp_path / "best.sh").exists()
 
 
@@ -138,5 +282,5 @@ def test_the_command_keeps_what_all_jobs_were_told(tmp_path: Path) -> None:
         a_job(0, "method.T=1", *told, "runtime.trial=0"),
         a_job(1, "method.T=5", *told, "runtime.trial=1", val=80.0),
     ]
-    lines = summary.write(tmp_path, jobs, "val_acc")
+    lines = summary.write_summary(tmp_path, jobs, "val_acc")
     assert lines[1] == "again: python run.py method.T=1 tracking=none 'runtime.store=a store'"

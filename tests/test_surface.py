@@ -1,4 +1,4 @@
-"""`python -m kd.inspection.surface`: the loss around networks, along directions as long as their filters."""
+"""`python -m kd.inspection.surface`: the loss around networks, along filter-normalised directions."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from kd.core.spec import KnownError
+from kd.core.stage import DIRECTION, random_stream
 from kd.datasets import digits
-from kd.inspection.figure import levels, write
-from kd.inspection.grid import Landscape, Surface
-from kd.inspection.landscape import draw_direction, losses, normalized
-from kd.inspection.surface import main, spread_over_classes
 from kd.models import build
-from kd.models.normalized import Normalized
-from kd.spec import KnownError
+from kd.models.normalization import Normalized
 from kd.store import Store
-from kd.streams import DIRECTION, random_stream
+from kd.tools.inspection.landscape import draw_direction, losses, normalized
+from kd.tools.inspection.surface import Landscape, Surface, levels, main, spread_over_classes, write_surface
 from tests.test_datasets import write_folder
 from tests.test_faults import trained
 from tests.test_stage import DATASET, stage
@@ -68,7 +66,7 @@ def test_a_direction_is_as_long_as_each_filter(tiny: nn.Module) -> None:
 
 
 def test_the_grid(tiny: nn.Module) -> None:
-    """Its middle is the plain loss to the bit, its corners what weights put there give; rows are y."""
+    """The middle is the plain loss to the bit. The corners are the losses of weights moved there. Rows are y."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.rand(300, 3, 8, 8, generator=generator)
     labels = torch.randint(10, (300,), generator=generator)
@@ -148,8 +146,8 @@ def test_panels_share_their_levels(tmp_path: Path) -> None:
     low, high = [[3, 2, 3], [2, 0.5, 2], [3, 2, 3.0]], [[90, 20, 30], [20, 1, 20], [30, 20, 30.0]]
     found = levels(surface(low, high))
     assert (found[0], found[-1]) == (0.5, pytest.approx(90))
-    write(surface([[1.0] * 3] * 3), tmp_path)  # one that is flat can be drawn too
-    write(surface([[0.0] * 3] * 3, high), tmp_path)
+    write_surface(surface([[1.0] * 3] * 3), tmp_path)  # one that is flat can be drawn too
+    write_surface(surface([[0.0] * 3] * 3, high), tmp_path)
 
 
 def test_what_cannot_be_drawn(job: Job, tmp_path: Path) -> None:
@@ -162,12 +160,12 @@ def test_what_cannot_be_drawn(job: Job, tmp_path: Path) -> None:
         (key, "nosuchkey"): "^nosuchkey: should be the key of one finished stage",
         (key, pets): rf"should have been trained on the same images \({key} those of digits, {pets} those of folder",
         (key, "--points", "2"): r"^--points: should be at least 3 \(got 2\)$",
-        (key, "--points", "4"): r"^--points: should be odd, so that the network itself is one of them \(got 4\)$",
+        (key, "--points", "4"): r"^--points: should be odd, so that one point is the network itself \(got 4\)$",
         (key, "--span", "0"): "^--span: should be above 0",
         (key, "--span", "nan"): "^--span: should be a finite number",
         (key, "--images", "0"): "^--images: should be at least 1",
         (key, "--seed", "-1"): "^--seed: should be at least 0",
-        (key, "--points", "3", "--span", "1e38"): f"^stage {key}: a loss on the grid is not finite; a smaller --span",
+        (key, "--points", "3", "--span", "1e38"): f"^stage {key}: a loss on the grid is not finite; try a ",
     }.items():
         with pytest.raises(KnownError, match=problem):
             main([*wrong, *out])
@@ -180,8 +178,8 @@ def test_what_cannot_be_drawn(job: Job, tmp_path: Path) -> None:
 def test_a_failure_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     Store(Path(os.environ["KD_STORE"])).save(stage(dataset=DATASET), trained(1), {})
     monkeypatch.setattr(sys, "argv", ["kd.inspection.surface", "xyz", "--out", "out"])
-    monkeypatch.delitem(sys.modules, "kd.inspection.surface")
+    monkeypatch.delitem(sys.modules, "kd.inspection.surface", raising=False)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("kd.inspection.surface", run_name="__main__")
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("xyz: should be the key of one finished stage (none begins so in ")
+    assert capsys.readouterr().err.startswith("xyz: should be the key of one finished stage (no key begins with it in ")

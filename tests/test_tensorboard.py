@@ -1,4 +1,4 @@
-"""TensorBoard's page, read back by TensorBoard's own reader."""
+"""TensorBoard's page, read by TensorBoard's own reader."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kd.tracking import TrackingSpec, track_sweep
+from kd.reporting.tracking import TrackingSpec, track_sweep
 from tests.conftest import QUICK, run_py
 from tests.test_tracking import TABLE, write_figure
 

@@ -1,4 +1,4 @@
-"""tiny_imagenet: labels from the annotations, one line for each thing that is wrong, and the archive unpacked."""
+"""tiny_imagenet: labels from the annotations, one line for each problem, and the unpacking of the archive."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd.datasets import load, resolve
-from kd.datasets.base import DatasetConfig, statistics
-from kd.spec import KnownError
+from kd.core.spec import KnownError
+from kd.datasets import DatasetConfig, load_data, resolve, statistics
 from tests.conftest import ROOT
 
 SUBSET = ROOT.parent / "shared" / "data" / "tiny-imagenet-20.tar"  # 20 of the 200 classes; no part of the project
@@ -23,7 +22,7 @@ ANNOTATIONS = "val/val_annotations.txt"
 
 
 def write(root: Path, size: int = 16, per_class: int = 4) -> Path:
-    """The archive's layout: a class's images are of one colour with noise, the test images' classes take turns."""
+    """The archive's layout. Each class has noisy images of one colour; the classes of the test images alternate."""
     rng = np.random.default_rng(0)
 
     def save(path: Path, label: int) -> None:
@@ -54,7 +53,7 @@ def test_labels_are_the_annotations_and_not_the_folders(tmp_path: Path) -> None:
     root = write(tmp_path / "tiny")
     assert all(entry.is_file() for entry in (root / "val" / "images").iterdir())  # one flat folder: no class in it
     spec = resolve(config(root), tmp_path)
-    data = load(spec, tmp_path, "cpu")
+    data = load_data(spec, tmp_path, "cpu")
     assert (spec.num_classes, spec.image_size) == (3, 16)
     assert data.test_labels.tolist() == [2, 0, 1, 2, 0, 1]
     assert (data.test_images.float().mean((1, 2, 3)) / 80).int().tolist() == [2, 0, 1, 2, 0, 1]
@@ -64,7 +63,7 @@ def test_labels_are_the_annotations_and_not_the_folders(tmp_path: Path) -> None:
 def test_images_are_the_files_and_grey_ones_have_three_channels(tmp_path: Path) -> None:
     root = write(tmp_path / "tiny")
     spec = resolve(config(root), tmp_path)
-    data = load(spec, tmp_path, "cpu")
+    data = load_data(spec, tmp_path, "cpu")
     files = [Image.open(file) for file in sorted((root / "train").glob("*/images/*.JPEG"))]
     pixels = np.stack([np.asarray(file.convert("RGB")) for file in files])
     assert files[0].mode == "L"
@@ -88,7 +87,7 @@ def test_other_annotations_are_other_data(tmp_path: Path) -> None:
     text = (root / ANNOTATIONS).read_text()
     (root / ANNOTATIONS).write_text(text.replace("n01", "n").replace("n02", "n01").replace("n\t", "n02\t"))
     assert resolve(config(root), tmp_path).content != content
-    assert load(resolve(config(root), tmp_path), tmp_path, "cpu").test_labels.tolist() == [2, 1, 0, 2, 1, 0]
+    assert load_data(resolve(config(root), tmp_path), tmp_path, "cpu").test_labels.tolist() == [2, 1, 0, 2, 1, 0]
 
 
 def annotate(change: Callable[[str], str]) -> Callable[[Path], object]:
@@ -98,8 +97,8 @@ def annotate(change: Callable[[str], str]) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda root: shutil.rmtree(root / "train"), "train is no folder"),
-        (lambda root: shutil.rmtree(root / "val" / "images"), "val/images is no folder"),
+        (lambda root: shutil.rmtree(root / "train"), "train is not a folder"),
+        (lambda root: shutil.rmtree(root / "val" / "images"), "val/images is not a folder"),
         (lambda root: [shutil.rmtree(root / "train" / n) for n in WNIDS[:2]], "two classes or more .got 1."),
         (lambda root: shutil.rmtree(root / "train" / "n01" / "images"), "1 classes of .*train have no folder .*: n01"),
         (lambda root: [f.unlink() for f in (root / "train/n01/images").iterdir()], "n01/images has no images"),
@@ -170,7 +169,7 @@ def test_without_folder_and_archive_one_line_says_what_to_fetch(tmp_path: Path) 
 )
 def test_an_archive_that_is_another_or_cut_off(tmp_path: Path, make: Callable[[Path, Path], object]) -> None:
     make(tmp_path / "tiny-imagenet-200.zip", write(tmp_path / "tiny"))
-    with pytest.raises(KnownError, match=r"not whole, or not .*: fetch it again"):
+    with pytest.raises(KnownError, match=r"is damaged, or is not .*: download it again"):
         resolve(config(), tmp_path)
     assert not (tmp_path / "tiny-imagenet-200").exists()
     assert not (tmp_path / ".tiny-imagenet-200.partial").exists()
@@ -186,7 +185,7 @@ def test_real_images(tmp_path: Path) -> None:
 
     root = tmp_path / "tiny-imagenet-20"
     spec = resolve(config(root), tmp_path)
-    data = load(spec, tmp_path, "cpu")
+    data = load_data(spec, tmp_path, "cpu")
     known = ImageFolder(str(root / "train"))
     assert (spec.num_classes, spec.image_size) == (20, 64)
     assert data.labels.tolist() == known.targets
@@ -202,7 +201,7 @@ def link(packed: zipfile.ZipFile) -> None:
 
 
 def understate(packed: zipfile.ZipFile) -> None:
-    """A member that unpacks to more than it says."""
+    """A member that unpacks to more than its declared size."""
     packed.writestr("tiny-imagenet-200/bomb", bytes(10**7), zipfile.ZIP_DEFLATED)
     packed.filelist[-1].file_size = 10
 
@@ -215,12 +214,12 @@ def bomb(packed: zipfile.ZipFile) -> None:
 @pytest.mark.parametrize(
     ("add", "message"),
     [
-        (lambda packed: packed.writestr("../outside", "x"), "would lie outside"),
-        (lambda packed: packed.writestr("tiny-imagenet-200/../../outside", "x"), "would lie outside"),
-        (lambda packed: packed.writestr("/outside", "x"), "would lie outside"),
+        (lambda packed: packed.writestr("../outside", "x"), "would be unpacked outside"),
+        (lambda packed: packed.writestr("tiny-imagenet-200/../../outside", "x"), "would be unpacked outside"),
+        (lambda packed: packed.writestr("/outside", "x"), "would be unpacked outside"),
         (link, "is a link or a device"),
         (bomb, "more than 250,000 files or 2,000,000,000 bytes"),
-        (understate, "fetch it again"),
+        (understate, "download it again"),
     ],
 )
 def test_an_archive_that_attacks(tmp_path: Path, add: Callable[[zipfile.ZipFile], object], message: str) -> None:

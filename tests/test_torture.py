@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, hundreds of times: what is left at the end is what an undisturbed run leaves.
+"""SIGKILL at random moments, hundreds of times: the final files are the same as those of an undisturbed run.
 
 `make torture` runs it and writes results/torture.json, which docs/reliability.md shows.
 """
@@ -42,7 +42,7 @@ KEY = "[0-9a-f]" * 16
 
 @dataclass
 class Record:
-    """What came of the kills of one kind of run."""
+    """The outcome of the kills of one kind of run."""
 
     kills: int = 0
     finished: int = 0  # runs that came to their end, each compared with the undisturbed one
@@ -53,7 +53,7 @@ class Record:
 
 @dataclass
 class Place:
-    """Where a run works, and what lay there before it was started."""
+    """The folders of a run, and their content before it was started."""
 
     folder: Path
     before: set[str] = field(default_factory=set)  # temporary files that earlier kills left
@@ -68,7 +68,7 @@ class Place:
         return (self.folder / "said").read_text()
 
     def start(self, command: tuple[str, ...]) -> subprocess.Popen[str]:
-        """The run in a process group of its own, its workers included."""
+        """Start the run in its own process group, which includes its workers."""
         shutil.rmtree(self.folder / "out", ignore_errors=True)  # so that what is logged is this round's
         self.before = self.temporaries()
         self.checkpoints = {path.name: checkpointed(path) for path in self.store.glob(f"partial/{KEY}")}
@@ -92,7 +92,7 @@ class Place:
         return bool(self.temporaries(pattern) - self.before)
 
     def logged(self) -> dict[str, int]:
-        """How many epochs of each stage this run has told of."""
+        """The number of epochs of each stage that this run has printed."""
         told: dict[str, int] = {}
         for line in "".join(path.read_text() for path in (self.folder / "out").rglob("metrics.jsonl")).splitlines():
             with suppress(ValueError):  # the last line may be half of one
@@ -109,7 +109,7 @@ class Place:
         return found
 
     def phase(self) -> str:
-        """What a killed run was at."""
+        """What a killed run was doing."""
         if self.writing("stage"):
             return "publishing a stage"
         if self.writing("checkpoint"):
@@ -117,13 +117,13 @@ class Place:
         return "training" if self.logged() else "starting, or before the first epoch's end"
 
     def lost(self) -> list[int]:
-        """Of each unfinished stage that this run trained: the epochs that it told of and no checkpoint has."""
+        """For each unfinished stage of this run: the printed epochs that are in no checkpoint."""
         trained = {key: epoch for key, epoch in self.logged().items() if not (self.store / key).exists()}
         return [epoch - checkpointed(self.store / "partial" / key) for key, epoch in trained.items()]
 
 
 def checkpointed(folder: Path) -> int:
-    """How many whole epochs an unfinished stage goes on after."""
+    """The number of whole epochs in the checkpoint of an unfinished stage."""
     if not (folder / "state").exists():
         return 0
     record = torch.load(BytesIO((folder / "state").read_bytes()[32:]), weights_only=True)
@@ -131,24 +131,24 @@ def checkpointed(folder: Path) -> int:
 
 
 def resumed(checkpoints: dict[str, int], logged: Collection[str], said: str) -> int:
-    """How many stages went on after their checkpoints. Fails where one that has such was trained from the start."""
+    """How many stages were resumed. Fails if a stage with a checkpoint was trained from the first epoch."""
     expected = Counter(epoch for key, epoch in checkpoints.items() if epoch and key in logged)
-    told = Counter(int(epoch) for epoch in re.findall(r"going on after epoch (\d+)\n", said))
+    told = Counter(int(epoch) for epoch in re.findall(r"resuming after epoch (\d+)\n", said))
     assert not expected - told, f"checkpoints after {dict(expected)} epochs, and it went on after {dict(told)}"
     assert told.keys() <= set(checkpoints.values())
     return told.total()
 
 
 def test_a_checkpoint_that_nobody_takes_up_is_noticed() -> None:
-    assert resumed({"a": 4, "b": 0, "c": 2}, {"a", "b"}, "student plane2: going on after epoch 4\n") == 1
+    assert resumed({"a": 4, "b": 0, "c": 2}, {"a", "b"}, "student plane2: resuming after epoch 4\n") == 1
     with pytest.raises(AssertionError):
         resumed({"a": 4}, {"a"}, "")
     with pytest.raises(AssertionError):
-        resumed({"a": 4}, {"a"}, "student plane2: going on after epoch 2\n")
+        resumed({"a": 4}, {"a"}, "student plane2: resuming after epoch 2\n")
 
 
 def moment(process: subprocess.Popen[str], place: Place, chance: random.Random, longest: float) -> bool:
-    """Wait for the moment of the kill. False where the run ends before it.
+    """Wait for the moment of the kill. False if the run ends before it.
 
     Half of the moments are drawn evenly over an undisturbed run's time; the others come as a stage is published or a
     checkpoint is written, which takes milliseconds that few drawn moments would hit.
@@ -164,14 +164,14 @@ def moment(process: subprocess.Popen[str], place: Place, chance: random.Random, 
 
 
 def workers(pid: int) -> list[int]:
-    """The processes that a parallel sweep runs its jobs in."""
+    """The worker processes of a parallel sweep."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
     pids = list(map(int, children.read_text().split())) if children.exists() else []
     return [child for child in pids if b"popen_loky" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def kill(process: subprocess.Popen[str], chance: random.Random) -> bool:
-    """The whole run, or now and then one of its workers, as who runs out of memory. Returns whether it was one."""
+    """Kill the whole run, or sometimes one worker, as if it were out of memory. Returns whether it was a worker."""
     one = chance.random() < 0.25 and workers(process.pid)
     if one:
         os.kill(chance.choice(one), signal.SIGKILL)
@@ -224,7 +224,7 @@ def test_kills_leave_no_trace(name: str, command: tuple[str, ...], stages: int, 
 
 
 def no_traces(store: Path) -> None:
-    """No lock is held, and after housekeeping nothing half-done lies about, nor a word of a holder that is gone."""
+    """No lock is held. After `gc` there are no temporary files, and no notes of ended lock holders."""
     for path in store.glob(".locks/*.lock"):
         try:
             with FileLock(path, timeout=0):
@@ -240,7 +240,7 @@ def no_traces(store: Path) -> None:
 
 
 def keep(name: str, record: Record) -> None:
-    """Into results/torture.json."""
+    """Write results/torture.json."""
     path = ROOT / "results" / "torture.json"
     with FileLock(path.with_suffix(".lock")):
         known = json.loads(path.read_text()) if path.exists() else {}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,24 +18,16 @@ import pytest
 import wandb
 from PIL import Image
 
+from kd.core.spec import KnownError
 from kd.losses import TeachableTeacher
-from kd.spec import KnownError
+from kd.reporting.tracking import TrackingSpec, axes, group_of, run_name, track, track_sweep
+from kd.reporting.tracking.wandb import RunId
 from kd.store import Store
-from kd.tracking import TrackingSpec, group_of, probe, track, track_sweep
-from kd.tracking.names import axes, run_name
-from kd.tracking.wandb import RunId
 from tests.conftest import QUICK, ROOT, run_py
 from tests.test_stage import TEACHER, distilled, stage
 from tests.wandb_server import Server
 
 Job = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _forget_the_decision() -> Iterator[None]:
-    probe.decide.cache_clear()
-    yield
-    probe.decide.cache_clear()
 
 
 def test_axes_are_as_short_as_they_can_be() -> None:
@@ -122,7 +115,7 @@ def test_online_run_reaches_the_server(server: Server, tmp_path: Path) -> None:
     mine = ("tracking=wandb", "tracking.project=mine", f"hydra.run.dir={tmp_path / 'out'}")
     done = run_py(*QUICK, *mine, cwd=tmp_path, **server.account)
     assert done.returncode == 0, done.stderr
-    assert "W&B" not in done.stdout  # nothing to explain
+    assert "tracking:" not in done.stdout + done.stderr  # nothing to explain
     (run,) = server.runs.values()
     assert run.fields["project"] == "mine"
     assert run.fields["displayName"] == "plane2 ← plane4 · T4 λ0.5 · s0"
@@ -140,13 +133,105 @@ def test_a_failure_prints_no_traceback(tmp_path: Path) -> None:
     assert summary(tmp_path / "out")["exit_code"] == 1
 
 
-def test_online_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb.teardown()  # its service keeps what other tests told it, and would wait for a server
-    monkeypatch.setattr(probe, "_answers", lambda host, port: True)
-    spec = TrackingSpec(name="wandb", project="p", mode="online")
-    refusal = pytest.raises(KnownError, match=r"tracking: W&B did not start .*tracking\.mode=offline")
-    with refusal, track(spec, tmp_path, [distilled()], {"method": {"name": "kd"}}, Store(tmp_path)):
-        pytest.fail("it started")
+# online or offline ------------------------------------------------------------------------------------------------
+
+KEY = "a" * 40
+NOWHERE = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_INIT_TIMEOUT": "1"}
+
+
+@pytest.fixture
+def fresh_wandb() -> Iterator[None]:
+    """wandb in this process reads its settings anew, and forgets them again."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_a_server_that_does_not_answer_means_offline(tmp_path: Path) -> None:
+    """The training continues, and one line says how to send the run later."""
+    done = run_py(*QUICK, "tracking=wandb", "hydra.run.dir=out", cwd=tmp_path, **NOWHERE)
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("tracking: ")]
+    assert re.match(
+        r"tracking: offline, because W&B did not start \(.*127\.0\.0\.1:1.*\); `wandb sync .*/out/wandb/", line
+    )
+    assert summary(tmp_path / "out")["exit_code"] == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment"), [("online", {}), ("auto", {"WANDB_MODE": "online"})], ids=["override", "variable"]
+)
+def test_where_online_is_demanded_a_server_that_does_not_answer_is_one_line(
+    tmp_path: Path, mode: str, environment: dict[str, str]
+) -> None:
+    mine = ("tracking=wandb", f"tracking.mode={mode}", "hydra.run.dir=out")
+    done = run_py(*QUICK, *mine, cwd=tmp_path, **NOWHERE, **environment)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert re.match(r"tracking: W&B did not start .*; tracking\.mode=offline needs no server\n", done.stderr)
+    assert "epoch" not in done.stdout  # nothing was trained
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+def test_nobody_waits_long_for_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the default timeout; the server accepts the connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(KnownError, match=r"W&B did not start .*tracking\.mode=offline"):
+            open_page(tmp_path, "online")
+        assert time.monotonic() - began < 9
+
+
+def open_page(folder: Path, mode: str) -> None:
+    spec = TrackingSpec.model_validate({"name": "wandb", "project": "p", "mode": mode})
+    with track(spec, folder, [distilled()], {"method": {"name": "kd"}}, Store(folder)):
+        pass
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+def test_online_without_a_key_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(KnownError, match=r"tracking: W&B did not start .*tracking\.mode=offline"):
+        open_page(tmp_path, "online")
+
+
+def test_a_key_in_netrc_counts(server: Server, tmp_path: Path) -> None:
+    """As `wandb login` writes it."""
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine {server.url.removeprefix('http://')} login user password {KEY}")
+    netrc.chmod(0o600)
+    environment = {"NETRC": str(netrc), "WANDB_BASE_URL": server.url}
+    done = run_py(*QUICK, "tracking=wandb", "hydra.run.dir=out", cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    (run,) = server.runs.values()
+    assert run.exits == [0]
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+@pytest.mark.parametrize(("mode", "runs"), [("offline", 1), ("disabled", 0)])
+def test_wandb_mode_is_respected(mode: str, runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**NOWHERE, "WANDB_MODE": mode}.items():
+        monkeypatch.setenv(name, value)
+    open_page(tmp_path, "auto")
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == runs
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("WANDB_BASE_URL", "notaurl", "wandb.base_url: .*notaurl"),
+        ("WANDB_MODE", "bogus", "wandb.mode: should be 'online'.*bogus"),
+        ("WANDB_API_KEY", "short", "WANDB_API_KEY invalid"),
+    ],
+)
+def test_wrong_settings_of_wandb_are_one_line(
+    tmp_path: Path, variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(KnownError, match=f"tracking: W&B's settings are wrong \\({message}") as problem:
+        open_page(tmp_path, "auto")
+    assert "\n" not in str(problem.value)
 
 
 # names ------------------------------------------------------------------------------------------------------------
@@ -189,9 +274,14 @@ def test_a_multirun_is_one_group_of_one_run_a_job(server: Server, tmp_path: Path
     jobs = ("method=scratch", "tracking=wandb", "train.lr=0.01,1e30,0.02", "hydra.sweep.dir=sweeps/three")
     done = run_py("-m", *QUICK, *jobs, cwd=tmp_path, **server.account)
     assert done.returncode == 1
-    assert len(server.runs) == 3
+    assert "tracking:" not in done.stdout + done.stderr
     assert {run.fields["groupName"] for run in server.runs.values()} == {"three"}
-    assert sorted(code for run in server.runs.values() for code in run.exits) == [0, 0, 1]
+    assert sorted((run.fields["jobType"], *run.exits) for run in server.runs.values()) == [
+        *[("scratch", 0), ("scratch", 0), ("scratch", 1)],
+        ("summary", 0),
+    ]
+    (table,) = [run.summary["jobs"] for run in server.runs.values() if "jobs" in run.summary]
+    assert table["nrows"] == 3
 
 
 @pytest.mark.slow
@@ -210,7 +300,7 @@ def test_an_interrupted_run_goes_on_at_the_server(server: Server, tmp_path: Path
         first.send_signal(signal.SIGINT)
     assert first.returncode == 130
     done = run_py(*mine, cwd=tmp_path, **server.account)
-    assert "going on after epoch" in done.stdout
+    assert "resuming after epoch" in done.stdout
     assert "Steps must be" not in done.stderr
     (run,) = server.runs.values()
     assert run.exits == [1, 0]

@@ -1,4 +1,4 @@
-"""Training: its schedule, its randomness, its guide, and that the same stage always ends in the same bits."""
+"""Training: schedule, randomness, guide, and equal bits for equal stages."""
 
 from __future__ import annotations
 
@@ -15,24 +15,20 @@ import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
-from kd import train as training
-from kd.datasets import load, resolve
-from kd.datasets.base import DatasetConfig
+from kd.core.spec import KnownError, NonFiniteError
+from kd.core.stage import ORDER, VIEW, Stage, TrainSpec, random_stream
+from kd.datasets import DatasetConfig, load_data, resolve
 from kd.datasets.data import Data
-from kd.evaluation import evaluate
-from kd.guide import CHUNK, Guide
 from kd.losses import CrossEntropy, Distill
 from kd.models import build
-from kd.models.normalized import Normalized
-from kd.optimization import learning_rate
-from kd.partial import Partial
-from kd.ranks import batches
-from kd.signals import Deferred
-from kd.spec import KnownError, NonFiniteError
-from kd.stage import Stage, TrainSpec
-from kd.store import Metrics, Trained
-from kd.streams import random_stream
-from kd.train import make_network, train_stage
+from kd.models.normalization import Normalized
+from kd.store import Metrics, TrainedStage
+from kd.training import loop as training
+from kd.training.checkpoint import Checkpoint, Deferred
+from kd.training.guide import CHUNK, Guide
+from kd.training.loop import train_stage
+from kd.training.ranks import batches
+from kd.training.step import evaluate, learning_rate, make_network
 from tests.conftest import ROOT
 from tests.test_stage import TRAIN
 
@@ -60,7 +56,7 @@ class Silent:
 @pytest.fixture(scope="module")
 def data() -> Data:
     config = DatasetConfig(name="digits", augment="crop_flip", val_fraction=0.1, split_seed=0)
-    return load(resolve(config, ROOT), ROOT, "cpu")
+    return load_data(resolve(config, ROOT), ROOT, "cpu")
 
 
 def spec(**changes: Any) -> TrainSpec:
@@ -74,9 +70,9 @@ def a_stage(data: Data, *, model: str = "plane2", guide: Stage | None = None, se
     )
 
 
-def train(stage: Stage, data: Data, network: Normalized | None = None) -> Trained:
+def train(stage: Stage, data: Data, network: Normalized | None = None) -> TrainedStage:
     guide = network and Guide(network, data, stage.train.precision, "cpu")
-    return train_stage(stage, data, guide, "cpu", Silent())
+    return train_stage(stage, data=data, guide=guide, device="cpu", watch=Silent())
 
 
 def teacher_of(data: Data) -> tuple[Stage, Normalized]:
@@ -88,7 +84,7 @@ def teacher_of(data: Data) -> tuple[Stage, Normalized]:
     return stage, network.eval()
 
 
-def same(one: Trained, other: Trained) -> bool:
+def same(one: TrainedStage, other: TrainedStage) -> bool:
     return one.metrics == other.metrics and all(torch.equal(one.state[k], other.state[k]) for k in one.state)
 
 
@@ -150,7 +146,7 @@ def test_the_same_stage_ends_in_the_same_bits(data: Data) -> None:
 
 
 class Interrupted(Silent):
-    """Pulls the plug at the end of an epoch."""
+    """Raises at the end of an epoch, like a crash."""
 
     def __init__(self, epoch: int) -> None:
         super().__init__()
@@ -166,19 +162,19 @@ def test_an_interrupted_stage_goes_on_to_the_same_bits(data: Data, tmp_path: Pat
     teacher, network = teacher_of(data)
     stage = a_stage(data, guide=teacher, epochs=5, precision=precision)
     guide = Guide(network, data, precision, "cpu")
-    unbroken = train_stage(stage, data, guide, "cpu", Silent())
-    partial = Partial(tmp_path / "partial", stage, {"threads": 1}, every=2)
+    unbroken = train_stage(stage, data=data, guide=guide, device="cpu", watch=Silent())
+    partial = Checkpoint(tmp_path / "partial", stage, {"threads": 1}, every=2)
     with pytest.raises(KeyboardInterrupt):
-        train_stage(stage, data, guide, "cpu", Interrupted(4), partial)
+        train_stage(stage, data=data, guide=guide, device="cpu", watch=Interrupted(4), checkpoint=partial)
     watch = Silent()
-    resumed = train_stage(stage, data, guide, "cpu", watch, partial)
+    resumed = train_stage(stage, data=data, guide=guide, device="cpu", watch=watch, checkpoint=partial)
     assert same(unbroken, resumed)
     assert watch.rows == unbroken.metrics
     assert watch.images < 4 * 2 * len(data.train)  # two epochs were not done again
 
 
 class Signalled(Silent):
-    """Sends a signal in the middle of an epoch: with the guide's chunk, or the step, that is the count-th."""
+    """Sends a signal in the middle of an epoch: at the count-th chunk of the guide, or at the count-th step."""
 
     def __init__(self, count: int, number: int = signal.SIGINT, guided: bool = False) -> None:
         super().__init__()
@@ -199,11 +195,11 @@ class Signalled(Silent):
             signal.raise_signal(self.number)
 
 
-def interrupted(stage: Stage, data: Data, guide: Guide, folder: Path, watch: Silent) -> Partial:
+def interrupted(stage: Stage, data: Data, guide: Guide, folder: Path, watch: Silent) -> Checkpoint:
     with Deferred() as signals:
-        partial = Partial(folder, stage, {"threads": 1}, 100, signals)
+        partial = Checkpoint(folder, stage, {"threads": 1}, 100, signals)
         with pytest.raises(KeyboardInterrupt):
-            train_stage(stage, data, guide, "cpu", watch, partial)
+            train_stage(stage, data=data, guide=guide, device="cpu", watch=watch, checkpoint=partial)
     return partial
 
 
@@ -214,22 +210,22 @@ def interrupted(stage: Stage, data: Data, guide: Guide, folder: Path, watch: Sil
 def test_a_signal_stops_at_a_step_and_the_stage_goes_on_there(
     data: Data, tmp_path: Path, model: str, precision: str, stops: tuple[int, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """`net` has dropout, whose generator has to go on where it was; 1 is the first step after going on."""
+    """`net` has dropout; its generator has to be restored. 1 is the first step after resuming."""
     teacher, network = teacher_of(data)
     stage = a_stage(data, model=model, guide=teacher, epochs=3, precision=precision)
     guide = Guide(network, data, precision, "cpu")
-    unbroken = train_stage(stage, data, guide, "cpu", Silent())
+    unbroken = train_stage(stage, data=data, guide=guide, device="cpu", watch=Silent())
     for stop in stops:
         partial = interrupted(stage, data, guide, tmp_path / "partial", Signalled(stop))
         assert "asked to end" in capfd.readouterr().err
     watch = Silent()
-    resumed = train_stage(stage, data, guide, "cpu", watch, partial)
+    resumed = train_stage(stage, data=data, guide=guide, device="cpu", watch=watch, checkpoint=partial)
     assert same(unbroken, resumed)
     assert json.dumps(unbroken.metrics) == json.dumps(resumed.metrics)
     steps = len(batches(len(data.train), stage.train.batch_size))
     epochs, done = divmod(sum(stops), steps)
     place = f"epoch {epochs} and {done} steps" if done else f"epoch {epochs}"
-    assert f"going on after {place}\n" in capfd.readouterr().out
+    assert f"resuming after {place}\n" in capfd.readouterr().out
 
 
 @pytest.mark.usefixtures("signals")
@@ -240,28 +236,28 @@ def test_a_signal_is_heard_while_the_guide_is_run(data: Data, tmp_path: Path) ->
     watch = Signalled(len(data.train) // CHUNK + 3, guided=True)  # in the second epoch
     partial = interrupted(stage, data, guide, tmp_path, watch)
     assert watch.images == len(data.train)
-    unbroken = train_stage(stage, data, guide, "cpu", Silent())
-    assert same(unbroken, train_stage(stage, data, guide, "cpu", Silent(), partial))
+    unbroken = train_stage(stage, data=data, guide=guide, device="cpu", watch=Silent())
+    assert same(unbroken, train_stage(stage, data=data, guide=guide, device="cpu", watch=Silent(), checkpoint=partial))
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_used(
     data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = a_stage(data, epochs=3)
-    partial = Partial(tmp_path, stage, {"threads": 1}, every=1)
+    partial = Checkpoint(tmp_path, stage, {"threads": 1}, every=1)
     with pytest.raises(KeyboardInterrupt):
-        train_stage(stage, data, None, "cpu", Interrupted(3), partial)
-    other = Partial(tmp_path, stage, {"threads": 2}, every=1)
+        train_stage(stage, data=data, guide=None, device="cpu", watch=Interrupted(3), checkpoint=partial)
+    other = Checkpoint(tmp_path, stage, {"threads": 2}, every=1)
     assert other.load() is None
-    assert "number of threads, runtime.compile or torch; it is trained from the start" in capsys.readouterr().out
-    assert Partial(tmp_path, a_stage(data, epochs=4), {"threads": 1}, every=1).load() is None
-    assert "is another stage's" in capsys.readouterr().out
+    assert "threads, runtime.compile or torch; training starts from the first epoch" in capsys.readouterr().out
+    assert Checkpoint(tmp_path, a_stage(data, epochs=4), {"threads": 1}, every=1).load() is None
+    assert "belongs to another stage" in capsys.readouterr().out
     assert partial.load() is not None
     whole = (tmp_path / "state").read_bytes()
     for torn in (b"", b"half of a", whole[:-1], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
         (tmp_path / "state").write_bytes(torn)
         assert partial.load() is None
-        assert "its checkpoint is damaged; it is trained from the start" in capsys.readouterr().out
+        assert "the checkpoint is damaged; training starts from the first epoch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -290,8 +286,8 @@ def test_two_distilled_epochs_by_hand(data: Data, optimizer: str) -> None:
         naive = torch.optim.Adam(network.parameters(), lr, weight_decay=0.05)
     for epoch in range(2):
         naive.param_groups[0]["lr"] = lr * 0.1**epoch
-        order = random_stream(0, epoch, training.ORDER).permutation(few.train)
-        views = few.draw_views(random_stream(0, epoch, training.VIEW))[order]
+        order = random_stream(0, epoch, ORDER).permutation(few.train)
+        views = few.draw_views(random_stream(0, epoch, VIEW))[order]
         for start in range(0, 256, 64):
             rows = torch.from_numpy(order[start : start + 64])
             images = few.show(rows, torch.from_numpy(views[start : start + 64]))
@@ -317,7 +313,9 @@ def test_epochs_differ_in_order_and_views(data: Data, monkeypatch: pytest.Monkey
             return super().logits(samples, views, advance)
 
     teacher, network = teacher_of(data)
-    train_stage(a_stage(data, guide=teacher), data, Spy(network, data, "fp32", "cpu"), "cpu", Silent())
+    train_stage(
+        a_stage(data, guide=teacher), data=data, guide=Spy(network, data, "fp32", "cpu"), device="cpu", watch=Silent()
+    )
     assert len({order for order, _ in seen}) == len({views for _, views in seen}) == 2
 
 
@@ -391,24 +389,24 @@ def test_a_loss_that_is_not_finite_stops_at_once(data: Data) -> None:
     with pytest.raises(
         KnownError, match=r"student plane2: the loss is (nan|inf) at epoch 1, step \d, learning rate 1e\+30"
     ):
-        train_stage(stage, data, None, "cpu", watch)
+        train_stage(stage, data=data, guide=None, device="cpu", watch=watch)
     assert watch.rows == []
     assert watch.images < len(data.train)
 
 
 def test_weights_that_are_not_finite_are_not_kept(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last step of an epoch may break them, and no loss sees that."""
-    really = training._Training._steps
+    """The last step of an epoch may make them non-finite, and no later loss shows it."""
+    really = training.Loop._run_epoch
 
-    def broken(self: Any, epoch: int) -> dict[str, float]:
+    def broken(self: training.Loop, epoch: int) -> dict[str, float]:
         means = really(self, epoch)
-        next(self.network.parameters()).data[0] = torch.nan
+        next(self.step.network.parameters()).data[0] = torch.nan
         return means
 
-    monkeypatch.setattr(training._Training, "_steps", broken)
-    line = r"student plane2: \S+weight is not finite after epoch 1, learning rate 0.01; a lower"
+    monkeypatch.setattr(training.Loop, "_run_epoch", broken)
+    line = r"student plane2: \S+weight is not finite after epoch 1, learning rate 0.01; try a lower"
     with pytest.raises(NonFiniteError, match=line):
-        train_stage(a_stage(data, epochs=1, schedule="constant"), data, None, "cpu", Silent())
+        train_stage(a_stage(data, epochs=1, schedule="constant"), data=data, guide=None, device="cpu", watch=Silent())
 
 
 # the guide --------------------------------------------------------------------------------------------------------
@@ -455,7 +453,7 @@ def test_a_guide_is_left_as_it_was(data: Data) -> None:
     guide = Guide(network, data, "fp32", "cpu")
     for watched in (network, guide._folded):
         before = {name: tensor.clone() for name, tensor in watched.state_dict().items()}
-        train_stage(a_stage(data, guide=teacher), data, guide, "cpu", Silent())
+        train_stage(a_stage(data, guide=teacher), data=data, guide=guide, device="cpu", watch=Silent())
         assert all(torch.equal(tensor, before[name]) for name, tensor in watched.state_dict().items())
         assert all(p.grad is None for p in watched.parameters())
         assert not any(module.training for module in watched.modules())

@@ -1,4 +1,4 @@
-"""A loopback stand-in for W&B's backend: it takes whatever is sent, and tells a run that goes on what it had."""
+"""A local stand-in for W&B's server: it accepts everything, and gives a resumed run its history."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Server:
 
     @property
     def account(self) -> dict[str, str]:
-        """The environment of a user whose server this is."""
+        """The environment of a user of this server."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "a" * 40}
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class Server:
         self.http.server_close()
 
     def answer(self, path: str, data: bytes) -> dict[str, Any]:
-        """What a request is answered with, by its path and GraphQL operation."""
+        """The answer to a request, by its path and GraphQL operation."""
         if "file_stream" in path:
             return self._stream(self.runs[path.split("/")[-2]], json.loads(data))
         if not path.endswith("/graphql"):
@@ -64,6 +64,9 @@ class Server:
             self.files += variables.get("files", [])
             files = [{"name": name, "uploadUrl": f"{self.url}/up/{name}"} for name in variables.get("files", [])]
             return {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}}
+        if "mutation CreateArtifact" in text:  # a table; it is said to be there already, so nothing is uploaded
+            artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}}
+            return {"data": {"createArtifact": {"artifact": artifact}}}
         viewer = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
         info = {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None}
         return {"data": {"viewer": viewer, "serverInfo": info, "model": None, "project": None}}

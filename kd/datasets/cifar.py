@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from kd.datasets.base import Arrays
-from kd.datasets.fetch import fetch
+from kd.datasets import Arrays
+from kd.datasets.download import fetch
 
 
 def read_cifar10(data_root: Path, content: str | None) -> Arrays:

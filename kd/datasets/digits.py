@@ -1,12 +1,12 @@
-"""digits: scikit-learn's 1,797 scans of handwritten digits, which come with the library and need no network."""
+"""digits: scikit-learn's 1,797 scans of handwritten digits, which come with the library."""
 
 from pathlib import Path
 
 import numpy as np
 
-from kd.datasets.base import Arrays, grey_to_rgb
+from kd.datasets import Arrays, grey_to_rgb
 
-_TEST = 360  # the last scans are other writers' than the rest
+_TEST = 360  # the last scans are by other writers than the rest
 
 
 def read(data_root: Path, content: str | None) -> Arrays:

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.datasets.base import Arrays, grey_to_rgb
-from kd.datasets.fetch import fetch
+from kd.datasets import Arrays, grey_to_rgb
+from kd.datasets.download import fetch
 
 
 def read(data_root: Path, content: str | None) -> Arrays:
-    """60,000 training and 10,000 test images, padded by black to 32×32, grey repeated to three channels."""
+    """60,000 training and 10,000 test images, padded with black to 32×32, grey repeated to three channels."""
     from torchvision.datasets import FashionMNIST
 
     files = "FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte (unpacked)"

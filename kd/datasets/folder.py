@@ -4,37 +4,36 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from kd.datasets import decoded
-from kd.datasets.base import Arrays, Facts
-from kd.spec import KnownError, printable
+from kd.core.spec import KnownError, printable
+from kd.datasets import Arrays, Facts, decoder
 
 
 def prepare(root: Path, data_root: Path, threads: int, skip: bool = False) -> Facts:
-    """A folder's facts, its images decoded. Raises KnownError, naming files, where it is not as it should be."""
+    """The facts of a folder, whose images are decoded. Raises KnownError, with the names of files, for bad input."""
     classes = _classes(root)
     train, test = (list(_files(root, split, classes)) for split in ("train", "test"))
-    return decoded.prepare(decoded.Listing(root, classes, train, test), data_root / "folder", threads, skip)
+    return decoder.decode(decoder.Listing(root, classes, train, test), data_root / "folder", threads, skip)
 
 
 def read(data_root: Path, content: str | None) -> Arrays:
-    """The arrays that prepare() left."""
-    return decoded.read(data_root / "folder" / str(content))
+    """The arrays that prepare() wrote."""
+    return decoder.read_arrays(data_root / "folder" / str(content))
 
 
 def _classes(root: Path) -> list[str]:
     for split in ("train", "test"):
         if not (root / split).is_dir():
             place = f"{root}/{{train,test}}/<class>/"
-            raise KnownError(f"dataset.root: {root / split} is no folder; images should lie in {place}")
+            raise KnownError(f"dataset.root: {root / split} is not a folder; images should be in {place}")
     train, test = ({e.name for e in os.scandir(root / s) if e.is_dir()} for s in ("train", "test"))
     if len(train) < 2:
-        raise KnownError(f"dataset.root: {root / 'train'} should have a folder a class, two or more (got {len(train)})")
+        raise KnownError(f"dataset.root: {root / 'train'} should have two or more class folders (got {len(train)})")
     if train != test:
         odd = ", ".join(map(printable, sorted(train ^ test)))
         raise KnownError(f"dataset.root: these classes of {root} are not in both train and test: {odd}")
     return sorted(train)
 
 
-def _files(root: Path, split: str, classes: list[str]) -> Iterator[decoded.File]:
+def _files(root: Path, split: str, classes: list[str]) -> Iterator[decoder.File]:
     for label, name in enumerate(classes):
-        yield from ((f"{split}/{name}/{file}", label) for file in decoded.images(root / split / name))
+        yield from ((f"{split}/{name}/{file}", label) for file in decoder.image_names(root / split / name))

@@ -1,9 +1,8 @@
-"""tiny_imagenet (Stanford CS231n 2015): 200 classes of 64×64 images, in the layout of their archive.
+"""tiny_imagenet (Stanford CS231n 2015): 200 classes of 64×64 images, in the layout of its archive.
 
-train/<wnid>/images/ has a folder a class, val/images/ one folder for all: its labels are in val/val_annotations.txt,
-and reading it as a folder of classes gives every image the same. val/ is the test set here, as in the papers, since
-the archive's own has no labels. Classes are numbered as their names sort, as torchvision does; wnids.txt has another
-order.
+train/<wnid>/images/ is one folder per class. val/images/ is one folder for all classes, with labels in
+val/val_annotations.txt. val/ is the test set here, as in the papers, because the archive's test images have no labels.
+Classes are numbered in the order of their names, as in torchvision; wnids.txt has another order.
 """
 
 import os
@@ -16,22 +15,21 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from kd.datasets import decoded
-from kd.datasets.base import Arrays, Facts
-from kd.spec import KnownError, tilde
+from kd.core.spec import KnownError, tilde
+from kd.datasets import Arrays, Facts, decoder
 
 _NAME = "tiny-imagenet-200"
 _URL = f"http://cs231n.stanford.edu/{_NAME}.zip"
-# Twice the members of the archive (110,000 images and 400 tables), and several times its bytes.
+# Limits for an archive: twice the files of the real one (110,000 images and 400 tables), and several times its bytes.
 _MOST_FILES = 250_000
 _MOST_BYTES = 2_000_000_000
 _ANNOTATIONS = "val/val_annotations.txt"
 
 
 def prepare(root: Path, data_root: Path, threads: int, skip: bool = False) -> Facts:
-    """The facts of the images in `root`, decoded; an absent root is first unpacked from the zip beside it.
+    """The facts of the images in `root`, which are decoded. If `root` is missing, the zip beside it is unpacked first.
 
-    Raises KnownError, naming files, where neither is there or the folder is not as the archive has it.
+    Raises KnownError, with the names of files, if both are missing or the folder has another layout than the archive.
     """
     if root.suffix == ".zip":
         root = root.with_suffix("")
@@ -41,28 +39,28 @@ def prepare(root: Path, data_root: Path, threads: int, skip: bool = False) -> Fa
     train = [
         (f"train/{name}/images/{file}", label)
         for label, name in enumerate(classes)
-        for file in decoded.images(root / "train" / name / "images")
+        for file in decoder.image_names(root / "train" / name / "images")
     ]
-    listing = decoded.Listing(root, classes, train, _test(root, classes), (_ANNOTATIONS,))
-    return decoded.prepare(listing, data_root / "tiny_imagenet", threads, skip)
+    listing = decoder.Listing(root, classes, train, _test(root, classes), (_ANNOTATIONS,))
+    return decoder.decode(listing, data_root / "tiny_imagenet", threads, skip)
 
 
 def read(data_root: Path, content: str | None) -> Arrays:
-    """The arrays that prepare() left."""
-    return decoded.read(data_root / "tiny_imagenet" / str(content))
+    """The arrays that prepare() wrote."""
+    return decoder.read_arrays(data_root / "tiny_imagenet" / str(content))
 
 
 def _unpack(archive: Path, root: Path) -> None:
     if not archive.is_file():
         raise KnownError(
-            f"tiny_imagenet is not in {root}: fetch {_URL} and put it at {archive}, or unpack it there; or name the "
-            "folder that has train/ and val/ by dataset.root=<path>"
+            f"tiny_imagenet is not in {root}: download {_URL} to {archive}, or set dataset.root=<path> to the folder "
+            "that has train/ and val/"
         )
     partial = root.with_name(f".{root.name}.partial")
     with FileLock(root.with_name(f".{root.name}.lock")):
-        if root.is_dir():  # another process was first
+        if root.is_dir():  # another process has unpacked it
             return
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         print(tilde(f"unpacking {archive}, once"), flush=True)
         try:
             with zipfile.ZipFile(archive) as packed:
@@ -71,14 +69,14 @@ def _unpack(archive: Path, root: Path) -> None:
             if not (partial / _NAME).is_dir():
                 raise zipfile.BadZipFile(f"no folder {_NAME}/ in it")
             (partial / _NAME).rename(root)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:  # encrypted, unknown
-            raise KnownError(f"{archive} is not whole, or not {_URL} ({error}): fetch it again") from error
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:  # also encrypted
+            raise KnownError(f"{archive} is damaged, or is not {_URL} ({error}): download it again") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check(packed: zipfile.ZipFile) -> None:
-    """Raise BadZipFile for members that no archive of images has; extractall() reads no more than each one's size."""
+    """Raise BadZipFile for members that no archive of images has. extractall() reads at most their declared sizes."""
     members = packed.infolist()
     if len(members) > _MOST_FILES or sum(member.file_size for member in members) > _MOST_BYTES:
         raise zipfile.BadZipFile(f"it holds more than {_MOST_FILES:,} files or {_MOST_BYTES:,} bytes")
@@ -87,39 +85,39 @@ def _check(packed: zipfile.ZipFile) -> None:
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise zipfile.BadZipFile(f"{member.filename!r} is a link or a device")
         if member.filename.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.filename):
-            raise zipfile.BadZipFile(f"{member.filename!r} would lie outside of the folder")
+            raise zipfile.BadZipFile(f"{member.filename!r} would be unpacked outside of the folder")
 
 
 def _classes(root: Path) -> list[str]:
     for folder in (root / "train", root / "val" / "images"):
         if not folder.is_dir():
-            raise KnownError(f"dataset.root: {folder} is no folder; {root} should be as {_URL} unpacks")
+            raise KnownError(f"dataset.root: {folder} is not a folder; {root} should be the unpacked {_URL}")
     classes = sorted(e.name for e in os.scandir(root / "train") if e.is_dir())
     if len(classes) < 2:
         raise KnownError(f"dataset.root: {root / 'train'} should have two classes or more (got {len(classes)})")
     bare = (name for name in classes if not (root / "train" / name / "images").is_dir())
-    decoded.raise_for(f"of {root / 'train'} have no folder images/", bare, "classes")
+    decoder.raise_for(f"of {root / 'train'} have no folder images/", bare, "classes")
     return classes
 
 
-def _test(root: Path, classes: list[str]) -> list[decoded.File]:
+def _test(root: Path, classes: list[str]) -> list[decoder.File]:
     """The images of val/ with their labels, sorted by name."""
     path = root / _ANNOTATIONS
     if not path.is_file():
-        raise KnownError(f"dataset.root: {path} is missing: the labels of val/images are in it, and nowhere else")
+        raise KnownError(f"dataset.root: {path} is missing: it has the labels of val/images")
     rows = [line.split("\t") for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    decoded.raise_for(
-        f"of {path} are not <file>, <wnid>, box between tabs",
+    decoder.raise_for(
+        f"of {path} are not <file>, <wnid> and box, separated by tabs",
         (repr("\t".join(row)) for row in rows if len(row) < 2 or not all(row[:2])),
         "lines",
     )
     wnids = {row[0]: row[1] for row in rows}
-    present = set(decoded.images(root / "val" / "images"))
+    present = set(decoder.image_names(root / "val" / "images"))
     if len(wnids) < len(rows):
         raise KnownError(f"dataset.root: {path} names files more than once ({len(rows)} lines, {len(wnids)} files)")
-    decoded.raise_for(f"that {path} names are not in val/images", sorted(wnids.keys() - present))
-    decoded.raise_for(f"of val/images have no line in {path}", sorted(present - wnids.keys()))
-    decoded.raise_for(f"of {path} are not in train/", sorted(set(wnids.values()) - set(classes)), "classes")
-    decoded.raise_for(f"of train/ have no image in {path}", sorted(set(classes) - set(wnids.values())), "classes")
+    decoder.raise_for(f"that {path} names are not in val/images", sorted(wnids.keys() - present))
+    decoder.raise_for(f"of val/images have no line in {path}", sorted(present - wnids.keys()))
+    decoder.raise_for(f"of {path} are not in train/", sorted(set(wnids.values()) - set(classes)), "classes")
+    decoder.raise_for(f"of train/ have no image in {path}", sorted(set(classes) - set(wnids.values())), "classes")
     labels = {name: label for label, name in enumerate(classes)}
     return [(f"val/images/{file}", labels[wnid]) for file, wnid in sorted(wnids.items())]

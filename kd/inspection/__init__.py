@@ -1,1 +1,1 @@
-"""Inspection: what finished networks answer beyond their accuracy, and how their loss lies around them."""
+"""Commands that analyse finished networks. Their code is in kd/tools/inspection."""

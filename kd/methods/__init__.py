@@ -1,14 +1,19 @@
-"""The methods: how a student comes to be trained, each planned as a chain of stages."""
+"""The methods: which network learns from which. Each method has one file and one line in METHODS."""
 
-from kd.methods.base import Method
+from kd.core.spec import Registry
 from kd.methods.kd import KD
+from kd.methods.method import Method
 from kd.methods.scratch import Scratch
 from kd.methods.ta import TA
 from kd.methods.trained_teacher import TrainedTeacher
 
-METHODS: dict[str, type[Method]] = {
-    "scratch": Scratch,
-    "kd": KD,
-    "ta": TA,
-    "trained_teacher": TrainedTeacher,
-}
+METHODS: Registry[type[Method]] = Registry(
+    "kd.methods",
+    {
+        "scratch": Scratch,
+        "kd": KD,
+        "ta": TA,
+        "trained_teacher": TrainedTeacher,
+    },
+    type[Method],
+)

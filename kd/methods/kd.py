@@ -1,11 +1,10 @@
 """kd: the teacher teaches the student directly (Hinton et al. 2015; TAKD's BLKD)."""
 
-from kd.methods.base import DistillingMethod
-from kd.stage import Planner, Stage
+from kd.methods.method import DistillingMethod, Ends, Link
 
 
 class KD(DistillingMethod):
     """teacher → student."""
 
-    def plan(self, planner: Planner) -> Stage:
-        return self.student(planner, planner.teacher())
+    def chain(self, ends: Ends) -> list[Link]:
+        return [self.teacher_of(ends), self.student_of(ends)]

@@ -2,9 +2,8 @@
 
 from pydantic import Field
 
-from kd.methods.base import AssistedMethod
+from kd.methods.method import AssistedMethod, Ends, Link
 from kd.models import NetworkName
-from kd.stage import Planner, Stage
 
 
 class TA(AssistedMethod):
@@ -12,5 +11,5 @@ class TA(AssistedMethod):
 
     assistants: tuple[NetworkName, ...] = Field(min_length=1)
 
-    def plan(self, planner: Planner) -> Stage:
-        return self.student(planner, self.through_assistants(planner, planner.teacher()))
+    def chain(self, ends: Ends) -> list[Link]:
+        return [self.teacher_of(ends), *self.assistants_of(ends), self.student_of(ends)]

@@ -1,12 +1,11 @@
-"""trained_teacher: a teacher that first learns to teach, against a frozen small network (Displays 2023)."""
+"""trained_teacher: a teacher that first learns to teach, with a frozen small network as its guide (Displays 2023)."""
 
 from pydantic import Field
 
-from kd.losses import TeachableTeacher
-from kd.methods.base import AssistedMethod
+from kd.core.spec import Frozen
+from kd.losses import CrossEntropy, TeachableTeacher
+from kd.methods.method import AssistedMethod, Ends, Link
 from kd.models import NetworkName
-from kd.spec import Frozen
-from kd.stage import Planner, Stage
 
 
 class TeacherSettings(Frozen):
@@ -22,8 +21,8 @@ class TrainedTeacher(AssistedMethod):
     reference: NetworkName | None  # null: the student's network
     teacher: TeacherSettings
 
-    def plan(self, planner: Planner) -> Stage:
-        reference = planner.reference(self.reference or planner.student_model)
+    def chain(self, ends: Ends) -> list[Link]:
+        reference = Link("reference", self.reference or ends.student, CrossEntropy(), ends.teacher_seed)
         loss = TeachableTeacher(T=self.teacher.T, weight=self.teacher.weight)
-        teacher = planner.trained_teacher(loss, reference)
-        return self.student(planner, self.through_assistants(planner, teacher))
+        teacher = Link("teacher", ends.teacher, loss, ends.teacher_seed)
+        return [reference, teacher, *self.assistants_of(ends), self.student_of(ends)]

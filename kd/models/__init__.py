@@ -2,53 +2,50 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator
+
+from kd.core.spec import Registry, load_attribute
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class Entry(NamedTuple):
+class ModelEntry(NamedTuple):
     """A network: the dotted path of its class, the family that its recipe goes by, and its depth as its name has it.
 
-    Where the name has none, the depth counts the layers with weights, shortcuts aside.
+    Where the name has none, the depth counts the layers with weights, shortcuts aside. A network may bring a recipe of
+    its own: settings of `train` that differ from its family's on each data set, or, where its family has no recipe,
+    from those of the family `resnet`.
     """
 
     path: str
     family: str
     depth: int
+    recipe: Mapping[str, Any] | None = None  # in mode=paper
 
 
-MODELS: dict[str, Entry] = {
-    **{f"plane{d}": Entry("kd.models.plane.Plane", "plane", d) for d in (2, 4, 6, 8, 10)},
+_OWN: dict[str, ModelEntry] = {
+    **{f"plane{d}": ModelEntry("kd.models.plane.Plane", "plane", d) for d in (2, 4, 6, 8, 10)},
     **{
-        f"resnet{d}": Entry("kd.models.cifar_resnet.CifarResNet", "cifar_resnet", d)
+        f"resnet{d}": ModelEntry("kd.models.cifar_resnet.CifarResNet", "cifar_resnet", d)
         for d in (8, 14, 20, 26, 32, 44, 56, 110)
     },
-    "net": Entry("kd.models.net.Net", "net", 5),
-    "mlp": Entry("kd.models.mlp.MLP", "mlp", 3),
-    **{f"resnet{d}": Entry("kd.models.resnet.ResNet", "resnet", d) for d in (18, 34, 50, 101, 152)},
-    **{f"preresnet{d}": Entry("kd.models.preresnet.PreResNet", "preresnet", d) for d in (20, 32, 44, 56, 110)},
-    "resnext29_8x64d": Entry("kd.models.resnext.ResNeXt", "resnext", 29),
-    **{f"densenet{d}": Entry("kd.models.densenet.DenseNet", "densenet", d) for d in (121, 161, 169, 201)},
-    "mobilenetv2": Entry("kd.models.mobilenetv2.MobileNetV2", "mobilenetv2", 54),
-    "shufflenetv2": Entry("kd.models.shufflenetv2.ShuffleNetV2", "shufflenetv2", 51),
+    "net": ModelEntry("kd.models.net.Net", "net", 5),
+    "mlp": ModelEntry("kd.models.mlp.MLP", "mlp", 3),
+    **{f"resnet{d}": ModelEntry("kd.models.resnet.ResNet", "resnet", d) for d in (18, 34, 50, 101, 152)},
+    **{f"preresnet{d}": ModelEntry("kd.models.preresnet.PreResNet", "preresnet", d) for d in (20, 32, 44, 56, 110)},
+    "resnext29_8x64d": ModelEntry("kd.models.resnext.ResNeXt", "resnext", 29),
+    **{f"densenet{d}": ModelEntry("kd.models.densenet.DenseNet", "densenet", d) for d in (121, 161, 169, 201)},
+    "mobilenetv2": ModelEntry("kd.models.mobilenetv2.MobileNetV2", "mobilenetv2", 54),
+    "shufflenetv2": ModelEntry("kd.models.shufflenetv2.ShuffleNetV2", "shufflenetv2", 51),
 }
 
 
-def _known(name: str) -> str:
-    if name not in MODELS:
-        near = get_close_matches(name, MODELS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"{hint}there are {', '.join(MODELS)}")
-    return name
-
-
-NetworkName = Annotated[str, AfterValidator(_known)]
+MODELS: Registry[ModelEntry] = Registry("kd.models", _OWN, ModelEntry)
+NetworkName = Annotated[str, AfterValidator(MODELS.known)]
 
 
 def build(name: str, *, num_classes: int, image_size: int = 32, in_channels: int = 3) -> nn.Module:
@@ -58,6 +55,5 @@ def build(name: str, *, num_classes: int, image_size: int = 32, in_channels: int
     [batch, num_classes]. Raises KnownError where the network cannot take such images.
     """
     entry = MODELS[name]
-    module, _, cls = entry.path.rpartition(".")
-    network: nn.Module = getattr(import_module(module), cls)(entry.depth, num_classes, image_size, in_channels)
+    network: nn.Module = load_attribute(entry.path)(entry.depth, num_classes, image_size, in_channels)
     return network

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class _Block(nn.Module):
-    """Two 3×3 convolutions and a shortcut, a 1×1 convolution with BatchNorm where the shape changes."""
+    """Two 3×3 convolutions and a shortcut. If the shape changes, the shortcut is a 1×1 convolution with BatchNorm."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from kd.spec import KnownError
+from kd.core.spec import KnownError
 
 # Channels that each layer adds, and layers of each dense block.
 _BLOCKS: dict[int, tuple[int, tuple[int, int, int, int]]] = {
@@ -17,7 +17,7 @@ _BLOCKS: dict[int, tuple[int, tuple[int, int, int, int]]] = {
 
 
 class _Layer(nn.Module):
-    """Twice BatchNorm, ReLU and a convolution, 1×1 and then 3×3, whose output joins its input."""
+    """BatchNorm, ReLU and a 1×1 convolution, then the same with a 3×3 one. The output is concatenated to the input."""
 
     def __init__(self, channels: int, growth: int) -> None:
         super().__init__()
@@ -51,8 +51,8 @@ class _Transition(nn.Module):
 class DenseNet(nn.Module):
     """A 3×3 stem, four dense blocks with transitions between, BatchNorm and ReLU, global average pooling, linear.
 
-    The stem has twice the channels that a layer adds. Initialisation is torch's own. Any image works that is not
-    pooled away.
+    The stem has twice as many channels as a layer adds. Initialisation is torch's own. Takes images of at least 8
+    pixels.
     """
 
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:
@@ -70,7 +70,7 @@ class DenseNet(nn.Module):
             channels += growth * layers
             features[f"transition_layer_{i}"] = _Transition(channels)
             channels //= 2
-        features["dense_block3"] = self._block(channels, growth, blocks[-1])  # as published: no "_layer_"
+        features["dense_block3"] = self._block(channels, growth, blocks[-1])  # no "_layer_" in the released weights
         channels += growth * blocks[-1]
         features["bn"] = nn.BatchNorm2d(channels)
         features["relu"] = nn.ReLU(inplace=True)

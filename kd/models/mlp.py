@@ -6,9 +6,9 @@ from torch import Tensor, nn
 class MLP(nn.Module):
     """Three linear layers over the pixels, two of 512 hidden units with ReLU, then the logits.
 
-    The original puts a ReLU on the logits too: a bug, for a class below zero then learns nothing. There is none here,
-    so the logits of published weights differ wherever they are negative. Initialisation is torch's own. There is one
-    depth, 3. Takes images of any size; the first layer grows with their area, where the original takes 32×32 only.
+    The original has a ReLU on the logits too. That is a bug: a class with a negative logit has no gradient. Here there
+    is no such ReLU, so logits of published weights differ where they are negative. Initialisation is torch's own. The
+    only depth is 3. Takes images of any size: the first layer grows with their area (the original takes 32×32 only).
     """
 
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:

@@ -1,10 +1,10 @@
-"""The MobileNetV2 of Sandler et al. (2018) for small images, as pytorch-cifar100 has it."""
+"""The MobileNetV2 of Sandler et al. (2018) for small images, as in pytorch-cifar100."""
 
 from torch import Tensor, nn
 
 
 class _Block(nn.Module):
-    """A 1×1 convolution that expands, a 3×3 one a channel, a 1×1 one that projects; a shortcut where shapes agree."""
+    """A 1×1 expansion, a 3×3 depthwise convolution, a 1×1 projection; and a shortcut if the shape is unchanged."""
 
     def __init__(self, channels: int, out: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -29,9 +29,9 @@ class _Block(nn.Module):
 class MobileNetV2(nn.Module):
     """A stem of 32 channels, seven stages of inverted residuals, 1,280 channels, global average pooling, a 1×1 head.
 
-    As in the original, the stem is a 1×1 convolution with padding 1, so that 32×32 images have maps of 34, 17, 9 and
-    5; every convolution has a bias; the first block has a 1×1 convolution although it expands nothing. Initialisation
-    is torch's own. There is one depth, 54. Takes images of any size.
+    As in the original, the stem is a 1×1 convolution with padding 1, so 32×32 images give maps of 34, 17, 9 and 5.
+    Every convolution has a bias. The first block has an expansion convolution although its expansion is 1.
+    Initialisation is torch's own. The only depth is 54. Takes images of any size.
     """
 
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:

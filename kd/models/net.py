@@ -2,15 +2,15 @@
 
 from torch import Tensor, nn
 
-from kd.spec import KnownError
+from kd.core.spec import KnownError
 
 
 class Net(nn.Module):
     """Three times (3×3 convolution with bias, BatchNorm, 2×2 max-pooling, ReLU), then two linear layers.
 
     32, 64 and 128 channels; 128 hidden units with BatchNorm. The original's dropout has rate 0 in every experiment,
-    so there is none here. Initialisation is torch's own. There is one depth, 5. Any image works that is not pooled
-    away; the first linear layer grows with its area, where the original takes 32×32 only.
+    so there is none here. Initialisation is torch's own. The only depth is 5. Takes images of at least 8 pixels: the
+    first linear layer grows with their area (the original takes 32×32 only).
     """
 
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:

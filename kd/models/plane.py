@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from kd.spec import KnownError
+from kd.core.spec import KnownError
 
 _POOL = 0
 
@@ -19,7 +19,7 @@ _UP_TO_10_CLASSES: dict[int, tuple[list[int], list[int]]] = {
 _ABOVE_10_CLASSES: dict[int, tuple[list[int], list[int]]] = {
     2: ([32, _POOL, 32, _POOL], []),
     4: ([32, 32, _POOL, 64, 64, _POOL], []),
-    6: ([32, 32, _POOL, 64, 64, _POOL, 128, 128], []),  # no last pooling, as released
+    6: ([32, 32, _POOL, 64, 64, _POOL, 128, 128], []),  # no last pooling, as in the released code
     8: ([32, 32, _POOL, 64, 64, _POOL, 128, 128, _POOL, 256, 256, _POOL], [64]),
     10: ([32, 32, _POOL, 64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, 256, _POOL], [512]),
 }
@@ -29,7 +29,7 @@ class Plane(nn.Module):
     """TAKD's vanilla CNN: (3×3 convolution with bias, BatchNorm, ReLU) with 2×2 max-pooling, then linear layers.
 
     It has two shapes, CIFAR-10's for up to ten classes and CIFAR-100's above. Initialisation is torch's own.
-    Any image works that is not pooled away; the first linear layer grows with its area.
+    Takes any image that still has a pixel after all pooling; the first linear layer grows with its area.
     """
 
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:
@@ -46,7 +46,7 @@ class Plane(nn.Module):
         channels = in_channels
         for width in convolutions:
             if width == _POOL:
-                # Before the ReLU: on a quarter of the map, the same numbers and gradients to the bit.
+                # Pooling before the ReLU gives the same values and gradients to the bit, for a quarter of its work.
                 layers.insert(-1, nn.MaxPool2d(2))
             else:
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]

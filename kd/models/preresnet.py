@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 
 def _downsample(channels: int, out: int, stride: int) -> nn.Sequential | None:
-    """A 1×1 convolution where the shape changes, without BatchNorm."""
+    """A 1×1 convolution without BatchNorm, if the shape changes."""
     if stride == 1 and channels == out:
         return None
     return nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False))
 
 
 class _Basic(nn.Module):
-    """Twice BatchNorm, ReLU and a 3×3 convolution, and a shortcut around all of it."""
+    """Twice BatchNorm, ReLU and a 3×3 convolution, and a shortcut around them."""
 
     expansion = 1
 
@@ -60,10 +60,9 @@ class _Bottleneck(nn.Module):
 class PreResNet(nn.Module):
     """A 3×3 stem of 16 channels, three stages of 16, 32 and 64, BatchNorm and ReLU, global average pooling, linear.
 
-    n = (depth - 2) / 6 blocks a stage, basic ones below depth 44 and bottlenecks from there on. Those have a third
-    convolution that the name does not count: preresnet110 has 164 layers. Convolutions start from
-    N(0, sqrt(2/(k·k·out))). Takes images of any size: the original pools 8×8 maps, which is the same at 32×32 and
-    fails elsewhere.
+    Each stage has n = (depth - 2) / 6 blocks: basic blocks below depth 44, bottlenecks from 44 on. A bottleneck has a
+    third convolution that the name does not count: preresnet110 has 164 layers. Convolutions start from
+    N(0, sqrt(2/(k·k·out))). Takes images of any size (the original pools 8×8 maps, so it takes 32×32 only).
     """
 
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:

@@ -1,10 +1,10 @@
-"""The ImageNet ResNets of He et al. (2016) with a stem for small images, as pytorch-cifar made them common."""
+"""The ImageNet ResNets of He et al. (2016) with a stem for small images, as in pytorch-cifar."""
 
 from torch import Tensor, nn
 
 
 def _shortcut(channels: int, out: int, stride: int) -> nn.Sequential:
-    """The identity, or a 1×1 convolution with BatchNorm where the shape changes."""
+    """The identity, or a 1×1 convolution with BatchNorm if the shape changes."""
     if stride == 1 and channels == out:
         return nn.Sequential()
     return nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
@@ -31,7 +31,7 @@ class _Basic(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """A 3×3 convolution, which has the stride, between two 1×1 ones, the last four times as wide; and a shortcut."""
+    """1×1, 3×3 (with the stride) and 1×1 convolutions, the last four times as wide; and a shortcut."""
 
     expansion = 4
 
@@ -53,7 +53,7 @@ class _Bottleneck(nn.Module):
         return result
 
 
-# The block, and how many of it in each stage.
+# The type of block, and the number of blocks in each stage.
 _STAGES: dict[int, tuple[type[_Basic] | type[_Bottleneck], tuple[int, int, int, int]]] = {
     18: (_Basic, (2, 2, 2, 2)),
     34: (_Basic, (3, 4, 6, 3)),

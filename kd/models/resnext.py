@@ -1,4 +1,4 @@
-"""The CIFAR ResNeXt of Xie et al. (2017) with 8 groups of 64 channels, as ResNeXt.pytorch has it."""
+"""The CIFAR ResNeXt of Xie et al. (2017) with 8 groups of 64 channels, as in ResNeXt.pytorch."""
 
 from collections import OrderedDict
 
@@ -8,7 +8,7 @@ _GROUPS = 8
 
 
 class _Bottleneck(nn.Module):
-    """A grouped 3×3 convolution, which has the stride, between two 1×1 ones, and a shortcut."""
+    """1×1, grouped 3×3 (with the stride) and 1×1 convolutions, and a shortcut."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class _Bottleneck(nn.Module):
 class ResNeXt(nn.Module):
     """A 3×3 stem of 64 channels, three stages of 256, 512 and 1,024, global average pooling and a linear layer.
 
-    depth = 9n + 2, with n bottlenecks a stage. Weights start from Kaiming's normal distribution, by fan-out for
-    convolutions and by fan-in for the linear layer, whose biases start from 0. Takes images of any size.
+    depth = 9n + 2, with n bottlenecks in each stage. Initial weights are Kaiming normal: by fan-out for convolutions,
+    by fan-in for the linear layer. Its biases start from 0. Takes images of any size.
     """
 
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:

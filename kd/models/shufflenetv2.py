@@ -1,4 +1,4 @@
-"""The ShuffleNetV2 ×1 of Ma et al. (2018) for small images, as pytorch-cifar100 has it."""
+"""The ShuffleNetV2 ×1 of Ma et al. (2018) for small images, as in pytorch-cifar100."""
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ def _depthwise(channels: int, stride: int) -> list[nn.Module]:
 
 
 class _Unit(nn.Module):
-    """Half of the channels through three convolutions, half as they are; then the halves' channels are interleaved.
+    """Half of the channels pass three convolutions, and half stay as they are. Then the channels are shuffled.
 
-    With stride 2 both branches see all channels, and the second has two convolutions.
+    With stride 2 both branches get all channels, and the shortcut has two convolutions.
     """
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
@@ -38,8 +38,8 @@ class _Unit(nn.Module):
 class ShuffleNetV2(nn.Module):
     """A 3×3 stem of 24 channels, three stages of 116, 232 and 464, 1,024 channels, global average pooling, linear.
 
-    As in the original, the stem has stride 1, BatchNorm and neither ReLU nor pooling, and every convolution has a
-    bias. Initialisation is torch's own. There is one depth, 51. Takes images of any size.
+    As in the original, the stem has stride 1 and BatchNorm, no ReLU and no pooling. Every convolution has a bias.
+    Initialisation is torch's own. The only depth is 51. Takes images of any size.
     """
 
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:

@@ -1,5 +1,5 @@
-"""The store: finished stages by key, each whole or absent; `python -m kd.store` keeps house."""
+"""The store: finished stages by key, each complete or absent. `python -m kd.store` lists, checks and cleans it."""
 
-from kd.store.stages import Metrics, StageResult, Store, Trained, place
+from kd.store.stages import Metrics, StageResult, Store, TrainedStage, place
 
-__all__ = ["Metrics", "StageResult", "Store", "Trained", "place"]
+__all__ = ["Metrics", "StageResult", "Store", "TrainedStage", "place"]

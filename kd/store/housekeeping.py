@@ -1,4 +1,4 @@
-"""What the store need not keep: leftovers that nobody works on, and stages that somebody wants gone."""
+"""Cleaning the store: remove leftovers that no process uses, and finished stages on request."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from kd import files
-from kd.spec import KnownError
-from kd.store import locks, sums
-from kd.store.stages import Store
+from kd.core import files
+from kd.core.spec import KnownError
+from kd.store.stages import DamageError, Store, damage_in
 
 DAY = 86400
-_GONE = "of a process that is gone"
+_GONE = "left by a process that has ended"
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file or folder that nothing needs, why, and its size in bytes."""
+    """A file or folder that nothing needs, the reason, and its size in bytes."""
 
     path: Path
     reason: str
@@ -31,10 +30,10 @@ class Leftover:
 
 
 def dependents(store: Store, key: str) -> list[str]:
-    """The finished stages that were trained on this one, directly or not; those farthest from it come first."""
+    """The finished stages that have this one in their chain. Those farthest from it come first."""
     distance = {}
     for other in store:
-        with suppress(sums.DamageError):  # then it is not finished
+        with suppress(DamageError):  # a damaged stage does not count as finished
             chain = [source.key for source in store.source(other).chain[::-1]]
             if key in chain[1:]:
                 distance[other] = chain.index(key)
@@ -42,25 +41,25 @@ def dependents(store: Store, key: str) -> list[str]:
 
 
 def remove(store: Store, key: str, with_dependents: bool) -> list[str]:
-    """Remove a finished stage, and those that depend on it; returns their keys.
+    """Remove a finished stage, and with `with_dependents` those that depend on it. Returns the removed keys.
 
-    Raises KnownError, with nothing removed, where stages depend on it and should stay, or one is being trained.
+    Raises KnownError, and removes nothing, if other stages depend on it and should stay, or if one of them is locked.
     """
     if not store.has(key):
         raise KnownError(f"no finished stage {key} in {store.root}")
     needing = dependents(store, key)
     if needing and not with_dependents:
         raise KnownError(
-            f"stage {key} is what {len(needing)} finished stages depend on: {', '.join(needing)}; "
+            f"{len(needing)} finished stages depend on stage {key}: {', '.join(needing)}; "
             "--with-dependents removes them too"
         )
     doomed = [*needing, key]
     with store.writing():
         busy = [other for other in doomed if not _free(store.lock_file(other))]
         if busy:
-            raise KnownError("\n".join(f"stage {b} is held by {locks.holder(store.lock_file(b))}" for b in busy))
+            raise KnownError("\n".join(f"stage {b} is locked by {files.lock_holder(store.lock_file(b))}" for b in busy))
         for other in doomed:
-            with locks.hold(store.lock_file(other), f"stage {other} is held by"):
+            with files.hold_lock(store.lock_file(other), f"stage {other} is locked by"):
                 for path in store.outputs.glob(f"{other}-*"):
                     _discard(path)
                 _discard(store.root / other)
@@ -68,9 +67,9 @@ def remove(store: Store, key: str, with_dependents: bool) -> list[str]:
 
 
 def collect(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
-    """Remove what nothing needs, or only tell of it; `days` is the age of what might still be wanted.
+    """Remove what nothing needs, or with `dry` only list it. Unfinished and damaged stages go after `days`.
 
-    Never a finished stage, never what a process works on: its stage's lock is held. Raises KnownError where something
+    Finished stages stay, and so do files of a stage that is locked by a running process. Raises KnownError if something
     cannot be removed.
     """
     with store.writing():
@@ -84,7 +83,7 @@ def collect(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
             if _set_aside(path) < time.time() - days * DAY:
                 yield _take(path, f"damaged, set aside more than {days:g} days ago", dry)
         for path in _lock_files(store):
-            yield from (each for each in _of_lock(path, dry) if path in before)  # of others the user need not know
+            yield from (each for each in _of_lock(path, dry) if path in before)  # others were made by this call
 
 
 def _of_stages(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
@@ -95,8 +94,8 @@ def _of_stages(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
             if not free:
                 continue
             for path in [*files.temporaries(store.root, key), *files.temporaries(store.partial(key))]:
-                wanted = path.suffix == ".old" and not store.has(key) and sums.problem(path, key) is None
-                if files.abandoned(path) and not wanted:  # else the next run brings it back
+                wanted = path.suffix == ".old" and not store.has(key) and damage_in(path, key) is None
+                if files.abandoned(path) and not wanted:  # the next run restores what is wanted
                     yield _take(path, _GONE, dry)
             if key in partials and store.whole(key):
                 yield _take(store.partial(key), "checkpoint of a finished stage", dry)
@@ -105,14 +104,14 @@ def _of_stages(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
 
 
 def _of_banks(store: Store, dry: bool) -> Iterator[Leftover]:
-    """Only while nothing is trained: whoever holds a lock may be reading logits of a guide that was removed since."""
+    """Only if no stage is locked: a training that runs may read the logits of a guide that was removed meanwhile."""
     if not all(map(_free, _lock_files(store))):
         return
     yield from _of_gone(store, store.banks, "logits of a guide that is not in the store", dry)
 
 
 def _of_gone(store: Store, folder: Path, reason: str, dry: bool) -> Iterator[Leftover]:
-    """What is named by the key of a stage that is not there."""
+    """Files and folders that are named after a stage that is not in the store."""
     for path in _entries(folder):
         key = path.name.partition("-")[0]
         if re.fullmatch("[0-9a-f]{16}", key) and not store.has(key):
@@ -120,19 +119,19 @@ def _of_gone(store: Store, folder: Path, reason: str, dry: bool) -> Iterator[Lef
 
 
 def _lock_files(store: Store) -> list[Path]:
-    """Those that are there, or have left a note."""
+    """All lock files, also those that left only their note."""
     return sorted({path.with_suffix(".lock") for path in _entries(store.root / ".locks")})
 
 
 def _of_lock(path: Path, dry: bool) -> Iterator[Leftover]:
     with _claim(path, dry) as free:
-        if free and path.exists():  # of a killed holder there may be the note alone, which goes when the lock is freed
-            yield _take(path, "a lock that nobody holds", dry)  # whoever waits for it notices, and makes another
+        if free and path.exists():  # a killed holder may leave only its note, which is removed with the lock's release
+            yield _take(path, "a lock that nobody holds", dry)  # a process that waits for it notices, and makes another
 
 
 def _claim(path: Path, dry: bool) -> AbstractContextManager[bool]:
-    """The lock, if it is free; a dry run makes none."""
-    return nullcontext(True) if dry and not path.exists() else locks.hold(path, None)
+    """Take the lock if it is free. A dry run makes no lock file."""
+    return nullcontext(True) if dry and not path.exists() else files.hold_lock(path, None)
 
 
 def _free(path: Path) -> bool:
@@ -148,7 +147,7 @@ def _take(path: Path, reason: str, dry: bool) -> Leftover:
 
 
 def _discard(path: Path) -> None:
-    """A folder under another name first, so that no half of it is taken for anything."""
+    """Remove a file or folder. A folder is renamed first, so that nothing reads a half-removed one."""
     if not path.is_dir():
         os.unlink(path)
         return
@@ -160,7 +159,7 @@ def _discard(path: Path) -> None:
 
 
 def size(path: Path) -> int:
-    """Bytes on the disk, of a file or of all files below a folder; sparse ones count what they hold."""
+    """Bytes on the disk, of a file or of all files below a folder; sparse files count the blocks that they use."""
     below = [path, *path.rglob("*")] if path.is_dir() else [path]
     return sum(each.lstat().st_blocks * 512 for each in below)
 
@@ -174,7 +173,7 @@ def _touched(folder: Path) -> float:
 
 
 def _set_aside(path: Path) -> float:
-    """When, by its name; a foreign name is as old as its folder."""
+    """When a damaged stage was moved aside, by its name; for other names, the time of the folder."""
     try:
         moved = datetime.strptime(path.name.partition("-")[2], "%Y%m%dT%H%M%S.%fZ")
     except ValueError:

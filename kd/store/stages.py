@@ -1,13 +1,14 @@
-"""Finished stages by key: each is whole or absent, and trained by one process at a time."""
+"""Finished stages by key: each is complete or absent, has checksums, and is trained by one process at a time."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -16,42 +17,108 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from kd import files
-from kd.spec import Frozen, KnownError
-from kd.stage import FORMAT, Source, Stage
-from kd.store import locks, sums
+from kd.core import files
+from kd.core.files import ROOT
+from kd.core.spec import Frozen, KnownError
+from kd.core.stage import FORMAT, Source, Stage
+from kd.losses import parse_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kd.models.normalized import Normalized
-
-_REPOSITORY = Path(__file__).resolve().parents[2]
-_SOURCE: TypeAdapter[Source] = TypeAdapter(Source)
-
-
-def place(path: str | None, name: str) -> Path:
-    """A path as the user gave it, from the working directory; by default the folder `name` of the repository."""
-    return Path(os.path.expanduser(path)) if path else _REPOSITORY / name
-
+    from kd.models.normalization import Normalized
 
 Metrics = dict[str, float | int | None]
 
 
+SUMS = "SHA256SUMS"
+STAGE_FILES = ("stage.json", "model.safetensors", "metrics.jsonl", "result.json")
+
+_LINE = re.compile(r"([0-9a-f]{64})  (\S+)\n")
+_DAMAGE = (errno.EIO, errno.EISDIR, errno.ENOTDIR)  # other errors, e.g. EACCES or EMFILE, say nothing about the data
+
+
+class DamageError(KnownError):
+    """A file of a stage is missing, or does not match its checksum."""
+
+
+def digest(content: bytes) -> str:
+    """The sha256 in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sums_of(contents: Mapping[str, bytes]) -> bytes:
+    """The content of SHA256SUMS for these files."""
+    return "".join(f"{digest(content)}  {name}\n" for name, content in contents.items()).encode()
+
+
+def read_file(folder: Path, name: str) -> bytes:
+    """A file of a stage. Raises DamageError if it does not match its checksum, OSError if it may not be read."""
+    lines = _bytes(folder / SUMS).decode(errors="replace").splitlines(keepends=True)
+    sums = {match[2]: match[1] for match in map(_LINE.fullmatch, lines) if match}
+    if sorted(sums) != sorted(STAGE_FILES) or len(lines) != len(STAGE_FILES):
+        raise DamageError(f"{SUMS} does not list the stage's files")
+    content = _bytes(folder / name)
+    if digest(content) != sums[name]:
+        raise DamageError(f"{name} does not match its checksum")
+    return content
+
+
+def damage_in(folder: Path, key: str) -> str | None:
+    """What is wrong with the files of a stage, or None. Raises OSError if they may not be read."""
+    try:
+        contents = {name: read_file(folder, name) for name in STAGE_FILES}
+        found = json.loads(contents["stage.json"])["key"]
+    except DamageError as damage:
+        return str(damage)
+    except (ValueError, KeyError, TypeError):
+        return "stage.json does not describe a stage"
+    return None if found == key else f"it is a copy of {found}"
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DamageError(f"it has no {path.name}") from error
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
+        raise DamageError(f"{path.name} cannot be read: {error.strerror}") from error
+
+
+_SOURCE: TypeAdapter[Source] = TypeAdapter(Source)
+
+
+def place(path: str | None, name: str) -> Path:
+    """The user's path, relative to the working directory; by default the folder `name` of the repository."""
+    return Path(os.path.expanduser(path)) if path else ROOT / name
+
+
+def parse_source(tree: dict[str, Any]) -> Source:
+    """The spec in a stage.json. Raises ValueError, KeyError or TypeError."""
+    known = dict(tree)
+    if "loss" in known:
+        known["loss"] = parse_loss(known["loss"])
+    if known.get("guide") is not None:
+        known["guide"] = parse_source(known["guide"])
+    return _SOURCE.validate_python(known)
+
+
 class StageResult(Frozen):
-    """How a stage ended: accuracies of the kept weights in percent, time over all restarts."""
+    """The result of a stage: accuracies of the kept weights in percent; `seconds` includes all restarts."""
 
     params: int
-    val_acc: float | None  # null where there is no validation split
+    val_acc: float | None  # null without a validation split
     test_acc: float
     epochs: int
-    selected_epoch: int  # whose weights were kept, counted from 1
+    selected_epoch: int  # the epoch of the kept weights, counted from 1
     seconds: float
 
 
 @dataclass
-class Trained:
-    """What a stage's training leaves behind: weights by parameter name, a row an epoch, and how it ended."""
+class TrainedStage:
+    """What a stage's training returns: weights by parameter name, a row of metrics per epoch, and the result."""
 
     state: dict[str, Tensor]
     metrics: list[Metrics]
@@ -61,7 +128,7 @@ class Trained:
 class Store:
     """`root`/<key>/{stage.json, model.safetensors, metrics.jsonl, result.json, SHA256SUMS}.
 
-    Whatever is read of a stage is compared with its sums; what cannot be is a KnownError.
+    Every file that is read is compared with its checksum. Raises KnownError if it cannot be read or does not match.
     """
 
     def __init__(self, root: Path) -> None:
@@ -69,22 +136,22 @@ class Store:
         self._whole: set[str] = set()
 
     def has(self, key: str) -> bool:
-        """Whether the stage was finished; what is in its files is not looked at."""
+        """Whether the stage is finished. Its checksums are not compared."""
         return (self.root / key / "result.json").is_file()
 
     def whole(self, key: str) -> bool:
-        """Whether the stage is finished, and all of its files are what was written; looked up until it is.
+        """Whether the stage is finished and all its files match their checksums. A positive answer is remembered.
 
-        Raises KnownError where they may not be read.
+        Raises KnownError if they may not be read.
         """
         if key not in self._whole and self.has(key) and self.problem(key) is None:
             self._whole.add(key)
         return key in self._whole
 
     def problem(self, key: str) -> str | None:
-        """What is wrong with the files of a stage, if anything. Raises KnownError where they may not be read."""
+        """What is wrong with the files of a stage, or None. Raises KnownError if they may not be read."""
         try:
-            return sums.problem(self.root / key, key)
+            return damage_in(self.root / key, key)
         except OSError as error:
             raise KnownError(f"stage {key} cannot be read: {error}") from error
 
@@ -94,16 +161,16 @@ class Store:
         return (name for name in found if re.fullmatch("[0-9a-f]{16}", name) and self.has(name))
 
     def complete(self, beginning: str) -> str:
-        """The key of the one finished stage that begins so. Raises KnownError where there is none, or are several."""
+        """The one finished stage's key that has this beginning. Raises KnownError if there are none or several."""
         found = [key for key in self if key.startswith(beginning)]
         if len(found) != 1:
-            several = f"{len(found)} stages begin so: {', '.join(found[:5])}"
-            which = several if found else f"none begins so in {self.root}"
+            several = f"{len(found)} keys begin with it: {', '.join(found[:5])}"
+            which = several if found else f"no key begins with it in {self.root}"
             raise KnownError(f"{beginning}: should be the key of one finished stage ({which})")
         return found[0]
 
     def result(self, key: str) -> StageResult:
-        """The result of a finished stage. Raises KnownError where there is none, or it is damaged."""
+        """The result of a finished stage. Raises KnownError if there is no such stage, or it is damaged."""
         with self._parsing(key):
             return StageResult.model_validate_json(self._read(key, "result.json"))
 
@@ -113,22 +180,22 @@ class Store:
             return dict(json.loads(self._read(key, "stage.json")))
 
     def metrics(self, key: str) -> list[Metrics]:
-        """A row an epoch of a finished stage. Raises KnownError as above."""
+        """The metrics of a finished stage, a row per epoch. Raises KnownError as above."""
         with self._parsing(key):
             return [json.loads(line) for line in self._read(key, "metrics.jsonl").splitlines()]
 
     def source(self, key: str) -> Source:
-        """The spec of a finished stage, or of somebody's network. Raises KnownError as above."""
+        """The spec of a finished stage or of a given network. Raises KnownError as above."""
         with self._parsing(key):
-            return _SOURCE.validate_python(self.record(key)["stage"])
+            return parse_source(self.record(key)["stage"])
 
     def network(self, key: str) -> Normalized:
-        """A finished stage's network on the CPU, in eval mode, its normalisation inside. Raises KnownError as above."""
+        """A finished stage's network on the CPU, in eval mode, with its normalisation. Raises KnownError as above."""
         from safetensors import SafetensorError
         from safetensors.torch import load
 
         from kd.models import build
-        from kd.models.normalized import Normalized
+        from kd.models.normalization import Normalized
 
         source = self.source(key)
         data = source.dataset
@@ -142,13 +209,13 @@ class Store:
 
     def fingerprint(self, key: str) -> str:
         """The hash of a finished stage's weights. Raises KnownError as above."""
-        return sums.digest(self._read(key, "model.safetensors"))
+        return digest(self._read(key, "model.safetensors"))
 
-    def save(self, source: Source, trained: Trained, made_with: dict[str, Any]) -> None:
-        """Publish a finished stage or somebody's network, in place of an earlier one of the same key.
+    def save(self, source: Source, trained: TrainedStage, made_with: dict[str, Any]) -> None:
+        """Publish a finished stage or a given network. It replaces an earlier one with the same key.
 
-        `made_with` records what is no part of the key but may move the last bits. Raises KnownError where
-        the store cannot be written.
+        `made_with` records what is not in the key but may change the last bits. Raises KnownError if the store cannot
+        be written.
         """
         from safetensors.torch import save
 
@@ -162,9 +229,9 @@ class Store:
         new = files.temporary(self.root / source.key)
         with self.writing():
             try:
-                shutil.rmtree(new, ignore_errors=True)  # left by an attempt of this process
+                shutil.rmtree(new, ignore_errors=True)  # left by an earlier attempt of this process
                 os.makedirs(new)
-                for name, content in {**contents, sums.NAME: sums.describe(contents)}.items():
+                for name, content in {**contents, SUMS: sums_of(contents)}.items():
                     with open(new / name, "wb") as file:
                         file.write(content)
                 files.settle(new)
@@ -180,7 +247,7 @@ class Store:
         try:
             os.rename(new, stage)
         except OSError as error:
-            # Another process published the same bits meanwhile: only where locks do not work.
+            # Another process has published the same bits meanwhile. This happens only if locks do not work.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 with suppress(OSError):
                     os.rename(old, stage)
@@ -190,17 +257,17 @@ class Store:
 
     @property
     def banks(self) -> Path:
-        """Where guides' logits are kept; disposable."""
+        """The folder of cached guide logits. It can be deleted."""
         return self.root / "bank"
 
     @property
     def outputs(self) -> Path:
-        """Where the logits of finished stages on their test images are kept; disposable."""
+        """The folder of cached logits of finished stages on their test images. It can be deleted."""
         return self.root / "outputs"
 
     @property
     def damaged(self) -> Path:
-        """Where stages are set aside whose files are not what was written."""
+        """The folder to which damaged stages are moved."""
         return self.root / "damaged"
 
     def partial(self, key: str) -> Path:
@@ -208,25 +275,25 @@ class Store:
         return self.root / "partial" / key
 
     def lock_file(self, key: str) -> Path:
-        """What the stage's lock is on."""
+        """The stage's lock file."""
         return self.root / ".locks" / f"{key}.lock"
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
-        """Hold the stage's lock, within which it is whole or absent; where another process has it, say so and wait.
+        """Hold the stage's lock. If another process has it, say so and wait. Inside, the stage is complete or absent.
 
-        Raises KnownError where the store cannot be written.
+        Raises KnownError if the store cannot be written.
         """
         with ExitStack() as held:
             with self.writing():
-                held.enter_context(locks.hold(self.lock_file(key), f"stage {key} is being trained by"))
+                held.enter_context(files.hold_lock(self.lock_file(key), f"stage {key} is being trained by"))
                 self.recover(key)
             yield
 
     def recover(self, key: str) -> None:
-        """Under its lock, set the stage aside if it is damaged, and clear away what a crash has left of it.
+        """Move the stage aside if it is damaged, and remove what a crash has left. The caller holds the stage's lock.
 
-        Raises OSError where that cannot be done.
+        Raises OSError if that fails.
         """
         stage = self.root / key
         self._whole.discard(key)
@@ -234,7 +301,7 @@ class Store:
         if problem is not None:
             self._set_aside(key, problem)
         for old in files.temporaries(self.root, key, "old"):
-            if not stage.exists() and sums.problem(old, key) is None:  # it ended between the renames of _publish
+            if not stage.exists() and damage_in(old, key) is None:  # killed between the renames of _publish
                 os.rename(old, stage)
                 files.sync(self.root)
         for left in (*files.temporaries(self.root, key), *files.temporaries(self.partial(key))):
@@ -249,17 +316,15 @@ class Store:
         os.rename(self.root / key, aside)
         files.sync(self.damaged)
         files.sync(self.root)
-        print(f"stage {key} is damaged ({problem}): it lies in {aside} now, and is trained again", flush=True)
+        print(f"stage {key} is damaged ({problem}): it is moved to {aside} and trained again", flush=True)
 
     def _read(self, key: str, name: str) -> bytes:
         if not (self.root / key).is_dir():
             raise KnownError(f"no finished stage {key} in {self.root}")
         try:
-            return sums.read(self.root / key, name)
-        except sums.DamageError as damage:
-            raise sums.DamageError(
-                f"stage {key} is damaged ({damage}): a run that needs it trains it again"
-            ) from damage
+            return read_file(self.root / key, name)
+        except DamageError as damage:
+            raise DamageError(f"stage {key} is damaged ({damage}): a run that needs it trains it again") from damage
         except OSError as error:
             raise KnownError(f"stage {key} cannot be read: {error}") from error
 
@@ -270,12 +335,12 @@ class Store:
             yield
         except expected as error:
             said = str(error).splitlines()[0]
-            raise KnownError(f"stage {key} is of another version of kd, or not its own work ({said})") from error
+            raise KnownError(f"stage {key} was written by another version of kd, or not by kd ({said})") from error
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """What cannot be written within is a KnownError that says how to name another store."""
+        """Raise OSErrors of the block as KnownErrors that say how to choose another store."""
         try:
             yield
         except OSError as error:
-            raise KnownError(f"cannot write to the store: {error}; runtime.store or KD_STORE names another") from error
+            raise KnownError(f"cannot write to the store: {error}; set runtime.store or KD_STORE to another") from error

@@ -1,0 +1,266 @@
+"""The configuration as typed objects, and plan(), which makes its stages."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, InstanceOf, ValidationError
+
+from kd.core.hardware import cpu_count, resolve_device, resolve_precision
+from kd.core.recipes import GAMMA, RECIPES, RELEASED, Released, recipe, released
+from kd.core.spec import Frozen, KnownError, PathText, explain
+from kd.core.stage import (
+    DatasetSpec,
+    Given,
+    Normalization,
+    OnNaN,
+    Part,
+    Role,
+    Seed,
+    Source,
+    Stage,
+    TrainOverrides,
+    TrainSpec,
+)
+from kd.datasets import DATASETS, DatasetConfig
+from kd.methods.method import Ends, Link, Method
+from kd.models import MODELS, NetworkName
+from kd.reporting.results import Objective
+from kd.reporting.tracking import TrackingSpec
+from kd.store import place
+from kd.store.foreign import fingerprint
+from kd.training.pipeline import RuntimeSpec
+from kd.training.ranks import world
+
+
+class ModelConfig(Frozen):
+    """The `model` section: the student's network, and overrides of its training settings."""
+
+    name: NetworkName
+    train: TrainOverrides
+
+
+def normalizations() -> dict[str, Normalization]:
+    """The normalisations that have a name: each data set's own, and those of published weights."""
+    known = {name: (e.facts.mean, e.facts.std) for name, e in DATASETS.usable().items() if e.facts is not None}
+    known |= {code.normalization: (code.mean, code.std) for code in RELEASED}
+    known["torchdistill"] = (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)
+    return {name: Normalization(mean=mean, std=std) for name, (mean, std) in known.items()}
+
+
+def _named(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    known = normalizations()
+    if value not in known:
+        raise ValueError(f"should be one of {', '.join(known)}, or {{mean: [r, g, b], std: [r, g, b]}}")
+    return known[value]
+
+
+class TeacherConfig(Frozen):
+    """The `teacher` section. The seed is also the reference's."""
+
+    name: NetworkName
+    seed: Seed
+    train: TrainOverrides
+    checkpoint: PathText | None = None  # a file of trained weights: then no teacher is trained
+    part: Part | None = None  # which network, if the file holds two
+    normalize: Annotated[Normalization | None, BeforeValidator(_named)] = None  # null: the student's
+    min_acc: float | None = Field(None, ge=0, le=100)  # a teacher with a lower test accuracy is refused
+
+    @property
+    def file(self) -> Path | None:
+        """The checkpoint's path."""
+        return None if self.checkpoint is None else Path(os.path.expanduser(self.checkpoint))
+
+
+class TrainConfig(TrainOverrides):
+    """The `train` section: a recipe, and overrides for the whole chain."""
+
+    recipe: str
+    on_nan: OnNaN = "stop"
+
+
+class SweepSpec(Frozen):
+    """What a search maximises, and how."""
+
+    objective: Objective = "val_acc"  # the mean over the job's students
+    join: bool = False  # add trials to a study that another process leads
+    prune: bool = False  # end a trial early if it is behind the others at the same epoch
+
+
+class Config(Frozen):
+    """The whole configuration of run.py, validated."""
+
+    model: ModelConfig
+    teacher: TeacherConfig
+    dataset: DatasetConfig
+    method: InstanceOf[Method]
+    mode: Literal["paper", "reference"]
+    train: TrainConfig
+    tracking: TrackingSpec
+    runtime: RuntimeSpec
+    sweep: SweepSpec
+    seed: Seed
+    replicates: Annotated[int, Field(ge=1, le=1000)]  # limited, because all are planned at once
+    dry_run: bool
+
+    @property
+    def store_root(self) -> Path:
+        """The folder of finished stages."""
+        return place(self.runtime.store, "store")
+
+    @property
+    def data_root(self) -> Path:
+        """The folder of data sets."""
+        return place(self.runtime.data, "data")
+
+    @property
+    def workers(self) -> int:
+        """Threads that decode images."""
+        return self.runtime.workers or cpu_count()
+
+    @property
+    def released(self) -> Released | None:
+        """The released code that this run reproduces. It depends on the student's family; None in mode=paper."""
+        return released(self.mode, self.train.recipe, MODELS[self.model.name].family)
+
+
+def plan(config: Config, dataset: DatasetSpec) -> list[Stage]:
+    """The student's stage for each replicate, at seeds seed, seed+1, …. They share the rest of the chain.
+
+    Raises KnownError if the parts of a stage do not fit together, or if the teacher's checkpoint cannot be read.
+    """
+    if (code := config.released) is not None:
+        seen = {"augment": code.augment, "mean": code.mean, "std": code.std}
+        dataset = DatasetSpec(**{**dataset.model_dump(), **seen})
+    given = None
+    if config.teacher.file is not None:
+        check_system(config, "teacher", config.teacher.name)
+        given = _given_teacher(config.teacher, dataset, fingerprint(config.teacher.file))
+    seeds = range(config.seed, config.seed + config.replicates)
+    try:
+        return [_student(config, dataset, seed, given) for seed in seeds]
+    except ValidationError as error:
+        raise KnownError("\n".join(explain(error))) from error
+
+
+def _student(config: Config, dataset: DatasetSpec, seed: int, given: Given | None) -> Stage:
+    """The last stage of the method's chain. If the loss of a stage is guided, the stage before it is its guide."""
+    below: Source | None = None
+    for link in chain(config, seed):
+        if given is not None and link.role == "teacher":
+            below = given
+            continue
+        below = Stage(
+            role=link.role,
+            model=link.model,
+            loss=link.loss,
+            dataset=dataset,
+            train=train_spec(config, link.role, link.model),
+            seed=link.seed,
+            guide=below if link.loss.guided else None,
+        )
+    assert isinstance(below, Stage)  # a method's chain ends in its student
+    return below
+
+
+def chain(config: Config, seed: int) -> list[Link]:
+    """The networks that the method declares, in the order of training."""
+    ends = Ends(
+        student=config.model.name,
+        teacher=config.teacher.name,
+        seed=seed,
+        teacher_seed=config.teacher.seed,
+        reduction=config.released.reduction if config.released else "batchmean",
+    )
+    return config.method.chain(ends)
+
+
+def trained_networks(config: Config) -> list[tuple[Role, str]]:
+    """Role and name of the networks that a run trains, in order. It needs no files, data or recipes."""
+    given = config.teacher.file is not None
+    return [(link.role, link.model) for link in chain(config, config.seed) if not (given and link.role == "teacher")]
+
+
+def train_spec(config: Config, role: Role, model: str) -> TrainSpec:
+    """The training settings of a network: its recipe, overridden by `train`, then by the role's own section.
+
+    Raises KnownError if there is no recipe, or if settings do not fit together.
+    """
+    who = f"{role} {model}"
+    check_system(config, role, model)
+    name = recipe_name(config.mode, config.train.recipe)
+    known = {**recipe(config.mode, name, _family(config, role, model), model, MODELS[model].recipe), "ranks": 1}
+    given = _overrides(config, role)
+    if given["ranks"] != world().size:
+        asked, here = given["ranks"], "1 rank" if world().size == 1 else f"{world().size} ranks"
+        raise KnownError(f"{who}: train.ranks={asked} needs torchrun --nproc_per_node={asked} (got {here})")
+    if code := config.released:
+        changed = sorted(key for key in given.keys() - code.free if given[key] != known[key])
+        if kept := [f"train.{key}={known[key]} (got {given[key]})" for key in changed]:
+            raise KnownError(f"{who}: mode=reference needs the released code's {', '.join(kept)}")
+    if given.get("optimizer", known["optimizer"]) != known["optimizer"] and "lr" not in given:
+        raise KnownError(
+            f"{who}: train.optimizer={given['optimizer']} needs a train.lr of its own "
+            f"(the recipe's {known['lr']:g} is for {known['optimizer']})"
+        )
+    settings = _without_idle(known | given)
+    settings["precision"] = resolve_precision(settings["precision"], resolve_device(config.runtime.device))
+    try:
+        return TrainSpec(**settings)
+    except ValidationError as error:
+        raise KnownError("\n".join(f"{who}: {problem}" for problem in explain(error))) from error
+
+
+def recipe_name(mode: str, name: str) -> str:
+    """The recipe of `train=<name>`. In mode=paper, a data set without its own recipe names the one that it uses."""
+    without = mode == "paper" and name not in RECIPES[mode] and name in DATASETS
+    return DATASETS[name].recipe if without else name
+
+
+def _family(config: Config, role: Role, model: str) -> str:
+    """The family whose recipe trains a network: its own. Some released code trains the teacher by the student's."""
+    by_student = config.released is not None and config.released.teacher_by_student and role == "teacher"
+    return MODELS[config.model.name if by_student else model].family
+
+
+def _overrides(config: Config, role: Role) -> dict[str, Any]:
+    """The configuration's training settings for a role: `train`, overridden by the role's own section."""
+    own: dict[str, TrainOverrides] = {"student": config.model.train, "teacher": config.teacher.train}
+    given: dict[str, Any] = {"ranks": world().size}
+    for overrides in (config.train, own.get(role, TrainOverrides())):
+        given |= overrides.model_dump(exclude_none=True, exclude={"recipe", "on_nan"})
+    return given
+
+
+def _without_idle(settings: dict[str, Any]) -> dict[str, Any]:
+    """Reset settings that the optimiser or the schedule does not read, so that they do not change the key."""
+    if settings["optimizer"] == "adam":
+        settings |= {"momentum": 0.0, "nesterov": False}
+    if settings["schedule"] != "step":
+        settings |= {"milestones": (), "gamma": GAMMA}
+    return settings
+
+
+def check_system(config: Config, role: Role, model: str) -> None:
+    """Raise KnownError for a network that the released code of mode=reference does not have."""
+    code = config.released
+    if code is not None and MODELS[model].family not in code.families:
+        raise KnownError(
+            f"{role} {model}: {code.system}'s released code, which has the student {config.model.name}, does not have "
+            "this network; mode=paper allows any pair"
+        )
+
+
+def _given_teacher(teacher: TeacherConfig, dataset: DatasetSpec, sha256: str) -> Given:
+    return Given(
+        role="teacher",
+        model=teacher.name,
+        sha256=sha256,
+        part=teacher.part,
+        normalize=teacher.normalize or Normalization(mean=dataset.mean, std=dataset.std),
+        dataset=dataset,
+    )

@@ -1,0 +1,234 @@
+"""Jobs and multiruns under Hydra: a job's failures and share of the machine, a multirun's start and summary."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from kd.app.config import Config
+from kd.core.hardware import cpu_count, resolve_device
+from kd.core.spec import KnownError, tilde
+from kd.core.stage import Stage
+from kd.reporting import summary
+from kd.reporting.results import Job, clear_marks, find_jobs, record_failed
+from kd.reporting.tracking import TrackingSpec, group_of, track_sweep
+from kd.store import Metrics
+from kd.training.pipeline import RuntimeSpec
+from kd.training.ranks import world
+
+if TYPE_CHECKING:
+    from kd.app.search import Search
+
+
+SEARCH = "kd.app.search.hand_over"  # hydra.sweeper.custom_search_space of kd's own searches
+
+
+def run_job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | None:
+    """Do the work of one job. A failure with a known reason is printed without a traceback.
+
+    A single run then exits with 2. In a multirun that would end the whole sweep. So the job writes error.json into its
+    folder and returns None, and the sweep goes on. Other failures print their traceback too.
+    """
+    clear_marks(folder, dry)
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    try:
+        if not (multirun or dry) and HydraConfig.get().sweeper.get("custom_search_space") == SEARCH:
+            raise KnownError("sweep: a search needs -m: python run.py -m sweep=…")
+        return work()
+    except Exception as error:
+        reason = known_reason(error)
+        if reason is None and not multirun:
+            raise
+        if reason is None:
+            # Not raised to Hydra: it would start no more jobs, and not every exception can be pickled.
+            traceback.print_exc()
+        else:
+            print(reason, file=sys.stderr, flush=True)
+        if not multirun:
+            sys.exit(2)
+        with suppress(OSError):  # on a full disk the summary lists the job as unfinished
+            record_failed(folder, reason or f"{type(error).__name__}: {error}")
+        return None
+
+
+def known_reason(error: Exception) -> str | None:
+    """The message of a failure with a known reason; None if it needs a traceback."""
+    if isinstance(error, (KnownError, OSError)):  # an OSError names its file
+        return tilde(str(error))
+    said = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", said):
+        return f"out of memory ({said[:120]}); use a smaller train.batch_size, or fewer jobs at the same time"
+    return None
+
+
+def group() -> str | None:
+    """The W&B group of this job's multirun; None for a single run."""
+    hydra = HydraConfig.get()
+    return group_of(Path(hydra.sweep.dir)) if hydra.mode == RunMode.MULTIRUN else None
+
+
+def with_share(runtime: RuntimeSpec) -> RuntimeSpec:
+    """The runtime of this job. If the launcher runs several jobs at once, it gets a part of the processors and one GPU.
+
+    Values that the user set stay.
+    """
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN or hydra.runtime.choices["hydra/launcher"] == "basic":
+        return runtime
+    device = resolve_device(runtime.device, hydra.job.num)
+    threads = runtime.threads or processors_of_a_job(hydra.launcher, cpu_count())
+    return RuntimeSpec(**{**runtime.model_dump(), "device": device, "threads": threads})
+
+
+def processors_of_a_job(launcher: DictConfig, processors: int) -> int:
+    """The number of processors of each job, by its launcher's settings; `processors` is the machine's number.
+
+    joblib's jobs share the machine's processors. submitit's and Ray's jobs request a number, by default one.
+    """
+    if "n_jobs" in launcher:
+        jobs = int(launcher.n_jobs)
+        jobs = jobs if jobs > 0 else processors + 1 + jobs  # as joblib counts
+        return max(processors // max(jobs, 1), 1)
+    asked = OmegaConf.select(launcher, "cpus_per_task") or OmegaConf.select(launcher, "ray.remote.num_cpus")
+    return max(int(asked or 1), 1)
+
+
+def pruning(config: Config, students: Sequence[Stage]) -> Callable[[Metrics], None] | None:
+    """The function that ends the training of a pruned trial; None if the job is not pruned.
+
+    Raises KnownError if sweep.prune is set and the job is not a trial of a search.
+    """
+    if not config.sweep.prune:
+        return None
+    if config.runtime.trial is None:
+        raise KnownError("sweep.prune: works only in a search: python run.py -m sweep=tpe sweep.prune=true")
+    from kd.app.search import halving
+
+    return halving(config.runtime.trial, students[0].train.epochs)
+
+
+class Multirun(Callback):
+    """Hydra's callback at the start of a multirun. It keeps the folder for summarize(), however the multirun ends."""
+
+    folder: ClassVar[Path | None] = None
+    began: ClassVar[float] = 0.0
+    expected: ClassVar[int] = 0  # the number of jobs; 0 if it is unknown
+    search: ClassVar[Search | None] = None
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check that the run's folder can be written. Without this, Hydra shows a traceback."""
+        _check_folder("hydra.run.dir", Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Prepare a search, and keep the multirun's folder. Errors exit here: Hydra only warns about exceptions."""
+        if world().size > 1:
+            _check_plugins(config)
+        _check_slurm(config)
+        Multirun.search, Multirun.began = None, time.time() - 1  # file times are coarse
+        if config.hydra.sweeper.get("custom_search_space") != SEARCH:
+            Multirun.folder, Multirun.expected = Path(config.hydra.sweep.dir), _jobs_of_a_grid(config)
+            _check_folder("hydra.sweep.dir", Multirun.folder)
+            return
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # optuna 2 needs sqlalchemy 1.4, which warns
+        from kd.app.search import ready_study
+
+        try:
+            Multirun.search = search = ready_study(config, kwargs["config_name"])
+            Multirun.folder, Multirun.expected = search.folder, search.expected
+        except (KnownError, OSError) as error:
+            print(error, file=sys.stderr, flush=True)
+            sys.exit(2)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        print(f"{key}: {folder} cannot be written ({error.strerror})", file=sys.stderr)
+        sys.exit(2)
+
+
+def _check_plugins(config: DictConfig) -> None:
+    """Under torchrun, exit unless sweeper and launcher are basic: one process must run the jobs, in a known order."""
+    for part in ("sweeper", "launcher"):
+        if not config.hydra[part]["_target_"].endswith(f".Basic{part.title()}"):
+            choice = config.hydra.runtime.choices[f"hydra/{part}"]
+            print(f"hydra/{part}: should be basic under torchrun (got {choice!r})", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+
+def _check_slurm(config: DictConfig) -> None:
+    """Exit if the SLURM launcher is used without SLURM. Without this, submitit shows a traceback."""
+    if config.hydra.launcher["_target_"].endswith(".SlurmLauncher") and shutil.which("srun") is None:
+        print("hydra/launcher: there is no SLURM here (no srun); try hydra/launcher=local", file=sys.stderr)
+        sys.exit(2)
+
+
+def _jobs_of_a_grid(config: DictConfig) -> int:
+    """The number of jobs that the basic sweeper makes of the command line; 0 for other sweepers and dry runs."""
+    if not config.hydra.sweeper["_target_"].endswith(".BasicSweeper"):
+        return 0
+    told = [f"{name}={values}" for name, values in (config.hydra.sweeper.params or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*told, *config.hydra.overrides.task])
+    given = {each.get_key_element(): each for each in overrides}
+    if "dry_run" in given and given["dry_run"].value() is True:
+        return 0
+    return prod(len(list(each.sweep_string_iterator())) for each in given.values() if each.is_sweep_override())
+
+
+def summarize() -> int:
+    """Print the summary of this process's multirun, if there was one. Returns how many jobs failed or are missing."""
+    if Multirun.folder is None:
+        return 0
+    # A search shows its earlier trials too, without those that other processes are running.
+    elsewhere = Multirun.search.leave() if Multirun.search else set()
+    found = find_jobs(Multirun.folder, 0 if Multirun.search else Multirun.began)
+    done = [job for job in found if job.result or job.number not in elsewhere]
+    missing = max(0, Multirun.expected - len(found))
+    if done:
+        summary.print_jobs(done)
+        try:
+            _summarize(Multirun.folder, done, missing)
+        except OSError as error:
+            print(f"the summary cannot be written: {error}", file=sys.stderr)
+    return sum(job.failed for job in done) + missing
+
+
+def _summarize(folder: Path, done: Sequence[Job], missing: int) -> None:
+    """Write the summary of a multirun into its folder and into the tracking."""
+    newest = max(done, key=lambda job: (folder / job.number).stat().st_mtime)
+    path = folder / newest.number / ".hydra" / "config.yaml"
+    config = OmegaConf.load(path) if path.exists() else OmegaConf.create()
+    for line in summary.write_summary(
+        folder, done, OmegaConf.select(config, "sweep.objective", default="val_acc"), missing
+    ):
+        print(line)
+    # Only if this process ran a job, and a job succeeded: otherwise the tracking settings may be wrong.
+    news = path.exists() and path.stat().st_mtime >= Multirun.began
+    if news and "tracking" in config and any(job.result for job in done):
+        spec = TrackingSpec.model_validate(OmegaConf.to_container(config.tracking, resolve=True))
+        figures = [path for path in [folder / "summary.png"] if path.exists()]
+        track_sweep(spec, folder, spec.group or group_of(folder), summary.rows(done), figures)

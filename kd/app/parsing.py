@@ -1,0 +1,264 @@
+"""From Hydra's configuration to a valid Config. All problems are reported at once, one line each."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from kd.app.config import Config, TeacherConfig, check_system, recipe_name, train_spec, trained_networks
+from kd.app.experiments import experiments
+from kd.core.recipes import RECIPES, released
+from kd.core.spec import KnownError, explain, printable, tilde
+from kd.core.stage import Role, TrainOverrides, split_problem
+from kd.datasets import DATASETS, DatasetConfig
+from kd.methods import METHODS
+from kd.methods.method import Method
+from kd.models import MODELS
+from kd.store.foreign import fingerprint
+
+_SHOWN = 100  # characters that are shown of a wrong value
+_TELLING = 3  # values of environment variables up to this length are not hidden: they occur in ordinary words
+
+
+class _Shared(dict[str, Any]):
+    """Options that Hydra does not copy with its repository, as it does once for every group that --help lists.
+
+    They are copied where they are loaded, before anything is changed in them.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+def register() -> None:
+    """Tell Hydra the options of model, teacher, train and experiment, and of installed packages. May be called again.
+
+    Our own data sets and methods have a file in conf/, and Hydra warns where an option has both. Raises KnownError
+    where conf/paper declares no valid experiments.
+    """
+    store = ConfigStore.instance()
+    unset = dict.fromkeys(TrainOverrides.model_fields)
+    sections = {"train": unset, "model": {"train": unset}, "teacher": {"train": unset}}
+    store.store("settings", sections, package="_global_", provider="kd")
+    for group, names in {"model": [*MODELS], "teacher": [*MODELS], "method": METHODS.installed}.items():
+        for name in names:
+            store.store(name, {"name": name}, group=group, provider="kd")
+    for name in DATASETS.installed:
+        store.store(name, {"name": name, "augment": "none"}, group="dataset", provider="kd")
+    for name in {*RECIPES["paper"], *DATASETS}:
+        store.store(name, {"recipe": name}, group="train", provider="kd")
+    if "experiment" not in store.repo:
+        for name, experiment in experiments().items():
+            group, _, option = name.rpartition("/")
+            store.store(option, experiment.node, group=f"experiment/{group}", package="_global_", provider="kd")
+    store.repo = _Shared(store.repo)
+
+
+def parse(cfg: DictConfig) -> Config:
+    """The validated configuration; no value is changed.
+
+    Raises KnownError with all problems, one per line.
+    """
+    tree, problems = _resolved(cfg)
+    unread = {str(name) for name in cfg if str(name) not in tree}
+    sections: dict[str, Any] = {}
+    problems += [f"{name}: unknown key" for name in tree if name not in Config.model_fields]
+    for name, kind in get_type_hints(Config, include_extras=True).items():
+        if name not in Config.model_fields or name in unread:
+            continue
+        try:
+            section = _method(tree.get(name)) if name == "method" else TypeAdapter(kind).validate_python(tree.get(name))
+            problems += _truths(tree.get(name), section, name)
+            sections[name] = section
+        except ValidationError as error:
+            problems += explain(error, name)
+        except KnownError as error:
+            problems.append(str(error))
+    rules = (_dataset, _teacher, _reference, _sweep, _training)
+    problems += [problem for rule in rules for problem in _told(rule(sections))]
+    if problems:
+        raise KnownError("\n".join(_discreet(problems, cfg)))
+    return Config(**sections)
+
+
+def _told(problems: Iterator[str]) -> Iterator[str]:
+    """The problems that a rule finds, with the one that ends it: an entry of a table that cannot be imported."""
+    try:
+        yield from problems
+    except KnownError as error:
+        yield str(error)
+
+
+def recorded(cfg: DictConfig) -> dict[str, Any]:
+    """A valid configuration for records, resolved. Environment variables stay as typed, so that secrets are hidden."""
+
+    def typed(text: str) -> str:
+        return text.replace("${", r"\${") if "oc.env" in text else text
+
+    escaped = OmegaConf.create(_texts(OmegaConf.to_container(cfg), typed))
+    tree: dict[str, Any] = _texts(OmegaConf.to_container(escaped, resolve=True), tilde)
+    return tree
+
+
+def _texts(node: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(node, dict):
+        return {key: _texts(value, change) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_texts(value, change) for value in node]
+    return change(node) if isinstance(node, str) else node
+
+
+def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
+    """The sections with all interpolations resolved, and a line for each that fails. Its section is left out."""
+    tree = {}
+    for name in cfg:
+        try:
+            section = cfg[name]
+            is_tree = isinstance(section, (DictConfig, ListConfig))
+            plain = OmegaConf.to_container(section, resolve=True, throw_on_missing=True) if is_tree else section
+            tree[str(name)] = plain
+        except OmegaConfBaseException:
+            pass
+    return tree, [] if len(tree) == len(cfg) else list(_unresolved(cfg))
+
+
+def _unresolved(node: Any, path: str = "") -> Iterator[str]:
+    typed: Any = OmegaConf.to_container(node)
+    for part in typed if isinstance(typed, dict) else range(len(typed)):
+        key = f"{path}[{part}]" if isinstance(part, int) else f"{path}.{part}".lstrip(".")
+        try:
+            value = node[part]
+        except MissingMandatoryValue:
+            yield f"{key}: is missing"
+        except OmegaConfBaseException:
+            why = "the key, variable or resolver does not exist, or the reference is circular"
+            yield f"{key}: has no value: {why} (got {typed[part]!r})"
+        else:
+            if isinstance(value, (DictConfig, ListConfig)) and not OmegaConf.is_interpolation(node, part):
+                yield from _unresolved(value, key)
+
+
+def _discreet(problems: list[str], cfg: DictConfig) -> Iterator[str]:
+    """The problems as lines that can be shown: no values of the environment, no control characters, no long lines."""
+    values: dict[str, str] = {}
+    for name in re.findall(r"oc\.env:\s*(\w+)", str(OmegaConf.to_container(cfg))):
+        if len(value := os.environ.get(name, "")) > _TELLING:
+            values |= {value: name, repr(value)[1:-1]: name}
+    for line in "\n".join(dict.fromkeys(problems)).splitlines():
+        for value, name in values.items():
+            line = line.replace(value, f"${{oc.env:{name}}}")
+        yield printable(re.sub(rf"\(got (.{{{_SHOWN}}}).+\)$", r"(got \1 …)", line))
+
+
+def _truths(given: Any, taken: Any, key: str) -> Iterator[str]:
+    """A line for each true or false that stands for a number; pydantic accepts them as 1 and 0."""
+    if isinstance(given, dict) and isinstance(taken, BaseModel):
+        for name, field in type(taken).model_fields.items():
+            alias = field.serialization_alias or name
+            yield from _truths(given.get(alias), getattr(taken, name), f"{key}.{alias}")
+    elif isinstance(given, list) and isinstance(taken, tuple):
+        for index, (one, other) in enumerate(zip(given, taken, strict=True)):
+            yield from _truths(one, other, f"{key}[{index}]")
+    elif isinstance(given, bool) and not isinstance(taken, bool):
+        yield f"{key}: should be a number (got {str(given).lower()})"
+
+
+def _method(tree: Any) -> Method:
+    name = tree.get("name") if isinstance(tree, dict) else tree
+    if not isinstance(name, str) or name not in METHODS:
+        raise KnownError(f"method.name: should be one of {', '.join(METHODS)} (got {name!r})")
+    return METHODS[name].model_validate(tree)
+
+
+def _dataset(sections: dict[str, Any]) -> Iterator[str]:
+    if "dataset" in sections:
+        dataset: DatasetConfig = sections["dataset"]
+        if dataset.name not in DATASETS:
+            yield f"dataset.name: should be one of {', '.join(DATASETS)} (got {dataset.name!r})"
+        elif (entry := DATASETS[dataset.name]).facts is None and entry.home is None and dataset.root is None:
+            yield f"dataset.root: dataset={dataset.name} needs the path of its images, root/{{train,test}}/<class>/"
+        elif entry.facts is not None and dataset.root is not None:
+            readers = " and ".join(f"dataset={name}" for name, e in DATASETS.usable().items() if e.facts is None)
+            yield f"dataset.root: is only for {readers} (got {dataset.root!r} with dataset={dataset.name})"
+
+
+def _teacher(sections: dict[str, Any]) -> Iterator[str]:
+    teacher: TeacherConfig | None = sections.get("teacher")
+    if teacher is None:
+        return
+    if teacher.file is None:
+        for key in ("part", "normalize"):
+            if getattr(teacher, key) is not None:
+                yield f"teacher.{key}: needs teacher.checkpoint=<file>, which is not set"
+        return
+    for key in teacher.train.model_dump(exclude_none=True):
+        yield f"teacher.train.{key}: a teacher from teacher.checkpoint is not trained"
+    if "method" in sections and sections["method"].name == "trained_teacher":
+        yield "teacher.checkpoint: method=trained_teacher trains its own teacher; use method=kd with a checkpoint"
+    try:
+        fingerprint(teacher.file)
+    except KnownError as error:
+        yield str(error)
+
+
+def _reference(sections: dict[str, Any]) -> Iterator[str]:
+    """Settings that contradict the released code of mode=reference."""
+    if sections.get("mode") != "reference":
+        if "dataset" in sections and sections["dataset"].augment is None:
+            yield "dataset.augment: null is only for mode=reference, which has the released code's augmentation"
+        return
+    fixed: dict[str, Any] = {"val_fraction": 0, "augment": None, "views": None}
+    for key, value in fixed.items():
+        if "dataset" in sections and getattr(sections["dataset"], key) != value:
+            shown = "null" if value is None else value
+            yield f"dataset.{key}: should be {shown} in mode=reference, which follows the released code"
+    if {"method", "train", "model"} <= sections.keys():
+        code = released("reference", sections["train"].recipe, MODELS[sections["model"].name].family)
+        if code is not None and sections["method"].name not in code.methods:
+            yield (
+                f"method.name: mode=reference follows {code.system}'s code for {sections['model'].name}, which has "
+                f"only {', '.join(code.methods)}"
+            )
+
+
+def _sweep(sections: dict[str, Any]) -> Iterator[str]:
+    if "sweep" not in sections or not sections["sweep"].prune:
+        return
+    if sections["sweep"].objective != "val_acc" or ("dataset" in sections and not sections["dataset"].val_fraction):
+        yield "sweep.prune: compares validation accuracies: it needs a validation split and sweep.objective=val_acc"
+    if sections.get("replicates", 1) > 1:
+        yield f"sweep.prune: works with one student per trial (got replicates={sections['replicates']})"
+
+
+def _training(sections: dict[str, Any]) -> Iterator[str]:
+    """Missing recipes, and settings that do not fit together. Without a method, only both ends are checked."""
+    if not {"mode", "train", "model", "teacher", "runtime"} <= sections.keys():
+        return
+    if recipe_name(sections["mode"], sections["train"].recipe) not in RECIPES[sections["mode"]]:
+        known = ", ".join(RECIPES[sections["mode"]])
+        asked = f"should be one of {known} in mode={sections['mode']} (got {sections['train'].recipe!r})"
+        yield f"train.recipe: {asked}; dataset=<name> selects its own recipe, train=<name> another"
+        return
+    config = Config.model_construct(**sections)
+    ends: list[tuple[Role, str]] = [("teacher", sections["teacher"].name), ("student", sections["model"].name)]
+    whole = sections.keys() == Config.model_fields.keys()
+    for role, model in trained_networks(config) if whole else ends:
+        try:
+            train = train_spec(config, role, model)
+        except KnownError as error:
+            yield str(error)
+        else:
+            if whole and (problem := split_problem(train, config.dataset.val_fraction)):
+                yield f"{role} {model}: {problem}"
+    if whole and config.teacher.file is not None and config.released is not None:
+        try:
+            check_system(config, "teacher", config.teacher.name)
+        except KnownError as error:
+            yield str(error)

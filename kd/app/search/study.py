@@ -1,0 +1,205 @@
+"""The Optuna study of a search: its name, and its preparation before Hydra's sweeper opens it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from optuna.exceptions import ExperimentalWarning
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from kd.app.config import Config, plan
+from kd.app.parsing import parse
+from kd.app.search.processes import Locks
+from kd.app.search.sampler import LOST, NO_BEST, WANTED, ordinal
+from kd.core import files
+from kd.core.spec import KnownError
+from kd.core.stage import Stage
+from kd.datasets import resolve
+from kd.reporting.console import print_plan
+from kd.store import Store
+
+ORDINAL = "runtime.trial"  # the parameter that tells a job its trial
+_PROCESS = "process"  # a trial's attribute: the process that runs it
+
+
+def hand_over(config: DictConfig, trial: Trial) -> None:
+    """Give the trial's job its ordinal as an override. The sweeper calls this for each trial."""
+    trial.set_user_attr(_PROCESS, Locks.process)
+    number = ordinal(trial.study, trial.number)
+    trial.suggest_int(ORDINAL, number, number)
+
+
+@dataclass(frozen=True)
+class Search:
+    """This process's search: the folder of its trials, their number (0 if it only joins), the study and the locks."""
+
+    folder: Path
+    expected: int
+    study: Study
+    locks: Locks
+
+    def leave(self) -> set[str]:
+        """Release the locks. Returns the folder names of trials that other processes are still running."""
+        self.locks.leave()
+        return {str(ordinal(self.study, trial.number)) for trial in _running(self.study, self.locks)}
+
+
+def ready_study(config: DictConfig, config_name: str) -> Search:
+    """Prepare the study that Hydra's sweeper opens next.
+
+    `config` is the multirun's. The sweeper's name, storage and number of trials are set in it. A dry run prints what
+    would be searched, and exits. Raises KnownError if a searched key does not exist or is the seed, or if another
+    process leads the study.
+    """
+    base, space = _read(config, config_name)
+    sweeper = config.hydra.sweeper
+    students = plan(base, resolve(base.dataset, base.data_root, base.workers))
+    name = study_name(base, students, space, OmegaConf.to_container(sweeper.sampler))
+    told = any(str(each).startswith("hydra.sweep.dir=") for each in config.hydra.overrides.hydra)
+    place = base.store_root / "search" / name
+    folder = Path(config.hydra.sweep.dir).absolute() if told else _folder(place, name)
+    if base.dry_run:
+        print(f"study {name} in {folder}: {sweeper.n_trials} trials in all, over")
+        print("\n".join(f"  {parameter}: {values}" for parameter, values in space.items()), flush=True)
+        print_plan(base.mode, students, Store(base.store_root), base.runtime.retrain)
+        sys.exit(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    locks = Locks(place)
+    locks.enter(name, base.sweep.join)
+    files.write(place / "folder.txt", str(folder))
+    storage = sweeper.storage or f"sqlite:///{folder / 'study.db'}"
+    study = _open(name, storage, sweeper.direction)
+    wanted = 0 if base.sweep.join else int(sweeper.n_trials)
+    if wanted:
+        study.set_user_attr(WANTED, wanted)
+        _tell(config, "hydra.sweeper.n_trials", _missing(study, locks, wanted))
+    _tell(config, "hydra.sweeper.study_name", name)
+    _tell(config, "hydra.sweeper.storage", storage)
+    _tell(config, "hydra.sweep.dir", str(folder))
+    _tell(config, "hydra.sweep.subdir", f"${{{ORDINAL}}}")
+    return Search(folder, wanted, study, locks)
+
+
+def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]:
+    """The configuration that all trials share, and the search space: the values of each parameter."""
+    loader = GlobalHydra.instance().config_loader()
+    overrides = OverridesParser.create(loader).parse_overrides(list(config.hydra.overrides.task))
+    fixed = [str(each.input_line) for each in overrides if not each.is_sweep_override()]
+    composed = loader.load_configuration(config_name, fixed, run_mode=RunMode.RUN)
+    with open_dict(composed):
+        del composed["hydra"]
+    base = parse(composed)
+    swept = dict(str(each.input_line).split("=", 1) for each in overrides if each.is_sweep_override())
+    given = {each.get_key_element() for each in overrides if not each.is_sweep_override()}
+    space = {**{str(name): str(values) for name, values in (config.hydra.sweeper.params or {}).items()}, **swept}
+    space = {parameter: values for parameter, values in space.items() if parameter not in given}
+    _check(space, composed, base)
+    return base, space
+
+
+def _open(name: str, storage: str, direction: str) -> Study:
+    """The study of this name; a new one if there is none. Raises KnownError if its storage cannot be opened."""
+    optuna.logging.set_verbosity(logging.WARNING)
+    # The sweeper's log repeats what is printed here, and complains that a failed job returns None.
+    logging.getLogger("hydra_plugins.hydra_optuna_sweeper").setLevel(logging.ERROR)
+    try:
+        return optuna.create_study(study_name=name, storage=storage, direction=direction, load_if_exists=True)
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise KnownError(f"hydra.sweeper.storage: {storage} cannot be opened ({said})") from error
+
+
+def _folder(place: Path, name: str) -> Path:
+    """The folder of the study's trials: the one of its first start, or a new one below the working directory."""
+    told = place / "folder.txt"
+    known = Path(told.read_text()) if told.exists() else Path()
+    return known if known.is_absolute() and known.is_dir() else Path("multirun", name).absolute()
+
+
+def study_name(base: Config, students: Sequence[Stage], space: Mapping[str, str], sampler: Any) -> str:
+    """A readable prefix, and a hash of search space, sampler, objective, pruning and the keys of the students.
+
+    The number of trials, the number of parallel jobs, the launcher and the tracking are not in it.
+    """
+    identity = {
+        "space": dict(space),
+        # The sampler's module had another name when the first studies were named; theirs stay what they are.
+        "sampler": json.loads(json.dumps(sampler).replace("kd.app.search.", "kd.search.")),
+        "objective": base.sweep.objective,
+        "prune": base.sweep.prune,
+        "students": [student.key for student in students],
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    chain = "-".join(source.model for source in students[0].chain)
+    return f"{base.method.name}-{chain}-{base.dataset.name}-{digest}"
+
+
+def _check(space: Mapping[str, str], composed: DictConfig, base: Config) -> None:
+    missing = [name for name in space if "." in name and OmegaConf.select(composed, name, default=base) is base]
+    if missing:
+        raise KnownError(
+            "\n".join(f"{name}: cannot be searched, method={base.method.name} has no such key" for name in missing)
+        )
+    if "seed" in space and base.sweep.objective != "test_acc":
+        raise KnownError(
+            "seed: cannot be searched, because the luckiest seed would win; with replicates=3 each trial trains three "
+            "students, and the search maximises their mean"
+        )
+
+
+def _running(study: Study, locks: Locks) -> list[FrozenTrial]:
+    """The trials that a living process is running."""
+    trials = study.get_trials(deepcopy=False)
+    states = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    return [trial for trial in states if locks.alive(trial.user_attrs.get(_PROCESS))]
+
+
+def _missing(study: Study, locks: Locks, n_trials: int) -> int:
+    """The number of missing trials. Trials of processes that have ended are queued again with their parameters.
+
+    Raises KnownError if no trial is missing and all have failed.
+    """
+    running = _running(study, locks)
+    alive = {trial.number for trial in running}
+    done = failed = 0
+    for trial in study.get_trials():
+        if trial.state == TrialState.RUNNING and trial.number not in alive:
+            study._storage.set_trial_user_attr(trial._trial_id, LOST, True)
+            study.tell(trial.number, state=TrialState.FAIL)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)  # enqueue_trial warns in optuna 2
+                study.enqueue_trial({name: value for name, value in trial.params.items() if name != ORDINAL})
+        elif trial.state.is_finished() and not trial.user_attrs.get(LOST, False):
+            done += 1
+            failed += trial.state == TrialState.FAIL
+    missing = max(0, n_trials - done - len(running))
+    more = "a larger hydra.sweeper.n_trials adds more"
+    if failed and failed == done and not (missing or running):
+        raise KnownError(f"study {study.study_name}: {NO_BEST}; {more}")
+    among = f", {failed} of them failed" if failed else ""
+    beside = f", {len(running)} running elsewhere" if running else ""
+    hint = f"; {more}" if failed and not missing else ""
+    print(f"study {study.study_name}: {done} trials done{among}{beside}, {missing} to go{hint}", flush=True)
+    return missing
+
+
+def _tell(config: DictConfig, key: str, value: str | int) -> None:
+    """Set a key for the sweeper, and as an override for the jobs, because Hydra composes their configuration again."""
+    quoted = json.dumps(value, ensure_ascii=False) if isinstance(value, str) and "${" not in value else value
+    config.hydra.overrides.hydra.append(f"{key}={quoted}")
+    OmegaConf.update(config, key, value)

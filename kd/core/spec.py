@@ -1,0 +1,249 @@
+"""What every spec is: immutable, strict, hashed so that keys survive; and failures, as lines for people."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property, partial
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from inspect import isabstract
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+_MESSAGES = {
+    "greater_than": "should be above {gt:.16g}",
+    "greater_than_equal": "should be at least {ge:.16g}",
+    "less_than": "should be below {lt:.16g}",
+    "less_than_equal": "should be at most {le:.16g}",
+    "literal_error": "should be {expected}",
+    "extra_forbidden": "unknown key",
+    "missing": "is missing",
+    "string_too_short": "should not be empty",
+    "too_short": "should have at least {min_length} entries",
+    "finite_number": "should be a finite number",
+}
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text",
+    "tuple": "a list",
+    "model": "a group of keys",
+}
+
+
+class KnownError(Exception):
+    """A failure with a known reason: its message is all a user needs, so no traceback is shown.
+
+    One problem a line; each says what is wrong, where, and what would be right. The home folder is `~` in it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(printable, tilde(message).split("\n"))))
+
+
+class NonFiniteError(KnownError):
+    """A training's loss or weights are NaN or infinite."""
+
+
+def tilde(text: str) -> str:
+    """A text with the user's home folder as `~`, for records and lines that others may read."""
+    home = os.path.expanduser("~").rstrip("/")
+    return re.sub(rf"(?<![\w./-]){re.escape(home)}(?![\w.-])", "~", text) if home else text
+
+
+def printable(text: str) -> str:
+    """A text as it can be shown in a line, control characters and what is not UTF-8 escaped."""
+    odd = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in odd else c for c in text)
+
+
+def explain(error: ValidationError, section: str = "") -> list[str]:
+    """pydantic's verdict, a line a problem: the key as the command line has it, what would be right, what was given."""
+    found = error.errors()
+    places = [details["loc"] for details in found]
+
+    def is_consequence(place: tuple[int | str, ...]) -> bool:  # a list is too short where its entries are wrong
+        return any(other != place and other[: len(place)] == place for other in places)
+
+    return [_line(details, section) for details in found if not is_consequence(details["loc"])]
+
+
+def _line(details: ErrorDetails, section: str) -> str:
+    key = section + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"])
+    kind, context = details["type"], details.get("ctx", {})
+    if kind == "value_error":
+        text = str(context["error"])
+    elif kind in _MESSAGES:
+        text = _MESSAGES[kind].format(**context)
+    else:
+        expected = _TYPES.get(kind.split("_")[0])
+        text = f"should be {expected}" if expected else details["msg"]
+    given = details["input"]
+    shown = "" if isinstance(given, (dict, BaseModel)) or kind == "missing" else f" (got {_shown(given)})"
+    return f"{key.lstrip('.')}: {text}{shown}" if key else text
+
+
+def _shown(given: Any) -> str:
+    """A value as YAML has it."""
+    return str(given).lower() if isinstance(given, bool) else "null" if given is None else repr(given)
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """Marks a field that was added after keys existed: it leaves the hash while it has this value.
+
+    `ema: Annotated[float, Neutral(0.0)] = 0.0` moves no key of a stage that is trained without it.
+    """
+
+    value: Any
+
+
+class Frozen(BaseModel):
+    """Base of all specs: no unknown keys, no NaN or infinity, no change after construction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+    def dump(self) -> dict[str, Any]:
+        """JSON-ready fields; λ is called `lambda` here, as in YAML and on the command line."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def identity(self) -> dict[str, Any]:
+        """What is hashed: the fields of dump(), without those that have their neutral value."""
+        identity = self.dump()
+        for name, field in type(self).model_fields.items():
+            value, key = getattr(self, name), field.serialization_alias or name
+            if isinstance(value, Frozen):
+                identity[key] = value.identity()
+            elif any(isinstance(mark, Neutral) and mark.value == value for mark in field.metadata):
+                del identity[key]
+        return identity
+
+
+def hashed(identity: dict[str, Any]) -> str:
+    """16 hex digits of sha256 over the sorted JSON of an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _one_line(text: str) -> str:
+    if printable(text) != text:
+        raise ValueError("should be without control characters, in UTF-8")
+    return text
+
+
+def _path(text: str) -> str:
+    longest = max(len(os.fsencode(part)) for part in text.split("/"))
+    if longest > 255 or len(text) > 4000:  # what file systems take
+        raise ValueError("is too long for a path")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_one_line)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_one_line), AfterValidator(_path)]
+
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """The entries of a table by name: ours, the entry points of `group`, and any dotted path.
+
+    An installed package brings an entry by `[project.entry-points."kd.models"] tiny = "package.module:TINY"`; without
+    installing, its name is `package.module.TINY`. Our own names come first. Nothing from outside is imported before
+    it is asked for, so a broken entry stops only the runs that use it.
+    """
+
+    def __init__(self, group: str, own: Mapping[str, T], kind: Any) -> None:
+        """`kind` is the type of the entries: a class, or `type[base]` if the entries are classes."""
+        self.group, self._own, self._kind = group, own, kind
+
+    @cached_property
+    def _points(self) -> dict[str, EntryPoint]:
+        return {entry.name: entry for entry in entry_points(group=self.group) if entry.name not in self._own}
+
+    def __getitem__(self, name: str) -> T:
+        """The entry. Raises KeyError for an unknown name; KnownError if it cannot be imported or has the wrong type."""
+        if name in self._own:
+            return self._own[name]
+        point = self._points.get(name)
+        if point is None and "." not in name:
+            raise KeyError(name)
+        whose = f"{self.group}: {name}" + (f" ({_origin(point)})" if point else "")
+        found: T = _imported(whose, point.load if point else partial(_attribute, name))
+        if not _fits(found, self._kind):
+            raise KnownError(f"{whose} is not a {_described(self._kind)} (got {' '.join(repr(found).split())[:100]})")
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._own, *self._points])
+
+    def __len__(self) -> int:
+        return len(self._own) + len(self._points)
+
+    @property
+    def installed(self) -> list[str]:
+        """The names that installed packages bring."""
+        return list(self._points)
+
+    def usable(self) -> dict[str, T]:
+        """All entries, without those of installed packages that are broken."""
+        found = dict(self._own)
+        for name in self._points:
+            with suppress(KnownError):
+                found[name] = self[name]
+        return found
+
+    def known(self, name: str) -> str:
+        """The name, if it stands for something. Raises ValueError with the nearest names where it does not."""
+        try:
+            self[name]
+        except KnownError as error:
+            raise ValueError(str(error)) from error
+        except KeyError as error:
+            near = get_close_matches(name, self, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"{hint}there are {', '.join(self)}") from error
+        return name
+
+
+def load_attribute(path: str) -> Any:
+    """The object at the dotted path `package.module.name`. Raises KnownError, in one line, if there is none."""
+    return _imported(path, partial(_attribute, path))
+
+
+def _attribute(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _imported(whose: str, load: Callable[[], Any]) -> Any:
+    """What load() returns. Whatever a module raises while it is imported becomes one line."""
+    try:
+        return load()
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise KnownError(f"{whose} cannot be imported ({why})") from error
+
+
+def _origin(point: EntryPoint) -> str:
+    return point.value + (f" of the package {point.dist.name}" if point.dist else "")
+
+
+def _fits(entry: Any, kind: Any) -> bool:
+    if get_origin(kind) is type:
+        return isinstance(entry, type) and issubclass(entry, get_args(kind)) and not isabstract(entry)
+    return isinstance(entry, kind)
+
+
+def _described(kind: Any) -> str:
+    return f"complete subclass of {get_args(kind)[0].__name__}" if get_origin(kind) is type else str(kind.__name__)

@@ -1,0 +1,263 @@
+"""A stage: one network that is trained once. Its key is a hash of everything that decides its weights."""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args
+
+import numpy as np
+from pydantic import AfterValidator, Field, SerializeAsAny, create_model, model_validator
+
+from kd.core.spec import Frozen, Neutral, hashed
+
+# The version of keys and weights. Raise it when a change moves keys, or changes weights under the same settings.
+FORMAT = 1
+
+Role = Literal["reference", "teacher", "assistant", "student"]
+Part = Literal["student", "teacher"]
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+Select = Literal["best_val", "last", "best_test", "best_test_batches"]
+OnNaN = Literal["stop", "retry_fp32"]  # what to do if a loss or weights are not finite; not part of any key
+Reduction = Literal["batchmean", "mean"]  # the divisor of the summed KL: batch size, or batch size · classes
+Augment = Literal["none", "crop_flip", "rotate_flip"]
+# The number of views of an image under each augmentation (kd/datasets/data.py).
+VIEWS: dict[Augment, int] = {"none": 1, "crop_flip": 9 * 9 * 2, "rotate_flip": 41 * 2}
+
+Channels = tuple[float, float, float]
+Deviation = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, le=10**15)]  # exact in every JSON reader
+
+# The purposes of random numbers. Each purpose has its own stream.
+INIT, ORDER, VIEW, DROPOUT, DIRECTION = range(5)
+
+
+def random_stream(seed: int, epoch: int, purpose: int) -> np.random.Generator:
+    """The random generator for one purpose, in one epoch of one seed.
+
+    Each epoch has its own generator, so it can be replayed alone. The numbers are hashed and not added, so seed 0's
+    epoch 1 differs from seed 1's epoch 0.
+    """
+    return np.random.default_rng(np.random.SeedSequence((seed, epoch, purpose)))
+
+
+def _fraction(milestone: float) -> float:
+    if not 0 < milestone < 1:
+        raise ValueError("should be a fraction of the epochs, between 0 and 1: 80 of 160 is 0.5")
+    return milestone
+
+
+class Says(NamedTuple):
+    """The description of a setting. `also` is a type of further values that a configuration may use."""
+
+    text: str
+    also: Any = None
+
+
+class TrainSpec(Frozen):
+    """The resolved training settings of a stage. Each line declares a setting: name, type and range, description.
+
+    Upper bounds catch typing errors, and keep 64-bit integers from overflowing. A new setting declares its neutral
+    value (`Neutral`), so that no existing key moves.
+    """
+
+    epochs: Annotated[int, Field(ge=1, le=1_000_000), Says("passes over the training images")]
+    batch_size: Annotated[int, Field(ge=1, le=10_000_000), Says("images a step, over all ranks")]
+    optimizer: Annotated[Literal["sgd", "adam"], Says("the optimiser")]
+    lr: Annotated[float, Field(gt=0), Says("learning rate after warm-up")]
+    momentum: Annotated[float, Field(ge=0, lt=1), Says("momentum of SGD")]
+    nesterov: Annotated[bool, Says("use Nesterov momentum (SGD)")]
+    weight_decay: Annotated[float, Field(ge=0), Says("weight decay of all parameters")]
+    schedule: Annotated[Literal["constant", "step", "cosine"], Says("how the learning rate changes over the epochs")]
+    milestones: Annotated[
+        tuple[Annotated[float, AfterValidator(_fraction)], ...], Says("fractions of the epochs, for schedule=step")
+    ]
+    gamma: Annotated[float, Field(gt=0, le=1), Says("the learning rate is multiplied by this at each milestone")]
+    warmup: Annotated[int, Field(ge=0), Says("epochs at the start in which the learning rate increases linearly")]
+    precision: Annotated[Precision, Says("auto: bf16 if the hardware has it, otherwise fp32", also=Literal["auto"])]
+    select: Annotated[Select, Says("the epoch whose weights are kept: the best on validation, or the last")]
+    test_curve: Annotated[bool, Says("record test accuracy after every epoch; no choice depends on it")]
+    ranks: Annotated[int, Field(ge=1), Says("processes that share a batch, each with its own BatchNorm")] = 1
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainSpec":
+        problems = []
+        if self.nesterov and self.momentum == 0:
+            problems.append("train.nesterov=true needs train.momentum above 0")
+        if self.schedule == "step" and not self.milestones:
+            problems.append("train.schedule=step needs train.milestones, e.g. [0.5,0.75]")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            problems.append(f"train.milestones should increase (got {list(self.milestones)})")
+        if self.warmup >= self.epochs and self.warmup:
+            problems.append(f"train.warmup should be below train.epochs (got {self.warmup} of {self.epochs})")
+        if self.batch_size < self.ranks:
+            least = f"{self.ranks} ranks share each batch, so it should be at least {self.ranks}"
+            problems.append(f"train.batch_size: {least} (got {self.batch_size})")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def descriptions() -> dict[str, str]:
+    """The description of each setting, by name."""
+    return {name: _says(field.metadata).text for name, field in TrainSpec.model_fields.items()}
+
+
+def _says(metadata: list[Any]) -> Says:
+    return next(mark for mark in metadata if isinstance(mark, Says))
+
+
+def _override(annotation: Any, metadata: list[Any]) -> Any:
+    """The type of a setting in a configuration: as in TrainSpec, or null for the recipe's value."""
+    also = _says(metadata).also
+    if also is not None:  # one Literal, so that the error message lists all allowed values
+        choices = (*get_args(also), *get_args(annotation))
+        annotation = Literal[choices]
+    limits = [mark for mark in metadata if not isinstance(mark, (Says, Neutral))]
+    for limit in limits:
+        annotation = Annotated[annotation, limit]
+    return annotation | None
+
+
+if TYPE_CHECKING:
+
+    class TrainOverrides(Frozen):
+        """Training settings in a configuration; null means the recipe's value."""
+
+else:
+    TrainOverrides = create_model(
+        "TrainOverrides",
+        __base__=Frozen,
+        __doc__="Training settings in a configuration; null means the recipe's value.",
+        **{name: (_override(f.annotation, f.metadata), None) for name, f in TrainSpec.model_fields.items()},
+    )
+
+
+class DatasetSpec(Frozen):
+    """The data of a stage: which images, their split, augmentation and normalisation. It has no path."""
+
+    name: str
+    content: str | None = None  # hash of the decoded images; null if the name alone identifies them
+    num_classes: int = Field(ge=2)
+    image_size: int = Field(ge=1)  # pixels; height and width are equal
+    mean: Channels  # of pixels in [0, 1]
+    std: Channels
+    augment: Augment = "none"
+    views: int | None = Field(None, ge=1)  # how many views each sample may have; null: all
+    val_fraction: float = Field(0.1, ge=0, lt=1)
+    split_seed: int = Field(0, ge=0)
+
+
+class Normalization(Frozen):
+    """Mean and standard deviation, of pixels in [0, 1], by which a network normalises its images."""
+
+    mean: Channels
+    std: tuple[Deviation, Deviation, Deviation]
+
+    def __str__(self) -> str:
+        mean, std = ("/".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return f"mean {mean}, std {std}"
+
+
+class LossSpec(Frozen, ABC):
+    """The loss of a stage. Its fields are hyperparameters and are hashed; `name` is its entry in kd.losses.LOSSES.
+
+    It is called with logits [batch, class], labels [batch] and the guide's logits [batch, class]. It returns `loss` and
+    its parts: scalars, which are logged.
+    """
+
+    name: str
+    guided: ClassVar[bool] = True  # the loss reads the logits of a guide
+
+    @abstractmethod
+    def __call__(self, logits: Any, labels: Any, guide: Any) -> dict[str, Any]:
+        """The loss and its parts."""
+
+    @property
+    def settings(self) -> str:
+        """The hyperparameters as on the command line, "T=4 lambda=0.5"; "" for a loss without numbers."""
+        return " ".join(f"{name}={value:g}" for name, value in self.dump().items() if isinstance(value, float))
+
+    @property
+    def label(self) -> str:
+        """The hyperparameters in symbols, for names and figures: "T4 λ0.5"."""
+        return self.settings.replace("lambda=", "λ").replace("weight=", "w").replace("=", "")
+
+
+class Stage(Frozen):
+    """One network that is trained once. Its loss may read the logits of a guide: the network of another stage."""
+
+    role: Role
+    model: str
+    loss: SerializeAsAny[LossSpec]
+    dataset: DatasetSpec
+    train: TrainSpec
+    seed: int = Field(ge=0)
+    guide: "Source | None" = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Stage":
+        who = f"{self.role} {self.model}"
+        if problem := split_problem(self.train, self.dataset.val_fraction):
+            raise ValueError(f"{who}: {problem}")
+        if (self.guide is not None) != self.loss.guided:
+            raise ValueError(f"{who}: {self.loss.name} {'reads no' if self.guide else 'needs a'} guide")
+        return self
+
+    @cached_property
+    def key(self) -> str:
+        """16 hex digits. Two stages have the same key if and only if their specs are equal apart from the roles.
+
+        A role does not change the weights: trained_teacher's reference can be the same stage as scratch's student.
+        """
+        return _key({**self.identity(), "guide": self.guide.key if self.guide else None})
+
+    def in_fp32(self) -> "Stage":
+        """The same stage, computed in fp32."""
+        fields = {name: getattr(self, name) for name in Stage.model_fields}
+        return Stage(**{**fields, "train": TrainSpec(**{**self.train.model_dump(), "precision": "fp32"})})
+
+    @property
+    def chain(self) -> "list[Source]":
+        """The chain of the guide, then this stage: the order of training."""
+        return [*(self.guide.chain if self.guide else []), self]
+
+    @property
+    def normalize(self) -> Normalization:
+        """The normalisation of the network's images."""
+        return Normalization(mean=self.dataset.mean, std=self.dataset.std)
+
+
+class Given(Frozen):
+    """A trained network from another project, used as a guide. The hash of its file identifies the weights."""
+
+    role: Role
+    model: str
+    sha256: str
+    part: Part | None = None  # which network, if the file holds several
+    normalize: Normalization  # as in its own training
+    dataset: DatasetSpec  # the data on which it is evaluated and used as a guide
+
+    @cached_property
+    def key(self) -> str:
+        """16 hex digits: a hash of the weights' file, the normalisation and the data. The path is not part of it."""
+        return _key({"given": True, **self.identity()})
+
+    @property
+    def chain(self) -> "list[Source]":
+        """This network alone: it has no guide."""
+        return [self]
+
+
+Source = Stage | Given  # a network of a chain: trained here, or given
+
+
+def split_problem(train: TrainSpec, val_fraction: float) -> str | None:
+    """The problem, if an epoch is to be chosen on an empty validation split; otherwise None."""
+    if train.select == "best_val" and val_fraction == 0:
+        return "train.select=best_val needs dataset.val_fraction above 0; or use train.select=last"
+    return None
+
+
+def _key(identity: dict[str, Any]) -> str:
+    decides = {"format": FORMAT, **identity}
+    del decides["role"]
+    return hashed(decides)

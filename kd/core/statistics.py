@@ -1,0 +1,54 @@
+"""Statistics over seeds: means, intervals and paired differences."""
+
+from collections.abc import Sequence
+from math import sqrt
+
+from kd.core.spec import Frozen
+
+
+class Spread(Frozen):
+    """Mean, standard deviation (divisor n − 1) and 95 % interval of the mean (Student's t)."""
+
+    mean: float
+    std: float
+    n: int
+    ci95: tuple[float, float]
+
+
+class Paired(Spread):
+    """Paired differences over the same seeds. `p` is two-sided, of a paired t-test that their mean is zero."""
+
+    p: float | None  # null if all differences are equal: then no test is possible
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the interval excludes zero; False if all differences are equal."""
+        low, high = self.ci95
+        return self.p is not None and (low > 0 or high < 0)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The spread of two or more values. Raises ValueError for fewer."""
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"a spread needs two values or more (got {n})")
+    from scipy.special import stdtrit
+
+    mean = sum(values) / n
+    std = sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    half = float(stdtrit(n - 1, 0.975)) * std / sqrt(n)
+    return Spread(mean=round(mean, 4), std=round(std, 4), n=n, ci95=(round(mean - half, 4), round(mean + half, 4)))
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> Paired:
+    """Each value minus its counterpart in `others`. Raises ValueError for fewer than two pairs or unequal lengths."""
+    # Accuracies are rounded to four digits, so equal differences may differ by one in the last digit.
+    differences = [round(a - b, 3) for a, b in zip(values, others, strict=True)]
+    known, p = spread(differences), None
+    if len(set(differences)) > 1:
+        from scipy.special import stdtr
+
+        mean = sum(differences) / known.n
+        std = sqrt(sum((d - mean) ** 2 for d in differences) / (known.n - 1))
+        p = round(2 * float(stdtr(known.n - 1, -abs(mean) * sqrt(known.n) / std)), 6)
+    return Paired(**known.model_dump(), p=p)

@@ -1,1 +1,0 @@
-"""Export: a finished network as files for deployment, compared with the original, measured and described."""

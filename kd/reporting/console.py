@@ -1,0 +1,308 @@
+"""What is printed: a run's results, the plan of a dry run, and progress while stages train."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import parent_process
+from typing import Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from kd.core.stage import Given, Normalization, Select, Source, Stage, TrainSpec
+from kd.reporting.results import Outcome, ReplicatedResult, RunResult
+from kd.store import Metrics, Store
+
+_LINE_EVERY = 10.0  # seconds between two plain lines
+_LONG = 600.0  # seconds; a stage expected to take longer is announced
+_WARM, _MEASURED = 3, 33  # steps: the first few make kernels, the next ones measure the speed
+
+SELECTED: dict[Select | None, str] = {
+    "best_val": "epoch chosen on validation accuracy",
+    "last": "last epoch",
+    "best_test": "EPOCH CHOSEN ON THE TEST SET, as the papers did",
+    "best_test_batches": "EPOCH CHOSEN ON THE TEST SET, by the mean of its batches' accuracies, as Trained Teacher did",
+    None: "given weights",
+}
+
+
+def console() -> Console:
+    """The console for people. It is wide enough for a table even if the output goes to a file.
+
+    Child processes print plain lines: several live bars in one terminal would overwrite each other.
+    """
+    shown = Console()
+    return shown if shown.is_terminal and parent_process() is None else Console(width=140, force_terminal=False)
+
+
+def percent(value: float | None) -> str:
+    """An accuracy with two decimals, or a dash if there is none."""
+    return "–" if value is None else f"{value:.2f}"
+
+
+def print_run(result: RunResult) -> None:
+    """Print one run as a table, and the line that loads its student."""
+    out, student = console(), result.chain[-1]
+    out.print(headline(f"{result.method} on {result.dataset}, mode {result.mode}: {SELECTED[student.select]}"))
+    table = narrow_table("role", "network", "parameters>", "stage", "val %>", "test %>", "epochs>", "s>", "")
+    for outcome in result.chain:
+        table.add_row(*_cells(outcome))
+    out.print(table)
+    for outcome in result.chain[:-1]:
+        if outcome.select != student.select:
+            images = f", teacher.normalize is {outcome.normalize}" if outcome.normalize else ""
+            out.print(f"{outcome.role} {outcome.model}: {SELECTED[outcome.select]}{images}", highlight=False)
+    if isinstance(result, ReplicatedResult):
+        for line in _replicate_lines(result):
+            out.print(line, highlight=False)
+    out.print(f'the student: kd.load("{student.key}")', highlight=False)
+
+
+def _replicate_lines(result: ReplicatedResult) -> tuple[str, str]:
+    each = ", ".join(f"{replicate.test_acc:.2f}" for replicate in result.replicates)
+    seeds = f"seeds {result.replicates[0].seed}–{result.replicates[-1].seed}"
+    above = " over one chain" if len(result.chain) > 1 else ""
+    mean = f"mean {result.mean:.2f} ± {result.std:.2f} %, 95 % interval {interval(result.ci95)}"
+    return f"{result.n} students{above}, {seeds}: test {each}", mean
+
+
+def _cells(outcome: Outcome) -> list[str]:
+    origin = "given" if outcome.loss is None else "reused" if outcome.reused else "trained"
+    accuracies = [percent(outcome.val_acc), percent(outcome.test_acc)]
+    cost = [str(outcome.epochs), f"{outcome.seconds:.0f}"]
+    return [outcome.role, outcome.model, f"{outcome.params:,}", outcome.key, *accuracies, *cost, origin]
+
+
+def count(number: int, thing: str = "job") -> str:
+    """A number of things, in words."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def interval(ci95: tuple[float, float]) -> str:
+    """A 95 % interval in percent, cut to what an accuracy can be."""
+    low, high = ci95
+    return f"{max(low, 0):.2f} to {min(high, 100):.2f}"
+
+
+def training(train: TrainSpec) -> str:
+    """The training settings in a line, without the epochs."""
+    milestones = f" at {list(train.milestones)} ×{train.gamma:g}" if train.schedule == "step" else ""
+    extras = (f", warmup {train.warmup}" if train.warmup else "") + (", test_curve" if train.test_curve else "")
+    extras += f", {train.ranks} ranks" if train.ranks > 1 else ""
+    momentum = f" momentum {train.momentum:g}{' (Nesterov)' if train.nesterov else ''}" if train.momentum else ""
+    return (
+        f"{train.optimizer}{momentum}, lr {train.lr:g} {train.schedule}{milestones}, weight decay "
+        f"{train.weight_decay:g}, batch {train.batch_size}, {train.precision}, {train.select}{extras}"
+    )
+
+
+def narrow_table(*headings: str) -> Table:
+    """A table for 80 columns. A heading that ends in > is a column of numbers. Keys are not wrapped."""
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    for heading in headings:
+        name = heading.removesuffix(">")
+        justify: Literal["right", "left"] = "right" if heading != name else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name == "stage")
+    return table
+
+
+def headline(text: str) -> Text:
+    return Text(text, style="bold")
+
+
+def test_set_choices(result: RunResult) -> list[str]:
+    """How epochs were chosen by the test set; empty if none was."""
+    selects = dict.fromkeys(outcome.select for outcome in result.chain)
+    return [SELECTED[select] for select in selects if select in ("best_test", "best_test_batches")]
+
+
+def test_of(result: RunResult) -> tuple[str, str]:
+    """Test accuracy, with its standard deviation if there are several students, and the number of students."""
+    if isinstance(result, ReplicatedResult):
+        return f"{result.mean:.2f} ± {result.std:.2f}", str(result.n)
+    return percent(result.chain[-1].test_acc), "1"
+
+
+def print_plan(mode: str, students: Sequence[Stage], store: Store, retrain: bool) -> None:
+    """Print what a run would do, for dry_run: each stage, its key, and whether the store has it."""
+    out = console()
+    out.print(headline(f"planned in mode {mode}; finished stages are in {store.root}"))
+    table = narrow_table("role", "network", "seed>", "loss", "epochs>", "stage", "")
+    sources = {source.key: source for student in students for source in student.chain}
+    stages = {key: source for key, source in sources.items() if isinstance(source, Stage)}
+    stored = {key for key in stages if not retrain and store.whole(key)}
+    for key, source in sources.items():
+        todo = "given" if key not in stages else "stored" if key in stored else "to train"
+        table.add_row(*_planned(source), todo)
+    out.print(table)
+    for line in _plan_lines(list(sources.values())):
+        out.print(line, highlight=False, markup=False)
+    out.print(f"{len(stages) - len(stored)} of {len(stages)} stages to train", highlight=False)
+
+
+def _plan_lines(sources: Sequence[Source]) -> list[str]:
+    """Lines about given networks, the training settings, and the data."""
+    given = [source for source in sources if isinstance(source, Given)]
+    unread = "given (a dry run does not open its file); teacher.normalize is"
+    lines = [f"{source.role} {source.model}: {unread} {source.normalize}" for source in given]
+    trainings: dict[str, dict[str, None]] = {}
+    for source in sources:
+        if isinstance(source, Stage):
+            trainings.setdefault(training(source.train), {})[f"{source.role} {source.model}"] = None
+    lines += [f"{', '.join(networks)}: {settings}" for settings, networks in trainings.items()]
+    data = sources[0].dataset
+    images = f"images: augment {data.augment}, {Normalization(mean=data.mean, std=data.std)}"
+    split = f"{100 * data.val_fraction:g} % of them are for validation" if data.val_fraction else "all of them train"
+    return [*lines, f"{images}; {split}"]
+
+
+def _planned(source: Source) -> tuple[str, ...]:
+    if not isinstance(source, Stage):
+        return source.role, source.model, "", "", "", source.key
+    loss = f"{source.loss.name} {source.loss.settings}"
+    return source.role, source.model, str(source.seed), loss, str(source.train.epochs), source.key
+
+
+def duration(seconds: float) -> str:
+    """A duration in hours, minutes or seconds."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def in_bytes(count: float) -> str:
+    """A size with its unit."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+class Watch:
+    """Callbacks of a training. In this class they do nothing."""
+
+    def resumed(self, history: list[Metrics], images: int) -> None:
+        """The training is resumed after these epochs, and after this many images of the next one."""
+
+    def guided(self, images: int) -> None:
+        """The guide has computed this many more images."""
+
+    def stepped(self, images: int) -> None:
+        """An optimiser step on this many images is done."""
+
+    def epoch_ended(self, metrics: Metrics) -> None:
+        """An epoch has ended."""
+
+
+class StageProgress(Watch):
+    """Shows the progress of one stage's training, and passes each epoch's metrics to `log`."""
+
+    def __init__(self, stage: Stage, samples: int, log: Callable[[Stage, Metrics], None]) -> None:
+        self._log = log
+        self._stage, self._samples, self._epochs = stage, samples, stage.train.epochs
+        self._name = f"{stage.role} {stage.model} s{stage.seed}"
+        self._console = console()
+        self._began = self._phase_began = self._last_line = time.monotonic()
+        self._epoch, self._done, self._before, self._guide_done = 0, 0, 0, 0
+        self._status = ""
+        self._steps, self._guide_seconds = 0, 0.0
+        self._measured_from: tuple[float, int] | None = None
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30 if self._console.width > 110 else 10),
+            TextColumn("{task.fields[status]}"),
+        )
+        self._bar = Progress(*columns, console=self._console, refresh_per_second=4, transient=True)
+        self._task = self._bar.add_task(self._name, total=self._epochs * samples, status="")
+
+    def __enter__(self) -> StageProgress:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def resumed(self, history: list[Metrics], images: int) -> None:
+        for row in history:  # earlier epochs belong to this run's metrics too
+            self._log(self._stage, row)
+        self._epoch = len(history)
+        self._done = self._before = self._epoch * self._samples + images
+
+    def guided(self, images: int) -> None:
+        self._guide_done += images
+        self._show(f"logits of the guide: {100 * self._guide_done // self._samples} %")
+        self._guide_seconds = time.monotonic() - self._phase_began
+
+    def stepped(self, images: int) -> None:
+        self._done += images
+        self._steps += 1
+        if self._steps == _WARM:
+            self._measured_from = time.monotonic(), self._done
+        # Measured in the first epoch, without validation and without a second pass of the guide.
+        elif self._measured_from and (self._steps == _MEASURED or self._done - self._before >= self._samples):
+            began, done = self._measured_from
+            self._announce((self._done - done) / max(time.monotonic() - began, 1e-6))
+            self._measured_from = None
+        self._show()
+
+    def epoch_ended(self, metrics: Metrics) -> None:
+        self._log(self._stage, metrics)
+        self._epoch += 1
+        self._guide_done, self._phase_began = 0, time.monotonic()
+        shown = [f"loss {metrics['loss']:.4f}"]
+        for name in ("val", "test"):
+            if (accuracy := metrics.get(f"{name}_acc")) is not None:
+                shown.append(f"{name} {accuracy:.2f} %")
+        self._status = "  ".join(shown)
+        self._show()
+        self._line()
+
+    def _announce(self, speed: float) -> None:
+        epochs = self._epochs - self._epoch
+        expected = epochs * (self._guide_seconds + self._samples / speed)
+        if expected > _LONG:
+            guide = f" and the guide {self._samples / self._guide_seconds:,.0f}" if self._guide_seconds else ""
+            self._console.print(
+                f"{self._name}: {epochs} epochs of {self._samples:,} images; its first steps train {speed:,.0f} "
+                f"images/s{guide}, so it will take about {duration(expected)}",
+                highlight=False,
+            )
+
+    def _text(self) -> str:
+        epoch = min(self._epoch + 1, self._epochs)
+        if self._done == self._before:
+            return f"epoch {epoch}/{self._epochs}"
+        speed, left = self._pace()
+        parts = (f"epoch {epoch}/{self._epochs}", self._status, f"{speed:,.0f} images/s", f"{duration(left)} left")
+        return "  ".join(part for part in parts if part)
+
+    def _pace(self) -> tuple[float, float]:
+        """Images per second so far, including the guide's time, and the seconds left at this speed."""
+        done = self._done - self._before
+        speed = max(done, 1) / max(time.monotonic() - self._began, 1e-6)
+        return speed, (self._epochs * self._samples - self._done) / speed
+
+    def _show(self, doing: str = "") -> None:
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=self._done, status=f"{self._text()}  {doing}")
+
+    def _line(self) -> None:
+        last = self._epoch == self._epochs
+        due = time.monotonic() - self._last_line > _LINE_EVERY and not self._console.is_terminal
+        if last or due:
+            self._last_line = time.monotonic()
+            speed, left = self._pace()
+            text = f"epoch {self._epoch}/{self._epochs}  {self._status}  {speed:,.0f} images/s"
+            line = f"{self._name}  {text}" + ("" if last else f"  {duration(left)} left")
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class Unwatched(Watch):
+    """A training without display."""

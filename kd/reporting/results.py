@@ -1,0 +1,214 @@
+"""result.json of a run; and the jobs of a multirun, read from their folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from kd.core import files
+from kd.core.spec import Frozen, KnownError, tilde
+from kd.core.stage import Normalization, Role, Select
+from kd.losses import Loss
+
+# Each of these files marks its folder as a job's.
+_MARKS = (".hydra/config.yaml", "result.json", "error.json", "pruned.json")
+
+Objective = Literal["val_acc", "test_acc"]
+
+
+class Outcome(Frozen):
+    """One stage of a run, trained or loaded; accuracies in percent. Training facts of given weights are null."""
+
+    role: Role
+    model: str
+    key: str
+    seed: int | None
+    loss: Loss | None
+    params: int
+    val_acc: float | None
+    test_acc: float
+    epochs: int
+    seconds: float  # of its training, in this run or an earlier one
+    select: Select | None  # how its epoch was chosen
+    normalize: Normalization | None = None  # of given weights
+    reused: bool
+
+
+class Replicate(Frozen):
+    """One of several students that differ only in their seed; accuracies in percent."""
+
+    seed: int
+    key: str
+    val_acc: float | None
+    test_acc: float
+
+
+class RunResult(Frozen):
+    """result.json of a run, for scripts."""
+
+    chain: tuple[Outcome, ...]  # in the order of training; the student is that of the first seed
+    objective: float | None  # mean validation accuracy of the students; null without a validation split
+    mode: str
+    method: str
+    dataset: str  # its name in tables
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Columns for a table of runs, besides the stages' accuracies; `test_acc` is the student's."""
+        common = self.model_dump(include={"objective", "mode", "method", "dataset"})
+        return {**common, "test_acc": self.chain[-1].test_acc}
+
+    @property
+    def networks(self) -> str:
+        """The networks of the chain, in the order of training: "resnet20 → resnet8"."""
+        return " → ".join(outcome.model for outcome in self.chain)
+
+    @property
+    def students(self) -> tuple[Replicate, ...]:
+        """The student, as a tuple of one."""
+        return (Replicate(**self.chain[-1].model_dump(include=set(Replicate.model_fields))),)
+
+    def value(self, objective: Objective) -> float | None:
+        """What a search maximises: the students' mean accuracy on validation, or on test as in the papers."""
+        return self.objective if objective == "val_acc" else self.chain[-1].test_acc
+
+
+class ReplicatedResult(RunResult):
+    """result.json of a run with several students; mean, std and ci95 are of their test accuracies."""
+
+    replicates: tuple[Replicate, ...]
+    mean: float
+    std: float
+    n: int
+    ci95: tuple[float, float]  # over the students' seeds; all share the rest of the chain
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """As above, with a column for each student's test accuracy; `test_acc` is their mean."""
+        each = {f"test_acc/s{replicate.seed}": replicate.test_acc for replicate in self.replicates}
+        low, high = self.ci95
+        spread = {"std": self.std, "n": self.n, "ci95_low": low, "ci95_high": high}
+        named = {f"test_acc/{name}": value for name, value in spread.items()}
+        return {**super().columns, "test_acc": self.mean, **each, **named}
+
+    @property
+    def students(self) -> tuple[Replicate, ...]:
+        """All students, by seed."""
+        return self.replicates
+
+    def value(self, objective: Objective) -> float | None:
+        """As for one student, the mean over all."""
+        return self.objective if objective == "val_acc" else self.mean
+
+
+class Pruned(Exception):  # noqa: N818, it is not an error
+    """A search ended the training of a student early; `value` is its validation accuracy in percent."""
+
+    def __init__(self, epoch: int, epochs: int, value: float) -> None:
+        super().__init__(f"pruned after epoch {epoch} of {epochs}, at {value:.2f} % on validation")
+        self.epoch, self.value = epoch, value
+
+
+def write_result(result: RunResult, folder: Path) -> None:
+    """Write result.json atomically."""
+    files.write(folder / "result.json", result.model_dump_json(indent=2, by_alias=True))
+
+
+def read_result(path: Path) -> RunResult:
+    """A run's result.json. Raises KnownError if it is missing or damaged."""
+    try:
+        tree = json.loads(path.read_text())
+        return (ReplicatedResult if "replicates" in tree else RunResult).model_validate(tree)
+    except (OSError, ValueError, TypeError) as error:  # ValueError is pydantic's and json's too
+        raise KnownError(f"{path} is not the result of a run ({str(error).splitlines()[0]})") from error
+
+
+class Job(NamedTuple):
+    """One job of a multirun: its number, its overrides, and its result or the reason why it has none."""
+
+    number: str
+    overrides: list[str]
+    result: RunResult | None
+    reason: str
+    pruned: bool = False  # ended early by its search
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has no result and was not pruned."""
+        return self.result is None and not self.pruned
+
+
+def clear_marks(folder: Path, dry: bool) -> None:
+    """Remove the files that an earlier job wrote here at its end. A `dry` run keeps its result."""
+    for mark in ("error.json", "pruned.json") if dry else ("error.json", "pruned.json", "result.json"):
+        (folder / mark).unlink(missing_ok=True)
+
+
+def record_failed(folder: Path, reason: str) -> None:
+    """Write error.json."""
+    (folder / "error.json").write_text(json.dumps({"error": reason.splitlines()}, indent=2))
+
+
+def record_pruned(folder: Path, pruned: Pruned) -> None:
+    """Write pruned.json."""
+    tree = {"epoch": pruned.epoch, "val_acc": pruned.value, "said": str(pruned)}
+    (folder / "pruned.json").write_text(json.dumps(tree))
+
+
+def job_folders(folder: Path) -> list[Path]:
+    """The folders of a multirun's jobs, at any depth, 2 before 10."""
+    places = {path.parents[mark.count("/")] for mark in _MARKS for path in folder.rglob(mark)}
+    jobs = [place for place in places if not (place / "stage.json").exists()]  # a store may be inside
+    return sorted(jobs, key=lambda place: (len(str(place)), str(place)))
+
+
+def find_jobs(folder: Path, since: float = 0.0) -> list[Job]:
+    """The jobs in a multirun's folder that started after `since`, in order. Dry runs count only if they failed."""
+    places = [place for place in job_folders(folder) if _last_change(place) >= since]
+    return [_read_job(place, str(place.relative_to(folder))) for place in places if not _is_dry(place)]
+
+
+def _read_job(place: Path, number: str) -> Job:
+    overrides = [tilde(str(override)) for override in _load_yaml(place, "overrides") or ()]
+    if (place / "result.json").exists():
+        try:
+            return Job(number, overrides, read_result(place / "result.json"), "")
+        except KnownError as error:
+            return Job(number, overrides, None, str(error))
+    for name in ("pruned.json", "error.json"):
+        if (place / name).exists():
+            return Job(number, overrides, None, _reason(place / name), pruned=name == "pruned.json")
+    return Job(number, overrides, None, "unfinished")
+
+
+def _load_yaml(place: Path, name: str) -> Any:
+    """A file that Hydra saved of a job; None if it is missing or damaged."""
+    try:
+        return OmegaConf.load(place / ".hydra" / f"{name}.yaml")
+    except (OSError, YAMLError, OmegaConfBaseException):
+        return None
+
+
+def _reason(path: Path) -> str:
+    """The text that record_failed() or record_pruned() wrote. A job that was killed may leave a damaged file."""
+    try:
+        tree = json.loads(path.read_text())
+        return str(tree["said"]) if "said" in tree else "; ".join(tree["error"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path.name} cannot be read"
+
+
+def _last_change(place: Path) -> float:
+    return max((place / mark).stat().st_mtime for mark in _MARKS if (place / mark).exists())
+
+
+def _is_dry(place: Path) -> bool:
+    """Whether the job was a dry run that did not fail: it has no result to show."""
+    config = _load_yaml(place, "config")
+    dry = isinstance(config, DictConfig) and OmegaConf.select(config, "dry_run", throw_on_resolution_failure=False)
+    return bool(dry) and not (place / "error.json").exists()

@@ -1,0 +1,299 @@
+"""The summary of a multirun: summary.csv, .md and .png, its best setting, and the differences to method=scratch."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from kd.core.statistics import paired, spread
+from kd.reporting.console import console, count, headline, interval, narrow_table, percent, test_of, test_set_choices
+from kd.reporting.results import Job, RunResult
+from kd.reporting.summary_figure import draw_summary
+
+# Overrides that may differ between jobs and do not change results.
+_NO_SETTING = ("runtime.", "tracking.", "tracking=", "hydra", "sweep", "dry_run")
+_SEED = "seed="
+_MACHINE = ("tracking", "runtime.store", "runtime.data", "runtime.device", "runtime.threads", "runtime.compile")
+# Overrides for how a student is taught. A student and its baseline may differ only in these.
+_TEACHING = ("method", "teacher", "loss", "experiment")
+_PAIRED = "difference to method=scratch in test accuracy, paired by seed, 95 % interval:"
+
+
+def print_jobs(jobs: Sequence[Job]) -> None:
+    """Print the jobs of a multirun: a table with the overrides that differ and the results, then the failures."""
+    out = console()
+    shared = set.intersection(*(set(job.overrides) for job in jobs))
+    common = " ".join(override for override in jobs[0].overrides if override in shared)
+    modes = sorted({job.result.mode for job in jobs if job.result})
+    mode = f", mode {' and '.join(modes)}" if modes else ""
+    out.print(headline(f"{count(len(jobs))}{mode}{', all with ' if common else ''}{common}"))
+    table = narrow_table("job", "", "val %>", "test %>", "n>")
+    marks: dict[str, list[str]] = {}
+    for job in jobs:
+        if job.result is not None:
+            own = escape(_difference(job.overrides, shared))
+            table.add_row(job.number, own, percent(job.result.objective), *test_of(job.result))
+            for mark in test_set_choices(job.result):
+                marks.setdefault(mark, []).append(job.number)
+    if table.row_count:
+        out.print(table)
+    for mark, numbers in marks.items():
+        out.print(f"jobs {', '.join(numbers)}: {mark}", highlight=False)
+    for job in sorted(jobs, key=lambda job: job.failed):
+        if job.result is None:
+            line = f"job {job.number} ({_difference(job.overrides, shared)}): {job.reason}"
+            out.print(line, style="red" if job.failed else "dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def _difference(overrides: Sequence[str], shared: Collection[str]) -> str:
+    """The overrides that not all jobs have."""
+    return " ".join(filter(None, (short(override) for override in overrides if override not in shared)))
+
+
+def short(override: str) -> str:
+    """An override for tables, with numbers to four digits; "" for overrides that a search adds by itself."""
+    name, _, value = override.partition("=")
+    if name in ("runtime.trial", "sweep.join"):
+        return ""
+    try:
+        return f"{name}={float(value):.4g}" if len(value) > 6 else override
+    except ValueError:
+        return override
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The finished jobs that differ only in their student's seed; accuracies in percent."""
+
+    overrides: tuple[str, ...]
+    jobs: tuple[Job, ...]
+
+    @cached_property
+    def results(self) -> list[RunResult]:
+        """The jobs' results."""
+        return [job.result for job in self.jobs if job.result]
+
+    @cached_property
+    def test(self) -> list[float]:
+        """The test accuracy of each student. A student that two jobs have counts once."""
+        students = [student for result in self.results for student in result.students]
+        return list({student.key: student.test_acc for student in students}.values())
+
+    @cached_property
+    def by_seed(self) -> dict[int, float]:
+        """The test accuracy of each student, by its seed."""
+        return {student.seed: student.test_acc for result in self.results for student in result.students}
+
+    @property
+    def val(self) -> float | None:
+        """Their mean validation accuracy; None without a validation split."""
+        known = [(result.objective, len(result.students)) for result in self.results if result.objective is not None]
+        return sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
+
+    @property
+    def mean(self) -> float:
+        """Their mean test accuracy."""
+        return sum(self.test) / len(self.test)
+
+    @property
+    def traits(self) -> tuple[Any, ...]:
+        """What a setting and its baseline have in common: all that decides the students, without seeds and teaching."""
+        result, student = self.results[0], self.results[0].chain[-1]
+        overrides = frozenset(each for each in self.overrides if not each.startswith(_TEACHING))
+        return result.mode, result.dataset, student.model, student.epochs, student.select, overrides
+
+    def score(self, objective: str) -> float:
+        """The number by which settings are compared: mean accuracy on validation, or on test, in percent."""
+        return self.mean if objective == "test_acc" else self.val or 0.0
+
+    def label(self, shared: Collection[str]) -> str:
+        """The overrides that not all settings have; the method if there are none."""
+        return _difference(self.overrides, shared) or f"method={self.results[0].method}"
+
+    def cells(self, shared: Collection[str]) -> list[str]:
+        """A row of the Markdown table."""
+        cells = [self.label(shared), _chain(self.results[0]), percent(self.val)]
+        if len(self.test) == 1:
+            return [*cells, percent(self.mean), "1", ""]
+        known = spread(self.test)
+        return [*cells, f"{known.mean:.2f} ± {known.std:.2f}", str(known.n), interval(known.ci95)]
+
+
+def _chain(result: RunResult) -> str:
+    """The networks of a run and the settings of their losses: "resnet20 → resnet8 (T=4 lambda=0.5)"."""
+    settings = [outcome.loss.settings if outcome.loss else "" for outcome in result.chain]
+    named = zip(result.chain, settings, strict=True)
+    return " → ".join(f"{outcome.model} ({each})" if each else outcome.model for outcome, each in named)
+
+
+def settings(jobs: Sequence[Job]) -> list[Setting]:
+    """Finished jobs grouped by their overrides without the seed, in the order of the jobs."""
+    groups: dict[tuple[str, ...], list[Job]] = {}
+    known: dict[tuple[str, ...], set[str]] = {}
+    for job in jobs:
+        if job.result is not None:
+            overrides = tuple(each for each in job.overrides if not each.startswith((*_NO_SETTING, _SEED)))
+            keys = {student.key for student in job.result.students}
+            # A search may draw a setting twice. The same students count once.
+            if not keys <= known.setdefault(overrides, set()):
+                groups.setdefault(overrides, []).append(job)
+                known[overrides] |= keys
+    return [Setting(overrides, tuple(group)) for overrides, group in groups.items()]
+
+
+def _shared(pool: Sequence[Setting]) -> list[str]:
+    """The overrides that all settings have."""
+    return [each for each in pool[0].overrides if all(each in setting.overrides for setting in pool)] if pool else []
+
+
+def best_of(pool: Sequence[Setting], objective: str) -> Setting | None:
+    """The setting with the highest mean validation accuracy, or test accuracy if that is the `objective`.
+
+    Among equals it is the first by name, so that the order of a grid does not matter. None if a setting has no
+    validation split: then only the test set could choose.
+    """
+    if not pool or (objective == "val_acc" and any(setting.val is None for setting in pool)):
+        return None
+    return min(pool, key=lambda setting: (-setting.score(objective), setting.overrides))
+
+
+def command(setting: Setting) -> str:
+    """The command that trains the setting's students again, or loads them from the store."""
+    overrides = list(setting.overrides)
+    shared = set.intersection(*(set(job.overrides) for job in setting.jobs))
+    overrides += [each for each in setting.jobs[0].overrides if each in shared and each.startswith(_MACHINE)]
+    mode = setting.results[0].mode
+    if mode != "paper" and not any(each.startswith("mode=") for each in overrides):
+        overrides.append(f"mode={mode}")
+    seeds = [each for job in setting.jobs for each in job.overrides if each.startswith(_SEED)]
+    if len(seeds) > 1:
+        overrides = ["-m", *overrides, _SEED + ",".join(each.removeprefix(_SEED) for each in seeds)]
+    else:
+        overrides += seeds
+    return " ".join(["python", "run.py", *map(shlex.quote, overrides)])
+
+
+def differences(pool: Sequence[Setting]) -> list[str]:
+    """The difference in test accuracy between students and the same students of method=scratch, one line per setting.
+
+    A setting without such a baseline has no line.
+    """
+    shared, lines = _shared(pool), []
+    baselines = {setting.traits: setting for setting in reversed(pool) if setting.results[0].method == "scratch"}
+    for setting in pool:
+        baseline = baselines.get(setting.traits)
+        if setting.results[0].method != "scratch" and baseline is not None:
+            seeds = [seed for seed in setting.by_seed if seed in baseline.by_seed]
+            values, others = ([each.by_seed[seed] for seed in seeds] for each in (setting, baseline))
+            if seeds:
+                lines.append(f"{setting.label(shared)}: {_paired(values, others)}")
+    return lines
+
+
+def _paired(values: Sequence[float], others: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0] - others[0]:+.2f}, one seed"
+    known = paired(values, others)
+    if known.p is None:
+        return f"{known.mean:+.2f} at every seed, {known.n} seeds"
+    low, high = known.ci95
+    return f"{known.mean:+.2f} ({low:+.2f} to {high:+.2f}) over {known.n} seeds"
+
+
+def write_summary(folder: Path, jobs: Sequence[Job], objective: str, missing: int = 0) -> list[str]:
+    """Write the summary into the multirun's folder. Returns lines to print: differences, and the best setting.
+
+    `objective` is val_acc, or test_acc if the search maximised it. `missing` jobs left no folder.
+    """
+    # With hydra.output_subdir=null the overrides of a job are unknown.
+    pool = settings(jobs) if len(jobs) == 1 or all(job.overrides for job in jobs) else []
+    # By test_acc the best is a single job, as in the papers. By val_acc the seeds are pooled.
+    alone = [Setting(setting.overrides, (job,)) for setting in pool for job in setting.jobs]
+    best = best_of(alone if objective == "test_acc" else pool, objective)
+    added, lines = differences(pool), _best_lines(pool, best, objective)
+    if missing:
+        lines.append(f"{missing} of {count(len(jobs) + missing)} left no result: killed, or never started")
+    for stale in ("best.sh", "summary.png"):
+        (folder / stale).unlink(missing_ok=True)
+    _write_csv(folder / "summary.csv", rows(jobs))
+    (folder / "summary.md").write_text(_markdown(pool, jobs, added, lines))
+    if pool:
+        named = {setting.overrides: index for index, setting in enumerate(pool)}
+        circle = (named[best.overrides], best.mean) if best else None
+        by = "test" if objective == "test_acc" else "validation"
+        draw_summary(folder / "summary.png", pool, _shared(pool), circle, by)
+    if best is not None:
+        (folder / "best.sh").write_text(f"# the best setting of {folder.name}; make best runs it\n{command(best)}\n")
+    return [*([_PAIRED] if added else []), *(f"  {line}" for line in added), *lines]
+
+
+def _best_lines(pool: Sequence[Setting], best: Setting | None, objective: str) -> list[str]:
+    if len(pool) < 2:
+        return []
+    if best is None:
+        return ["no best setting: without a validation split, only the test set could choose one"]
+    chosen = "CHOSEN ON THE TEST SET, as in the paper" if objective == "test_acc" else "chosen on validation"
+    text = f"validation {percent(best.val)} %, test {best.mean:.2f} %, {count(len(best.test), 'student')}"
+    equals = sum(setting.score(objective) == best.score(objective) for setting in pool)
+    tie = f"; {equals} settings are equal, and this is the first by name" if equals > 1 else ""
+    name = _difference(best.overrides, _shared(pool))
+    return [f"best setting, {chosen}: {name}: {text}{tie}", f"again: {command(best)}"]
+
+
+def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """A row per job: its overrides, and its accuracies in percent or the reason why it has none."""
+    overrides = [dict(each.split("=", 1) for each in job.overrides if "=" in each) for job in jobs]
+    names = dict.fromkeys(name for each in overrides for name in each)
+    return [
+        {"job": job.number, **{name: each.get(name) for name in names}, **_numbers(job.result), "failure": job.reason}
+        for job, each in zip(jobs, overrides, strict=True)
+    ]
+
+
+def _numbers(result: RunResult | None) -> dict[str, Any]:
+    test = [student.test_acc for student in result.students] if result else []
+    return {
+        "val_acc": result.objective if result else None,
+        "test_acc": sum(test) / len(test) if test else None,
+        "std": spread(test).std if len(test) > 1 else None,
+        "n": len(test),
+        "chain": result.networks if result else None,
+        "student": result.chain[-1].key if result else None,
+        "mode": result.mode if result else None,
+        "epoch chosen": " and ".join(test_set_choices(result)) or "without the test set" if result else None,
+    }
+
+
+def _write_csv(path: Path, table: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, table[0])
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def _markdown(pool: Sequence[Setting], jobs: Sequence[Job], added: Sequence[str], best: Sequence[str]) -> str:
+    shared = _shared(pool)
+    lines = [f"All with `{' '.join(shared)}`.", ""] if shared else []
+    results = [job.result for job in jobs if job.result]
+    if results:
+        datasets = " and ".join(dict.fromkeys(result.dataset for result in results))
+        modes = " and ".join(dict.fromkeys(result.mode for result in results))
+        marks = dict.fromkeys(mark for result in results for mark in test_set_choices(result))
+        lines += [f"Data set {datasets}. " + "; ".join((f"Mode {modes}", *marks)) + ".", ""]
+    if pool:
+        lines += ["| setting | chain | validation % | test % (mean ± std) | n | 95 % interval |", "|---" * 6 + "|"]
+        for setting in pool:
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in setting.cells(shared)) + " |")
+        lines += ["", "Students that differ only in their seed are one line. The interval is Student's t.", ""]
+    if added:
+        lines += [_PAIRED.capitalize(), "", *(f"- {line}" for line in added), ""]
+    lines += [f"{line}\n" for line in best]
+    lines += [f"- job {job.number} ({' '.join(job.overrides)}): {job.reason}" for job in jobs if job.result is None]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,185 @@
+"""Records of a run while it goes: always a local metrics.jsonl, and a page at W&B or TensorBoard if asked."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kd.core.spec import Frozen, Text
+from kd.core.stage import Source, Stage
+from kd.store import Metrics, Store
+
+
+class TrackingSpec(Frozen):
+    """The `tracking` section of the configuration."""
+
+    name: Literal["wandb", "tensorboard", "none"]
+    project: Text
+    entity: Text | None = None
+    group: Text | None = None  # null: the multirun's name; none for a single run
+    tags: tuple[Text, ...] = ()
+    mode: Literal["auto", "online", "offline"] = "auto"
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a page needs to know of its run when it opens."""
+
+    name: str
+    job_type: str
+    group: str | None
+    folder: Path  # where the page may write
+    config: dict[str, Any] = field(default_factory=dict)
+    axes: tuple[str, ...] = ()  # names of the stages, each with epochs of its own
+    keep: Path | None = None  # the folder that keeps the run's id, as long as the run may go on later
+
+
+class Page:
+    """A page that shows a run. This class shows nothing."""
+
+    def log(self, axis: str, step: int, metrics: Metrics) -> None:
+        """Log an epoch of the stage named `axis`; `step` counts the epochs of all stages of the run."""
+
+    def summarize(self, values: dict[str, Any]) -> None:
+        """Record results of the run. Later values replace earlier ones with the same name."""
+
+    def show(self, table: Sequence[Mapping[str, Any]], figures: Sequence[Path]) -> None:
+        """Show a table, given by rows, and figures (PNG) by their file names."""
+
+    def close(self, failed: bool) -> None:
+        """End the page."""
+
+
+def run_name(students: Sequence[Stage]) -> str:
+    """A run's chain, student first, the hyperparameters of its losses, and its seeds.
+
+    `resnet8 ← resnet20 ← resnet110 · T5 λ0.5 · s31`; w is the weight of a trained teacher's divergence.
+    """
+    student = students[0]
+    networks = " ← ".join(source.model for source in reversed(student.chain))
+    teachers = [source for source in student.chain if isinstance(source, Stage) and source.role == "teacher"]
+    settings = [student.loss.label, *(teacher.loss.label for teacher in teachers)]
+    seeds = f"s{student.seed}" + (f"–{students[-1].seed}" if len(students) > 1 else "")
+    return " · ".join(part for part in (networks, " ".join(filter(None, settings)), seeds) if part)
+
+
+def group_of(folder: Path) -> str:
+    """A multirun's name: its folder's, with the date if the parent folder is a date."""
+    parent, name = folder.absolute().parts[-2:]
+    return f"{parent} {name}" if re.fullmatch(r"\d{4}-\d\d-\d\d", parent) else name
+
+
+def axes(sources: Sequence[Source]) -> dict[str, str]:
+    """A unique name for each stage of a run, by key: its role, with network, seed or key only if needed."""
+    unique = {source.key: source for source in sources}
+    names = {key: _candidates(source) for key, source in unique.items()}
+    taken = Counter(name for candidates in names.values() for name in candidates)
+    return {key: next(name for name in candidates if taken[name] == 1) for key, candidates in names.items()}
+
+
+def _candidates(source: Source) -> list[str]:
+    role = source.role
+    seed = [f"{role}-s{source.seed}"] if isinstance(source, Stage) else []
+    return [role, f"{role}-{source.model}", *seed, f"{role}-{source.key}"]
+
+
+class Tracker:
+    """Records the epochs of each trained stage, and the results of the stages and the run."""
+
+    def __init__(self, folder: Path, sources: Sequence[Source], page: Page) -> None:
+        self._file, self._page = folder / "metrics.jsonl", page
+        self._axes = axes(sources)
+        self._before: dict[str, int] = {}  # number of epochs of all earlier stages, by key
+        epochs = 0
+        for source in {source.key: source for source in sources}.values():
+            self._before[source.key] = epochs
+            epochs += source.train.epochs if isinstance(source, Stage) else 0
+        self._file.write_text("")
+
+    def log(self, stage: Stage, metrics: Metrics) -> None:
+        """Record an epoch of a stage."""
+        with self._file.open("a") as file:
+            file.write(json.dumps({"role": stage.role, "key": stage.key, **metrics}) + "\n")
+        step = self._before[stage.key] + int(metrics["epoch"] or 0)
+        self._page.log(self._axes[stage.key], step, metrics)
+
+    def summarize(self, values: dict[str, Any]) -> None:
+        """Record results of the run."""
+        self._page.summarize(values)
+
+    def finished(self, source: Source, values: dict[str, Any]) -> None:
+        """Record results of a stage, trained now or earlier."""
+        self.summarize({f"{self._axes[source.key]}/{name}": value for name, value in values.items()})
+
+
+@contextmanager
+def track(
+    spec: TrackingSpec,
+    folder: Path,
+    students: Sequence[Stage],
+    config: dict[str, Any],
+    store: Store,
+    multirun: str | None = None,
+) -> Iterator[Tracker]:
+    """A tracker for one run, of a `multirun` or of none. An error that leaves the block marks the run as failed.
+
+    While a student is unfinished, the store keeps its run's id, and the next run that trains it goes on under that id.
+    """
+    sources = [source for student in students for source in student.chain]
+    names = axes(sources)
+    stages = {names[s.key]: {"key": s.key, **{k: v for k, v in s.dump().items() if k != "guide"}} for s in sources}
+    last = next((student for student in reversed(students) if not store.whole(student.key)), None)
+    opening = Opening(
+        name=run_name(students),
+        job_type=str(config["method"]["name"]),
+        group=spec.group or multirun,
+        folder=folder,
+        config={**config, "stages": stages},
+        axes=tuple(names.values()),
+        keep=store.partial(last.key) if last else None,
+    )
+    with _opened(spec, opening) as page:
+        yield Tracker(folder, sources, page)
+
+
+def track_sweep(
+    spec: TrackingSpec, folder: Path, group: str, table: Sequence[Mapping[str, Any]], figures: Sequence[Path]
+) -> None:
+    """Record a multirun as a whole: a row a job, and figures (PNG). A failure is printed in one line, never raised."""
+    try:
+        with _opened(spec, Opening(f"summary of {group}", "summary", group, folder, keep=folder / "wandb")) as page:
+            page.show(table, figures)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].removeprefix("tracking: ")
+        print(f"tracking: the multirun's summary is not recorded: {reason}", flush=True)
+
+
+@contextmanager
+def _opened(spec: TrackingSpec, opening: Opening) -> Iterator[Page]:
+    page = _open(spec, opening)
+    try:
+        yield page
+    except BaseException:
+        page.close(failed=True)
+        raise
+    page.close(failed=False)
+
+
+def _open(spec: TrackingSpec, opening: Opening) -> Page:
+    match spec.name:
+        case "wandb":
+            from kd.reporting.tracking.wandb import WandbPage
+
+            return WandbPage(spec, opening)
+        case "tensorboard":
+            from kd.reporting.tracking.tensorboard import TensorBoardPage
+
+            return TensorBoardPage(opening)
+        case "none":
+            return Page()

@@ -1,0 +1,1 @@
+"""Export: a finished network as files for deployment, compared with the original and described."""

@@ -1,0 +1,146 @@
+"""The model card: what an exported network is, its inputs and outputs, its accuracy, and its origin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from kd.core.files import commit
+from kd.core.stage import FORMAT, Source, Stage
+from kd.reporting.console import SELECTED, in_bytes, percent, training
+from kd.store import StageResult
+from kd.tools.export.formats import Format
+
+if TYPE_CHECKING:
+    from kd.tools.export.comparison import Comparison
+
+
+@dataclass(frozen=True)
+class Member:
+    """A network of the chain. The other fields are None if it is no longer in the store."""
+
+    source: Source
+    result: StageResult | None = None
+    size: int | None = None  # bytes of its stored weights
+
+
+def write_card(
+    chain: Sequence[Member],
+    form: Format,
+    comparison: Comparison,
+    *,
+    size: int,
+    made_with: Mapping[str, Any],
+    command: str,
+) -> str:
+    """The card of the last network of a chain, as Markdown.
+
+    `size` is the exported weights' in bytes, `made_with` is recorded with the stage, `command` made the export.
+    """
+    exported = chain[-1]
+    sections = (
+        _contract(exported.source, form, comparison, size, command),
+        _accuracy(exported, form, comparison),
+        _origin(chain, made_with),
+    )
+    return "\n".join(sections)
+
+
+def _contract(source: Source, form: Format, comparison: Comparison, size: int, command: str) -> str:
+    data = source.dataset
+    return f"""\
+# {source.model} on {data.name}
+
+A classifier of {data.num_classes} classes, stage `{source.key}`, exported by `{command}` ({_version()}).
+
+- `images`: float32 [batch, 3, {data.image_size}, {data.image_size}], RGB in [0, 1]; the batch may have any size.
+  Normalisation is inside.
+- `logits`: {comparison.dtype} [batch, {data.num_classes}], in the order of the data set's classes.
+- `{form.weights}`: {in_bytes(size)}.
+
+```python
+{form.usage}```
+"""
+
+
+def _accuracy(exported: Member, form: Format, comparison: Comparison) -> str:
+    source, result = exported.source, exported.result
+    assert result is not None  # the exported network is in the store
+    stage = source if isinstance(source, Stage) else None
+    lines = [
+        (f"recorded, in {_precision(source)}", percent(result.val_acc), percent(result.test_acc)),
+        ("original, in torch, without autocast", "", percent(comparison.original)),
+        (f"exported, in {form.runtime}", "", percent(comparison.exported)),
+    ]
+    sample = "all" if comparison.images == comparison.of else f"{comparison.images:,} of {comparison.of:,}"
+    return f"""\
+## Accuracy
+
+{_table(("", "val %", "test %"), lines)}
+
+Choice of weights: {SELECTED[stage.train.select if stage else None]}. Exported and original network were compared on
+{sample} test images. Their logits differ by {comparison.difference:.2g} at most; the largest logit is
+{comparison.scale:.3g}. They give the same class for {comparison.agreement:.2f} % of the images.
+"""
+
+
+def _origin(chain: Sequence[Member], made_with: Mapping[str, Any]) -> str:
+    source, data = chain[-1].source, chain[-1].source.dataset
+    content = f" (content {data.content})" if data.content else ""
+    held_out = (
+        f"{data.val_fraction:g} of its training images, chosen by split_seed {data.split_seed}, are for validation"
+    )
+    return f"""\
+## Origin
+
+Data: {data.name}{content}, augmentation {data.augment}, normalisation {source.normalize};
+{held_out if data.val_fraction else "all of its training images train"}.
+
+The chain, in the order of training; each network was the guide of the next:
+
+{_table(_HEADINGS, map(_cells, chain))}
+
+{"".join(f"- {_trained(member.source)}" for member in chain)}
+The mode (paper or reference) is not recorded with a stage. The settings that it decides are on this page.
+Made with {", ".join(f"{name} {value}" for name, value in made_with.items())}; keys of format {FORMAT}.
+"""
+
+
+def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *lines))
+
+
+_HEADINGS = "role", "network", "stage", "loss", "seed", "parameters", "weights", "val %", "test %"
+
+
+def _cells(member: Member) -> tuple[str, ...]:
+    """A member's line under _HEADINGS."""
+    source, result = member.source, member.result
+    loss, seed = "given weights", "–"
+    if isinstance(source, Stage):
+        loss, seed = f"{source.loss.name} {source.loss.settings}".strip(), str(source.seed)
+    size = "–" if member.size is None else in_bytes(member.size)
+    accuracies = (percent(result.val_acc), percent(result.test_acc)) if result else ("–", "–")
+    params = f"{result.params:,}" if result else "–"
+    return source.role, source.model, f"`{source.key}`", loss, seed, params, size, *accuracies
+
+
+def _trained(source: Source) -> str:
+    if not isinstance(source, Stage):
+        return f"{source.role} {source.model}: given, as a file of sha256 {source.sha256}\n"
+    return f"{source.role} {source.model}: {source.train.epochs} epochs, {training(source.train)}\n"
+
+
+def _precision(source: Source) -> str:
+    return source.train.precision if isinstance(source, Stage) else "fp32"  # as in pipeline.py
+
+
+def _version() -> str:
+    """The project's version, and its commit if it is a checkout."""
+    try:
+        named = f"kd {version('kd')}"
+    except PackageNotFoundError:  # run without being installed
+        named = "kd"
+    return f"{named}, commit {commit()}" if commit() else named

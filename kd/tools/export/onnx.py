@@ -1,0 +1,73 @@
+"""ONNX: the network as a graph for any runtime, in float32."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import onnx
+import onnxruntime
+import onnxscript  # noqa: F401 (torch's exporter needs it, and imports it late)
+import torch
+
+from kd.core.stage import Source
+from kd.models.normalization import Normalized
+from kd.tools.export.formats import Format, Images, Logits, Run
+
+OPSET = 18  # the newest that torch's exporter writes without a conversion, which may fail
+
+
+class Onnx(Format):
+    """One file with the weights inside, for batches of any size."""
+
+    weights = "model.onnx"
+    runtime = f"onnxruntime {onnxruntime.__version__}"
+    usage = """\
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+(logits,) = session.run(["logits"], {"images": images})
+"""
+
+    def pack(self, network: Normalized, source: Source) -> dict[str, bytes]:
+        size = source.dataset.image_size
+        images = torch.zeros(2, 3, size, size)  # two: with one image, torch.export makes the batch size a constant
+        program = torch.onnx.export(
+            deepcopy(network).float().eval(),  # onnxruntime has no convolution in float64 on a CPU
+            (images,),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None  # None comes from the older exporter only
+        model = program.model_proto
+        _forget_origin(model.graph)
+        told = {
+            "key": source.key,
+            "network": source.model,
+            "dataset": source.dataset.name,
+            "images": f"float32 [batch, 3, {size}, {size}], RGB in [0, 1]; normalisation is inside",
+            "logits": f"float32 [batch, {source.dataset.num_classes}]",
+        }
+        onnx.helper.set_model_props(model, told)
+        onnx.checker.check_model(model, full_check=True)
+        return {self.weights: model.SerializeToString()}
+
+    def unpack(self, packed: dict[str, bytes]) -> Run:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(packed[self.weights], options, providers=["CPUExecutionProvider"])
+
+        def run(images: Images) -> Logits:
+            logits: Logits = session.run(["logits"], {"images": images})[0]
+            return logits
+
+        return run
+
+
+def _forget_origin(graph: onnx.GraphProto) -> None:
+    """Remove the exporter's notes on the Python lines of each node: they contain paths of this machine."""
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")

@@ -1,0 +1,1 @@
+"""Inspection of finished networks: fidelity, calibration, confusion, and the loss surface around them."""

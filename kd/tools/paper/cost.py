@@ -1,0 +1,163 @@
+"""The expected cost of a graph: operations counted on meta tensors, and hours from a few measured steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from pkgutil import resolve_name
+from statistics import median
+
+from kd.core.stage import VIEWS, DatasetSpec, Source, Stage
+from kd.datasets import DATASETS
+from kd.training.pipeline import Workplace
+
+_BACKWARD = 2  # times the forward pass: the gradients of activations and of weights
+_TIMED = 0.3  # seconds of measured steps, at least one step, after two warm-up steps
+_PROBE = 1e10  # operations of a measured step on a CPU at most: a fraction of a second
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a stage: images trained, images tested, images through its guide, and operations of all.
+
+    `seconds` is the time that training it still needs.
+    """
+
+    stage: Stage
+    stored: bool
+    trained: float
+    tested: float
+    guided: float  # without those in the bank
+    flops: float
+    seconds: float
+
+
+def forward_flops(model: str, num_classes: int, image_size: int) -> int:
+    """Floating-point operations of one image's forward pass; a multiply-add counts as two."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from kd.models import build
+
+    with torch.device("meta"):
+        network = build(model, num_classes=num_classes, image_size=image_size).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.empty(1, 3, image_size, image_size))
+    return int(counter.get_total_flops())
+
+
+def count_images(spec: DatasetSpec, data_root: Path) -> tuple[int, int]:
+    """How many images a data set has, for training and for testing. Known data sets are not downloaded for it."""
+    entry = DATASETS[spec.name]
+    if entry.facts is not None and entry.facts.images is not None:
+        return entry.facts.images
+    arrays = resolve_name(entry.read)(data_root, spec.content)
+    return len(arrays.labels), len(arrays.test_labels)
+
+
+@dataclass
+class _Seen:
+    """The number of epochs of views that a guide has computed, by seed: equal seeds draw equal views."""
+
+    epochs: dict[int, int] = field(default_factory=dict)
+
+    def more(self, stage: Stage, samples: float) -> float:
+        """The expected number of (sample, view) pairs that the stage needs and no earlier one has needed."""
+        views = stage.dataset.views or VIEWS[stage.dataset.augment]
+        missed = 1 - 1 / views  # the fraction of all pairs that one epoch does not contain
+        before = missed ** sum(self.epochs.values())
+        self.epochs[stage.seed] = max(stage.train.epochs, self.epochs.get(stage.seed, 0))
+        return samples * views * (before - missed ** sum(self.epochs.values()))
+
+
+class Estimator:
+    """Counts operations and measures steps, once per network, on the device and with the threads of the training."""
+
+    def __init__(self, place: Workplace) -> None:
+        self._place = place
+        self._flops = cache(forward_flops)
+        self._measured: dict[tuple[str, DatasetSpec, int, str], float] = {}
+        self._images = cache(lambda spec: count_images(spec, place.data_root))
+
+    def estimate(self, stages: Sequence[Stage], stored: set[str]) -> list[Cost]:
+        """The cost of each stage, in order. Stages in `stored` need no seconds and are not measured."""
+        asked: dict[tuple[str, str], _Seen] = {}
+        costs = []
+        for stage in stages:
+            training, testing = self._images(stage.dataset)
+            samples, epochs = training * (1 - stage.dataset.val_fraction), stage.train.epochs
+            guided = 0.0
+            if stage.guide is not None:
+                bank = stage.guide.key, stage.train.precision
+                guided = asked.setdefault(bank, _Seen()).more(stage, samples)
+                guided = guided if self._place.runtime.bank else samples * epochs
+            each_epoch = training - samples + (testing if stage.train.test_curve else 0)
+            costs.append(self._sum(stage, stage.key in stored, samples * epochs, each_epoch * epochs + testing, guided))
+        return costs
+
+    def flops(self, stages: Sequence[Stage]) -> float:
+        """The operations that training these stages takes, if none of them is stored."""
+        return sum(cost.flops for cost in self.estimate(stages, {stage.key for stage in stages}))
+
+    def _sum(self, stage: Stage, stored: bool, trained: float, tested: float, guided: float) -> Cost:
+        step, forward = 1 + _BACKWARD, 1 / (1 + _BACKWARD)  # a step in forward passes, and a forward pass in steps
+        images, guide = trained + tested * forward, stage.guide
+        operations = images * step * self._forward(stage, stage)
+        seconds = 0.0 if stored else images * self._seconds(stage)
+        if guide is not None:
+            operations += guided * self._forward(guide, stage)
+            if not stored:  # steps of given weights are not measured: scaled by their operations
+                larger = 1.0 if isinstance(guide, Stage) else self._forward(guide, stage) / self._forward(stage, stage)
+                seconds += guided * forward * larger * self._seconds(guide if isinstance(guide, Stage) else stage)
+        return Cost(stage, stored, trained, tested, guided, operations, seconds)
+
+    def _forward(self, source: Source, stage: Stage) -> int:
+        return self._flops(source.model, stage.dataset.num_classes, stage.dataset.image_size)
+
+    def _seconds(self, stage: Stage) -> float:
+        """Seconds of a training step per image, measured once per network and batch size."""
+        train = stage.train
+        known = stage.model, stage.dataset, train.batch_size, train.precision
+        if known not in self._measured:
+            batch = train.batch_size
+            if self._place.device == "cpu":
+                batch = min(batch, max(2, int(_PROBE / (1 + _BACKWARD) / self._forward(stage, stage))))
+            self._measured[known] = _step(stage, self._place.device, batch) / batch
+        return self._measured[known]
+
+
+def _step(stage: Stage, device: str, batch: int) -> float:
+    """Seconds of a training step of a new network, not compiled, on random images."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from kd.core.hardware import autocast
+    from kd.training.step import make_network, make_optimizer
+
+    network = make_network(stage, device).train()
+    optimizer = make_optimizer(network, stage.train)
+    size = stage.dataset.image_size
+    noise = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    noise = noise.contiguous(memory_format=torch.channels_last)
+    times = list[float]()
+    while len(times) < 3 or sum(times[2:]) < _TIMED:
+        began = _now(device)
+        with autocast(stage.train.precision, device):
+            logits = network(noise)
+        optimizer.zero_grad()
+        cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        times.append(_now(device) - began)
+    return median(times[2:])
+
+
+def _now(device: str) -> float:
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

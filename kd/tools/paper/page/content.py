@@ -1,0 +1,194 @@
+"""The content of the HTML page and the Markdown page: the entries of the tables, and the sentences around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from kd.core.statistics import Spread
+from kd.reporting.console import SELECTED, duration, percent
+from kd.tools.paper.report import CellResult, Report, RowResult, StageReport, TableResult, mean
+
+OURS = "A table of our own, in no paper"
+PROTOCOL = (
+    "*Last* is the student's last epoch. *Best on test* is its best epoch by test accuracy, which is the papers' "
+    "protocol. Both come from the same trainings as *test*.",
+    "Intervals are 95 %, by Student's t. Differences are paired by seed. A difference is bold if its interval excludes "
+    "zero. Many cells are compared: without any real difference, about one in twenty is bold by chance.",
+    "*Agreement* is how often the student and its guide choose the same class of a test image. *KL* is "
+    "KL(guide ‖ student) in nats at T 1. *ECE* is the expected calibration error of 15 bins, in percent.",
+    "*PFLOP* and *time* are the cost of all stages of a cell, divided by the number of its seeds. A stage that other "
+    "cells use too is counted in full. Operations are counted, not measured. Time is what the training took.",
+)
+
+
+@dataclass(frozen=True)
+class Value:
+    """An entry of a table: its text, the keys of the stages that its number comes from, and whether it is bold."""
+
+    text: str
+    keys: tuple[str, ...] = ()
+    bold: bool = False
+
+
+def headings(table: TableResult, row: RowResult) -> tuple[str, ...]:
+    """The headings of `entries`."""
+    return (
+        "",
+        *([f"published, {table.dataset} %"] if _has_published(row) else []),
+        "n",
+        "test % (mean ± std)",
+        "95 % interval",
+        f"difference to {row.baseline}, interval, p",
+        "last %",
+        "best on test %",
+        "val %",
+        "agreement %",
+        "KL",
+        "ECE %",
+        "PFLOP",
+        "time",
+    )
+
+
+def _has_published(row: RowResult) -> bool:
+    return any(cell.published for cell in row.cells)
+
+
+def entries(report: Report, row: RowResult, cell: CellResult) -> tuple[Value, ...]:
+    """The entries of a cell's line."""
+    students, keys = report.students(cell), cell.students
+    published = [Value(_published(cell, row.baseline))] if _has_published(row) else []
+    against, base = cell.against, next((found for found in row.cells if found.label == row.baseline), None)
+    seeds = {draw.seed for draw in cell.draws} & {draw.seed for draw in base.draws} if base else set()
+    both = [draw.chain[-1] for found in (cell, base) if found for draw in found.draws if draw.seed in seeds]
+    return (
+        Value(cell.label),
+        *published,
+        Value(str(len(keys))),
+        Value(_mean(cell.test_acc, [student.test_acc for student in students]), keys),
+        Value(_interval(cell.test_acc), keys if cell.test_acc else ()),
+        Value(_against(cell), tuple(both) if against else (), bool(against and against.told_apart)),
+        Value(_mean(cell.last, [student.last for student in students]), keys),
+        Value(_mean(cell.best_test, [student.best_test for student in students]), keys),
+        Value(percent(mean([student.val_acc for student in students])), keys),
+        Value(percent(mean([s.fidelity.agreement if s.fidelity else None for s in students])), keys),
+        Value(_number(mean([s.fidelity.kl if s.fidelity else None for s in students])), keys),
+        Value(percent(mean([student.calibration.ece for student in students])), keys),
+        Value(f"{cell.flops / 1e15:.3g}" if cell.draws else "", cell.keys),
+        Value(duration(cell.seconds) if cell.draws else "", cell.keys),
+    )
+
+
+def about(table: TableResult) -> Iterator[str]:
+    """What a reader has to know about a table."""
+    other = table.data != table.dataset and any(map(_has_published, table.rows))
+    yield f"Our numbers are on **{table.data}**" + (f"; published numbers are on {table.dataset}." if other else ".")
+    yield f"Mode {table.mode}; {SELECTED[table.select]}."
+    yield from table.notes
+
+
+def below(report: Report, row: RowResult) -> Iterator[str]:
+    """What a reader has to know about a row."""
+    kinds = dict.fromkeys(cell.varied for cell in row.cells)
+    for kind in kinds:
+        which = ", ".join(cell.label for cell in row.cells if cell.varied == kind)
+        yield f"What varied: {kind}" + (f" ({which})." if len(kinds) > 1 else ".")
+    yield from _worth(report, row)
+    sources = dict.fromkeys(cell.published.source for cell in row.cells if cell.published)
+    for source in sources:
+        which = ", ".join(cell.label for cell in row.cells if cell.published and cell.published.source == source)
+        yield f"Published numbers of {which}: {source}."
+    for cell in row.cells:
+        for seed, why in cell.missing.items():
+            reason = "; ".join(why.splitlines())
+            yield f"{cell.label}, seed {seed}: **no result**, `{reason}`"
+
+
+def _worth(report: Report, row: RowResult) -> Iterator[str]:
+    """The gain from the papers' protocol, in percent: the best epoch on the test set minus the last epoch."""
+    students = [student for cell in row.cells for student in report.students(cell)]
+    gains = [s.best_test - s.last for s in students if s.best_test is not None and s.last is not None]
+    if gains:
+        told = f"{mean([*gains]):+.2f} on average, {max(gains):+.2f} at most, over {len(gains)} students"
+        yield f"Best on test minus last epoch: {told}."
+
+
+def origin(report: Report) -> Iterator[str]:
+    """The origin of the page."""
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    yield f"Written by `{report.command}`, commit {report.commit or 'unknown'}, on {report.machine}, with {versions}."
+    yield f"All {len(report.stages)} stages took {duration(report.seconds)} of training."
+    yield from (f"Table {name} is left out: `{reason}`" for name, reason in report.left_out.items())
+
+
+STAGE_HEADINGS = (
+    "stage",
+    "role",
+    "network",
+    "seed",
+    "guide",
+    "loss",
+    "training",
+    "epochs",
+    "kept",
+    "val %",
+    "test %",
+    "time",
+    "made with",
+)
+
+
+def stage_entries(report: Report, stage: StageReport) -> tuple[Value, ...]:
+    """A stage's line under STAGE_HEADINGS."""
+    own = (stage.key,)
+    return (
+        Value(stage.key),
+        Value(", ".join(report.roles(stage.key))),
+        Value(stage.model),
+        Value("" if stage.seed is None else str(stage.seed)),
+        Value(stage.guide or ""),
+        Value(stage.loss),
+        Value(stage.training),
+        Value(str(stage.epochs)),
+        Value(str(stage.selected_epoch), own),
+        Value(percent(stage.val_acc), own),
+        Value(percent(stage.test_acc), own),
+        Value(duration(stage.seconds), own),
+        Value(", ".join(f"{name} {value}" for name, value in stage.made_with.items())),
+    )
+
+
+def _published(cell: CellResult, baseline: str) -> str:
+    """The published number, with its status unless it is verified."""
+    known = cell.published
+    if known is None:
+        return "n/a"
+    value = f"{known.value:+g} to {baseline}" if known.difference else f"{known.value:g}"
+    return value if known.status == "verified" else f"{value} ({known.status})"
+
+
+def _against(cell: CellResult) -> str:
+    if cell.against is None:
+        return ""
+    known, (low, high) = cell.against, cell.against.ci95
+    pairs = "" if known.n == len(cell.draws) else f", {known.n} pairs"
+    if known.p is None:
+        return f"{known.mean:+.2f} at every seed{pairs}"
+    p = "p < 0.001" if known.p < 0.001 else f"p {known.p:.3f}"
+    return f"{known.mean:+.2f}, {low:+.2f} to {high:+.2f}, {p}{pairs}"
+
+
+def _mean(known: Spread | None, values: Iterable[float | None]) -> str:
+    return percent(mean([*values])) if known is None else f"{known.mean:.2f} ± {known.std:.2f}"
+
+
+def _interval(known: Spread | None) -> str:
+    if known is None:
+        return "n/a"
+    low, high = known.ci95
+    return f"{max(low, 0):.2f} to {min(high, 100):.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,192 @@
+"""One training step (forward, loss, backward, update); and forward passes for predictions and accuracy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from math import cos, pi
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kd.core.hardware import autocast, bring
+from kd.core.spec import KnownError
+from kd.core.stage import INIT, Stage, TrainSpec, random_stream
+from kd.models import build
+from kd.models.normalization import Normalized
+from kd.training.ranks import ALONE, Team
+
+# The number of 32×32 images after which compiling has saved twice its own time, in bf16 on a CPU (bench/compiled.py,
+# bench/README.md). Networks that are not here became no faster, or were not measured.
+PAYS_AFTER = {"preresnet20": 600_000, "resnet8": 1_600_000}
+_PIXELS = 32 * 32
+_EVAL_BATCH = 1000
+
+
+def learning_rate(train: TrainSpec, epoch: int) -> float:
+    """The learning rate of an epoch, counted from 0. It increases linearly in the first `warmup` epochs."""
+    if epoch < train.warmup:
+        return train.lr * (epoch + 1) / (train.warmup + 1)
+    if train.schedule == "step":
+        passed = sum(epoch >= round(fraction * train.epochs) for fraction in train.milestones)
+        return train.lr * train.gamma**passed
+    if train.schedule == "cosine":
+        return train.lr * (1 + cos(pi * (epoch - train.warmup) / (train.epochs - train.warmup))) / 2
+    return train.lr
+
+
+def make_optimizer(network: nn.Module, train: TrainSpec) -> torch.optim.Optimizer:
+    """The optimiser of all parameters. Weight decay applies to all of them, as in both papers' code."""
+    if train.optimizer == "adam":
+        return torch.optim.Adam(network.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
+    return torch.optim.SGD(
+        network.parameters(),
+        train.lr,
+        train.momentum,
+        weight_decay=train.weight_decay,
+        nesterov=train.nesterov,
+        fused=True,
+    )
+
+
+def resolve_compile(setting: bool | Literal["auto"], stage: Stage, images: int, device: str) -> bool:
+    """Whether the steps of a stage with this many images per epoch are compiled.
+
+    `auto` compiles if that saves time by `PAYS_AFTER`. It never compiles on a GPU, where nothing was measured. If torch
+    cannot compile, `auto` prints why and does not compile, and True raises KnownError.
+    """
+    if stage.train.ranks > 1:
+        if setting is True:
+            raise KnownError("runtime.compile=true: several ranks cannot train a compiled network; use auto or false")
+        return False
+    if setting == "auto":
+        pays_after = PAYS_AFTER.get(stage.model)
+        if device != "cpu" or stage.train.precision != "bf16" or pays_after is None:
+            return False
+        if stage.train.epochs * images * stage.dataset.image_size**2 < pays_after * _PIXELS:
+            return False
+    if setting is False or (problem := _problem(device)) is None:
+        return bool(setting)
+    if setting == "auto":
+        print(f"{stage.role} {stage.model}: slower without torch.compile, which fails here: {problem}", flush=True)
+        return False
+    raise KnownError(f"runtime.compile=true: torch cannot compile here: {problem}")
+
+
+def compile_network(network: nn.Module, device: str) -> Callable[[Tensor], Tensor]:
+    """The network, compiled for one shape of batches. It shares its weights with `network`.
+
+    Call it with batches of that shape only. On a GPU it becomes a CUDA graph.
+    """
+    _quiet()
+    # torch limits the compilations of one function, for all networks together, and then silently stops compiling.
+    torch.compiler.reset()
+    mode = None if device == "cpu" else "reduce-overhead"
+    compiled: Callable[[Tensor], Tensor] = torch.compile(network, fullgraph=True, dynamic=False, mode=mode)
+    return compiled
+
+
+@cache
+def _problem(device: str) -> str | None:
+    """Why torch cannot compile for the device, found by trying; None if it can."""
+    _quiet()
+    try:
+        torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(16, device=device))
+    except Exception as error:  # no compiler, no headers, a full disk: each has its own type
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def _quiet() -> None:
+    """Silence torch's warning that CUDA is missing, which it prints whenever it compiles for the CPU."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def predict(network: nn.Module, images: Tensor, device: torch.device, precision: str) -> Tensor:
+    """Logits [sample, class] of uint8 images [sample, height, width, 3], on the device. The network stays in eval mode.
+
+    Images in main memory are copied to the device batch by batch.
+    """
+    network.eval()
+    with torch.inference_mode(), autocast(precision, device.type):
+        batches = (bring(batch, device).permute(0, 3, 1, 2) for batch in torch.split(images, _EVAL_BATCH))
+        return torch.cat([network(batch) for batch in batches])
+
+
+def evaluate(
+    network: nn.Module, images: Tensor, labels: Tensor, precision: str, mean_of_batches: int | None = None
+) -> float:
+    """Top-1 accuracy in percent of uint8 images [sample, height, width, 3], on the labels' device.
+
+    With `mean_of_batches` it is the mean of the accuracies of batches of that size, as in Trained Teacher's code. A
+    smaller last batch then counts too much. The network stays in eval mode.
+    """
+    hits = (predict(network, images, labels.device, precision).argmax(1) == labels).double()
+    parts = torch.split(hits, mean_of_batches or len(hits))
+    return round(100 * torch.stack([part.mean() for part in parts]).mean().item(), 4)
+
+
+def make_network(stage: Stage, device: str) -> Normalized:
+    """The stage's network, initialised by its seed. The global generator is not changed."""
+    data = stage.dataset
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random_stream(stage.seed, 0, INIT).integers(2**63)))
+        network = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
+    dtype = torch.float64 if stage.train.precision == "fp64" else torch.float32
+    return Normalized(network, data.mean, data.std).to(memory_format=torch.channels_last).to(device, dtype)
+
+
+class Step:
+    """A stage's network and its optimiser; a call trains it on one batch."""
+
+    def __init__(self, stage: Stage, *, device: str, compiled: bool = False, team: Team = ALONE) -> None:
+        self.stage, self.device, self.team = stage, device, team
+        self.network = make_network(stage, device)
+        self._parallel = team.parallel(self.network, device)
+        self._compiled = compile_network(self.network, device) if compiled else None
+        self._optimizer = make_optimizer(self.network, stage.train)
+        self._scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=stage.train.precision == "fp16")
+
+    def begin_epoch(self, lr: float) -> None:
+        """Set train mode, and the learning rate of the epoch."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self.network.train()
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, guide: Tensor | None, part: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Train on this rank's `part` of a batch. Returns its logits, and the loss and its parts for the whole batch.
+
+        Images uint8 [sample, 3, height, width], labels [sample], the guide's logits [sample, class] or None.
+        """
+        precision = self.stage.train.precision
+        # Only full batches are compiled; an epoch's last batch may be smaller.
+        whole = len(images) == self.stage.train.batch_size
+        forward = self._compiled if self._compiled is not None and whole else self._parallel
+        with autocast(precision, self.device):
+            logits = forward(images)
+        # The loss is computed in fp32, or in fp64 if the network computes in fp64.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        parts = self.stage.loss(logits, labels, None if guide is None else guide.to(logits.dtype))
+        self._optimizer.zero_grad()
+        self._scaler.scale(self.team.weigh(parts["loss"], part)).backward()  # type: ignore[no-untyped-call]
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return logits.detach(), self.team.mean({name: value.detach() for name, value in parts.items()}, part)
+
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on, for a checkpoint."""
+        return {
+            "network": self.network.network.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Resume from what state() returned."""
+        self.network.network.load_state_dict(state["network"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
