@@ -2,7 +2,7 @@
 
 Compiled and uncompiled steps alternate, 25 rounds of some .4 s each; figures are medians of the rounds. The seconds to
 compile are those of the first step in an empty cache. What pays back, and after how many images, goes by hand from
-here to PAYS_AFTER in kd/compilation.py.
+here to PAYS_AFTER in kd/training/step.py.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 
+from kd.app import experiments as declared
 from kd.app.experiments import experiments
 from kd.app.parsing import parse
 from kd.core.spec import KnownError
@@ -221,3 +222,22 @@ def test_a_declarations_problems_are_lines(change: dict[str, Any], said: str, mo
     with pytest.raises(KnownError) as caught:
         experiments.__wrapped__()
     assert str(caught.value).startswith(f"conf/paper/takd.yaml: {said}")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("tables: [", "cannot be read"),
+        ("tables: []\ntables: []", "tables twice"),
+        ("- a list", "should be a mapping"),
+    ],
+)
+def test_a_broken_file_of_tables_is_one_line(
+    text: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "ours.yaml").write_text(text)
+    monkeypatch.setattr(declared, "CONF", tmp_path)
+    with pytest.raises(KnownError, match=f"^conf/paper/ours.yaml: .*{problem}") as caught:
+        declared.read_yaml("ours")
+    assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError, create_model
 
-from kd.core.spec import Neutral
+from kd.core.spec import Frozen, Neutral
 from kd.core.stage import DatasetSpec, Given, Normalization, Stage, TrainOverrides, TrainSpec, descriptions
 from kd.losses import CrossEntropy, Distill, TeachableTeacher
 from kd.store.stages import parse_source
@@ -220,3 +220,15 @@ def test_overrides_have_every_setting_of_a_training_and_no_default() -> None:
     assert TrainOverrides.model_validate({"precision": "auto", "lr": 0.1}).dump()["precision"] == "auto"
     with pytest.raises(ValidationError):
         TrainSpec(**{**TRAIN.model_dump(), "precision": "auto"})
+
+
+def test_neutral_fields_leave_the_hash_inside_lists_too() -> None:
+    class Guides(Frozen):
+        guides: tuple[Normalization, ...]
+        named: dict[str, Normalization]
+
+    one = Normalization(mean=(0.5,) * 3, std=(0.5,) * 3)
+    plain, more, other = one, with_field(one), with_field(one, ema=0.9)
+    identities = [Guides(guides=(each,), named={"a": each}).identity() for each in (plain, more, other)]
+    assert identities[0] == identities[1] != identities[2]
+    assert identities[2]["guides"][0]["ema"] == identities[2]["named"]["a"]["ema"] == 0.9

@@ -151,7 +151,7 @@ def _student(config: Config, dataset: DatasetSpec, seed: int, given: Given | Non
     """The last stage of the method's chain. If the loss of a stage is guided, the stage before it is its guide."""
     below: Source | None = None
     for link in chain(config, seed):
-        if given is not None and link.role == "teacher":
+        if given is not None and link.replaceable:
             below = given
             continue
         below = Stage(
@@ -182,7 +182,7 @@ def chain(config: Config, seed: int) -> list[Link]:
 def trained_networks(config: Config) -> list[tuple[Role, str]]:
     """Role and name of the networks that a run trains, in order. It needs no files, data or recipes."""
     given = config.teacher.file is not None
-    return [(link.role, link.model) for link in chain(config, config.seed) if not (given and link.role == "teacher")]
+    return [(link.role, link.model) for link in chain(config, config.seed) if not (given and link.replaceable)]
 
 
 def train_spec(config: Config, role: Role, model: str) -> TrainSpec:

@@ -115,6 +115,23 @@ def _declared(paper: str) -> dict[str, tuple[Declaration, ...]]:
         raise KnownError("\n".join(f"conf/paper/{paper}.yaml: {problem}" for problem in problems)) from error
 
 
-def read_yaml(name: str) -> Any:
-    """A file of conf/paper as plain data, with its anchors resolved."""
-    return yaml.load((CONF / "paper" / f"{name}.yaml").read_bytes(), yaml.CSafeLoader)  # fast: every run needs it
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The fast loader, because every run reads these files; a key that stands twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise yaml.constructor.ConstructorError(problem=f"{min(twice)} twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(name: str) -> dict[str, Any]:
+    """A file of conf/paper as plain data, with its anchors resolved. Raises KnownError if it is not valid YAML."""
+    path = CONF / "paper" / f"{name}.yaml"
+    try:
+        tree = yaml.load(path.read_bytes(), _Loader) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise KnownError(f"conf/paper/{name}.yaml: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise KnownError(f"conf/paper/{name}.yaml: should be a mapping of keys")
+    return tree

@@ -19,7 +19,7 @@ from kd.core.spec import KnownError, explain, printable, tilde
 from kd.core.stage import Role, TrainOverrides, split_problem
 from kd.datasets import DATASETS, DatasetConfig
 from kd.methods import METHODS
-from kd.methods.method import Method
+from kd.methods.method import Ends, Method
 from kd.models import MODELS
 from kd.store.foreign import fingerprint
 
@@ -200,8 +200,11 @@ def _teacher(sections: dict[str, Any]) -> Iterator[str]:
         return
     for key in teacher.train.model_dump(exclude_none=True):
         yield f"teacher.train.{key}: a teacher from teacher.checkpoint is not trained"
-    if "method" in sections and sections["method"].name == "trained_teacher":
-        yield "teacher.checkpoint: method=trained_teacher trains its own teacher; use method=kd with a checkpoint"
+    if {"method", "model"} <= sections.keys():
+        method, ends = sections["method"], Ends(sections["model"].name, teacher.name, seed=0, teacher_seed=0)
+        teachers = [link for link in method.chain(ends) if link.role == "teacher"]
+        if teachers and not any(link.replaceable for link in teachers):
+            yield f"teacher.checkpoint: method={method.name} trains its own teacher; use method=kd with a checkpoint"
     try:
         fingerprint(teacher.file)
     except KnownError as error:

@@ -1,4 +1,4 @@
-"""What every spec is: immutable, strict, hashed so that keys survive; and failures, as lines for people."""
+"""The base of all specs, the hash that keys are made of, errors with readable messages, and the extension tables."""
 
 from __future__ import annotations
 
@@ -63,17 +63,19 @@ def tilde(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text as it can be shown in a line, control characters and what is not UTF-8 escaped."""
+    """A text on one line: control characters and invalid UTF-8 are escaped."""
     odd = ("Cc", "Cs", "Zl", "Zp")
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in odd else c for c in text)
 
 
 def explain(error: ValidationError, section: str = "") -> list[str]:
-    """pydantic's verdict, a line a problem: the key as the command line has it, what would be right, what was given."""
+    """One line for each problem that pydantic found: the key as on the command line, what is allowed, and the value."""
     found = error.errors()
     places = [details["loc"] for details in found]
 
-    def is_consequence(place: tuple[int | str, ...]) -> bool:  # a list is too short where its entries are wrong
+    def is_consequence(
+        place: tuple[int | str, ...],
+    ) -> bool:  # bad entries make a list too short
         return any(other != place and other[: len(place)] == place for other in places)
 
     return [_line(details, section) for details in found if not is_consequence(details["loc"])]
@@ -123,11 +125,22 @@ class Frozen(BaseModel):
         identity = self.dump()
         for name, field in type(self).model_fields.items():
             value, key = getattr(self, name), field.serialization_alias or name
-            if isinstance(value, Frozen):
-                identity[key] = value.identity()
-            elif any(isinstance(mark, Neutral) and mark.value == value for mark in field.metadata):
+            if any(isinstance(mark, Neutral) and mark.value == value for mark in field.metadata):
                 del identity[key]
+            else:
+                identity[key] = _identity(value, identity[key])
         return identity
+
+
+def _identity(value: Any, dumped: Any) -> Any:
+    """What is hashed of a value: the identity of each spec in it, and everything else as it is dumped."""
+    if isinstance(value, Frozen):
+        return value.identity()
+    if isinstance(value, (tuple, list)):
+        return [_identity(*pair) for pair in zip(value, dumped, strict=True)]
+    if isinstance(value, dict):
+        return {key: _identity(value[key], dumped[key]) for key in value}
+    return dumped
 
 
 def hashed(identity: dict[str, Any]) -> str:

@@ -174,12 +174,14 @@ class LossSpec(Frozen, ABC):
     @property
     def settings(self) -> str:
         """The hyperparameters as on the command line, "T=4 lambda=0.5"; "" for a loss without numbers."""
-        return " ".join(f"{name}={value:g}" for name, value in self.dump().items() if isinstance(value, float))
+        fields = {name: value for name, value in self.dump().items() if name != "name"}
+        shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in fields.items()}
+        return " ".join(f"{name}={value}" for name, value in shown.items())
 
     @property
     def label(self) -> str:
-        """The hyperparameters in symbols, for names and figures: "T4 λ0.5"."""
-        return self.settings.replace("lambda=", "λ").replace("weight=", "w").replace("=", "")
+        """The hyperparameters in short, for names of runs and for figures: "T4 λ0.5"."""
+        return self.settings.replace("=", "")
 
 
 class Stage(Frozen):

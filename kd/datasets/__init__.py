@@ -23,7 +23,7 @@ class DatasetConfig(Frozen):
 
     name: str
     root: PathText | None = None  # where images that are decoded once lie
-    skip_unreadable: bool = False  # leave out what is no image; the rest is then the content
+    skip_unreadable: bool = False  # leave out files that are not images; the content hash is then of the rest
     augment: Augment | None  # null: the released code's, in mode=reference
     val_fraction: float = Field(ge=0, lt=1)
     split_seed: Seed
@@ -79,7 +79,7 @@ def statistics(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
     The deviation of a channel that never changes is given as 1, so that one can divide by it.
     """
     counts = np.zeros((3, 256), np.int64)
-    for start in range(0, len(images), 1024):  # bincount makes eight bytes of one
+    for start in range(0, len(images), 1024):  # in parts, because bincount needs eight bytes for each pixel
         for c in range(3):
             counts[c] += np.bincount(images[start : start + 1024, ..., c].ravel(), minlength=256)
     values = np.arange(256) / 255
@@ -145,7 +145,7 @@ def resolve(config: DatasetConfig, data_root: Path, threads: int = 1) -> Dataset
 
 
 def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
-    """The spec of a data set of which the facts are known."""
+    """The spec of a data set whose facts are known."""
     return DatasetSpec(
         name=config.name,
         content=facts.content,

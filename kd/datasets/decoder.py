@@ -77,7 +77,7 @@ def _known(manifest: Path) -> tuple[Facts, int] | None:
 
 
 def read_arrays(folder: Path) -> Arrays:
-    """The arrays that prepare() wrote into a folder, as memory maps. Raises KnownError if they are damaged."""
+    """The arrays that decode() wrote into a folder, as memory maps. Raises KnownError if they are damaged."""
     try:
         arrays = Arrays(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in Arrays.__dataclass_fields__))
         images, labels = arrays.images, arrays.labels

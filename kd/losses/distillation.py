@@ -43,7 +43,8 @@ class Distill(LossSpec):
 
     @property
     def settings(self) -> str:
-        return super().settings + (" KL/(batch·classes)" if self.reduction == "mean" else "")
+        divided = " KL/(batch·classes)" if self.reduction == "mean" else ""
+        return f"T={self.T:g} lambda={self.lam:g}{divided}"
 
     @property
     def label(self) -> str:

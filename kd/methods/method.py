@@ -30,6 +30,7 @@ class Link:
     model: str
     loss: LossSpec
     seed: int
+    replaceable: bool = False  # the weights of teacher.checkpoint may take its place
 
 
 class Method(Frozen, ABC):
@@ -43,7 +44,7 @@ class Method(Frozen, ABC):
 
     def teacher_of(self, ends: Ends) -> Link:
         """The configured teacher, trained by cross-entropy. A given checkpoint replaces it."""
-        return Link("teacher", ends.teacher, CrossEntropy(), ends.teacher_seed)
+        return Link("teacher", ends.teacher, CrossEntropy(), ends.teacher_seed, replaceable=True)
 
 
 class DistillingMethod(Method):

@@ -230,7 +230,7 @@ def write_summary(folder: Path, jobs: Sequence[Job], objective: str, missing: in
         by = "test" if objective == "test_acc" else "validation"
         draw_summary(folder / "summary.png", pool, _shared(pool), circle, by)
     if best is not None:
-        (folder / "best.sh").write_text(f"# the best setting of {folder.name}; make best runs it\n{command(best)}\n")
+        (folder / "best.sh").write_text(f"# the best setting of {folder.name}: `make best` runs it\n{command(best)}\n")
     return [*([_PAIRED] if added else []), *(f"  {line}" for line in added), *lines]
 
 
@@ -261,7 +261,7 @@ def _numbers(result: RunResult | None) -> dict[str, Any]:
     test = [student.test_acc for student in result.students] if result else []
     return {
         "val_acc": result.objective if result else None,
-        "test_acc": sum(test) / len(test) if test else None,
+        "test_acc": round(sum(test) / len(test), 4) if test else None,
         "std": spread(test).std if len(test) > 1 else None,
         "n": len(test),
         "chain": result.networks if result else None,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,10 +34,15 @@ def dependents(store: Store, key: str) -> list[str]:
     """The finished stages that have this one in their chain. Those farthest from it come first."""
     distance = {}
     for other in store:
-        with suppress(DamageError):  # a damaged stage does not count as finished
+        try:
             chain = [source.key for source in store.source(other).chain[::-1]]
-            if key in chain[1:]:
-                distance[other] = chain.index(key)
+        except DamageError:  # a damaged stage does not count as finished
+            continue
+        except KnownError as error:  # of a package that is not installed, say
+            print(f"{error}; so what it depends on is unknown", file=sys.stderr)
+            continue
+        if key in chain[1:]:
+            distance[other] = chain.index(key)
     return sorted(distance, key=lambda other: -distance[other])
 
 

@@ -166,4 +166,4 @@ class Checkpoint:
             raise KnownError(f"cannot write a checkpoint: {error}") from error
 
     def _identity(self) -> dict[str, Any]:
-        return {"key": self.stage.key, **self.stage.dump()}
+        return {"key": self.stage.key, **self.stage.identity()}

@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from wandb import Run
 
 # wandb's own settings, unless the user has set them. Its service would send reports of its errors, even offline.
-_DEFAULTS = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true", "WANDB_INIT_TIMEOUT": "5"}  # the last: seconds
+_DEFAULTS = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
+_PATIENCE = 5.0  # seconds for a server to answer in tracking.mode=auto, unless WANDB_INIT_TIMEOUT says otherwise
 # No metadata of the process: paths, arguments, host, user, e-mail, git remote, code.
 _PRIVATE: dict[str, Any] = {"x_disable_meta": True, "disable_git": True, "disable_code": True, "host": ""}
 
@@ -61,6 +62,8 @@ class RunId:
 class WandbPage(Page):
     """A run at W&B: online, or in files that `wandb sync` sends. Raises KnownError if it cannot start."""
 
+    unreachable: ClassVar[str] = ""  # why auto became offline in this process: each job of a sweep would wait again
+
     def __init__(self, spec: TrackingSpec, opening: Opening) -> None:
         for name, value in _DEFAULTS.items():
             os.environ.setdefault(name, value)
@@ -72,14 +75,14 @@ class WandbPage(Page):
         if opening.keep is not None and mode != "disabled":
             self._id = RunId(opening.keep, f"{spec.entity or ''}/{spec.project}/{opening.name}")
         try:
-            self._run = self._start(spec, opening, "online" if mode == "auto" else mode)
+            self._run = self._start(spec, opening, mode)
         except (wandb.Error, OSError) as error:
             problem = f"W&B did not start ({' '.join(str(error).partition('Consider increasing')[0].split())})"
             wandb.teardown()  # its service still holds the run's id
             if mode != "auto":
                 self._leave()
                 raise KnownError(f"tracking: {problem}; tracking.mode=offline needs no server") from error
-            reason = problem
+            reason = WandbPage.unreachable = problem
             self._run = self._start(spec, opening, "offline")
         if reason:
             sync = f"wandb sync {opening.folder}/wandb/offline-run-*"
@@ -90,6 +93,9 @@ class WandbPage(Page):
     def _start(self, spec: TrackingSpec, opening: Opening, mode: Any) -> Run:
         import wandb
 
+        settings: dict[str, Any] = {"console": "off", "x_disable_stats": True, **_PRIVATE}
+        if mode == "auto" and "WANDB_INIT_TIMEOUT" not in os.environ:
+            settings["init_timeout"] = _PATIENCE
         return wandb.init(
             project=spec.project,
             entity=spec.entity,
@@ -99,10 +105,10 @@ class WandbPage(Page):
             name=opening.name,
             config=opening.config,
             dir=opening.folder,
-            mode=mode,
+            mode="online" if mode == "auto" else mode,
             id=self._id.value if self._id else None,
             resume="allow" if self._id else None,
-            settings=wandb.Settings(console="off", x_disable_stats=True, **_PRIVATE),
+            settings=wandb.Settings(**settings),
         )
 
     def _leave(self) -> None:
@@ -148,6 +154,8 @@ def _mode(asked: str) -> tuple[str, str]:
             return asked, ""
         if "WANDB_MODE" in os.environ or settings.mode != "online":
             return settings.mode, ""
+        if WandbPage.unreachable:
+            return "offline", WandbPage.unreachable
         if wbauth.authenticate_session(host=settings.base_url, source="kd", prompt=False, update_session=False):
             return "auto", ""
     except (wandb.Error, ValueError) as error:

@@ -59,6 +59,12 @@ def _train(stage: Stage, job: PlannedJob, store: Store, folder: Path) -> None:
     config = job.config
     os.makedirs(folder, exist_ok=True)
     with track(config.tracking, folder, [stage], job.tree, store) as tracker:
-        teacher = config.teacher
-        shared = store, config.data_root, config.runtime
-        Pipeline(*shared, tracker, teacher.file, config.train.on_nan, teacher.min_acc).run_chain(stage)
+        Pipeline(
+            store=store,
+            data_root=config.data_root,
+            runtime=config.runtime,
+            tracker=tracker,
+            checkpoint=config.teacher.file,
+            on_nan=config.train.on_nan,
+            min_acc=config.teacher.min_acc,
+        ).run_chain(stage)
