@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench import figure, machine, profile, speed, sweep
 from bench.workloads import WORKLOADS, Workload
+from tests.conftest import QUICK, ROOT
 
 TINY = {
     "kd plane10 → plane2": Workload("plane2", "plane4", 1, 4),
@@ -58,3 +61,14 @@ def test_the_profile_finds_each_kind(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "scratch plane2" in printed
     assert all(kind in printed for kind in ("convolutions, backward", "BatchNorm, both ways", "optimiser", "views"))
     assert "scratch plane2" in WORKLOADS
+
+
+def test_one_run_crosses_at_most_thirty_files(tmp_path: Path) -> None:
+    """The promise of docs/design.md, by the command that counts."""
+    command = [sys.executable, "-m", "bench.structure", "--follow", *QUICK, "train.epochs=1"]
+    done = subprocess.run(
+        [*command, f"hydra.run.dir={tmp_path / 'out'}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    count, _, files = done.stdout.strip().splitlines()[-1].partition(" files crossed: ")
+    assert int(count) == len(files.split()) <= 30
+    assert "run.py" in files.split()

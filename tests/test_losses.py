@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from kd.losses import LOSSES, CrossEntropy, Distill, TeachableTeacher, kl, parse_loss
+from kd.losses import LOSSES, CrossEntropy, Distill, TeachableTeacher, kl
 
 
 def logits(*rows: list[float]) -> Tensor:
@@ -99,7 +99,7 @@ def test_every_loss_keeps_to_the_table(name: str) -> None:
     assert fields["name"].default == name
     numbers = {f.serialization_alias or key: 0.5 for key, f in fields.items() if f.is_required()}
     loss = LOSSES[name].model_validate(numbers)
-    assert parse_loss(loss.dump()) == loss
+    assert LOSSES.parse(loss.dump()) == loss
     student, guide = (torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     labels, order = torch.randint(4, (6,)), torch.randperm(6)
     parts = loss(student, labels, guide.detach() if loss.guided else None)
@@ -113,7 +113,7 @@ def test_every_loss_keeps_to_the_table(name: str) -> None:
 
 def test_an_unknown_loss_is_no_traceback() -> None:
     with pytest.raises(ValueError, match="there are cross_entropy"):
-        parse_loss({"name": "gone"})
+        LOSSES.parse({"name": "gone"})
 
 
 @pytest.mark.parametrize("bad", [{"T": 0, "lam": 0.5}, {"T": 1, "lam": 1.1}, {"T": float("nan"), "lam": 0}, {"T": 1}])

@@ -216,6 +216,16 @@ class Registry(Mapping[str, T], Generic[T]):
                 found[name] = self[name]
         return found
 
+    def parse(self, tree: Any) -> Any:
+        """A spec from a record of it, by the record's `name`; for tables of specs. Anything else is returned unchanged.
+
+        Raises ValueError for an unknown name: the package that defined the spec may be uninstalled.
+        """
+        if not isinstance(tree, dict) or not isinstance(tree.get("name"), str):
+            return tree
+        kind: Any = self[self.known(tree["name"])]
+        return kind.model_validate(tree)
+
     def known(self, name: str) -> str:
         """The name, if it stands for something. Raises ValueError with the nearest names where it does not."""
         try:

@@ -21,7 +21,7 @@ from kd.core import files
 from kd.core.files import ROOT
 from kd.core.spec import Frozen, KnownError
 from kd.core.stage import FORMAT, Source, Stage
-from kd.losses import parse_loss
+from kd.losses import LOSSES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +99,7 @@ def parse_source(tree: dict[str, Any]) -> Source:
     """The spec in a stage.json. Raises ValueError, KeyError or TypeError."""
     known = dict(tree)
     if "loss" in known:
-        known["loss"] = parse_loss(known["loss"])
+        known["loss"] = LOSSES.parse(known["loss"])
     if known.get("guide") is not None:
         known["guide"] = parse_source(known["guide"])
     return _SOURCE.validate_python(known)
