@@ -73,9 +73,8 @@ def explain(error: ValidationError, section: str = "") -> list[str]:
     found = error.errors()
     places = [details["loc"] for details in found]
 
-    def is_consequence(
-        place: tuple[int | str, ...],
-    ) -> bool:  # bad entries make a list too short
+    # A list is also reported as too short if its entries are wrong: that line would only repeat the problem.
+    def is_consequence(place: tuple[int | str, ...]) -> bool:
         return any(other != place and other[: len(place)] == place for other in places)
 
     return [_line(details, section) for details in found if not is_consequence(details["loc"])]
