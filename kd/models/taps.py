@@ -1,0 +1,109 @@
+"""Taps: what losses on features read of a network, by the paths at which the network declares it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kd.core.spec import KnownError
+
+
+class Tap(NamedTuple):
+    """The output of the submodule at a dotted path, or its first input. If it is called more than once, the last."""
+
+    path: str
+    of: Literal["output", "input"] = "output"
+
+
+def named_taps(stages: Iterable[Tap], pre: Iterable[Tap]) -> dict[str, Tap]:
+    """What a network's `taps()` returns: stage1 … stageN, then stage1_pre … stageN_pre."""
+    ends = {f"stage{i}": tap for i, tap in enumerate(stages, 1)}
+    return ends | {f"stage{i}_pre": tap for i, tap in enumerate(pre, 1)}
+
+
+def residual_taps(network: nn.Module, *stages: str) -> dict[str, Tap]:
+    """Taps of stages whose last block ends in its module `relu`."""
+    lasts = [[name for name, _ in network.get_submodule(stage).named_children()][-1] for stage in stages]
+    pre = [Tap(f"{stage}.{last}.relu", "input") for stage, last in zip(stages, lasts, strict=True)]
+    return named_taps(map(Tap, stages), pre)
+
+
+class Tapped:
+    """Hooks on a network that keep its features from each forward pass until `take()`.
+
+    `stages` are the maps at the ends of the stages, after the last activation. `pre` are the same before it. `pooled`
+    is the flattened input of the last layer. Gradients flow through all of them. `of` is the network that declares the
+    paths, if it is not `network` itself: a network whose BatchNorm torch.fx has folded declares none, and of it only
+    `pooled` can be read. Raises KnownError if maps are asked of a network that declares none.
+    """
+
+    def __init__(
+        self, network: nn.Module, stages: bool, pre: bool, pooled: bool, *, of: nn.Module | None = None
+    ) -> None:
+        declaring = network if of is None else of
+        wanted = _maps(declaring, stages, pre) if stages or pre else {}
+        self._names = [*wanted]
+        if pooled:
+            wanted["pooled"] = Tap(_head(declaring), "input")
+        self._kept: dict[str, Tensor] = {}
+        self._hooks = [self._hook(network, name, tap) for name, tap in wanted.items()]
+
+    def take(self) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The maps by name, and the pooled features, of the last forward pass. They are forgotten here."""
+        kept, self._kept = self._kept, {}
+        return {name: kept[name] for name in self._names}, kept.get("pooled")
+
+    def close(self) -> None:
+        """Remove the hooks. The network is as before."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, network: nn.Module, name: str, tap: Tap) -> RemovableHandle:
+        module = network.get_submodule(tap.path)
+        keep = self._keeper(name)
+        if tap.of == "output":
+            return module.register_forward_hook(lambda _module, _inputs, output: keep(output))
+        return module.register_forward_pre_hook(lambda _module, inputs: (keep(inputs[0]), *inputs[1:]))
+
+    def _keeper(self, name: str) -> Callable[[Any], Tensor]:
+        """A function that keeps a tensor under this name and returns the one that the network goes on with."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            self._kept[name] = tensor.flatten(1) if name == "pooled" else tensor
+            # The activation after it may be in place, and would change what is kept.
+            return tensor.clone() if name.endswith("_pre") else tensor
+
+        return keep
+
+
+def _maps(network: nn.Module, stages: bool, pre: bool) -> dict[str, Tap]:
+    """The taps of feature maps that are asked for."""
+    kind = type(network).__name__
+    taps: Callable[[], dict[str, Tap]] | None = getattr(network, "taps", None)
+    if taps is None:
+        raise KnownError(f"losses on feature maps need a network with taps: {kind} declares no taps (method taps())")
+    declared = taps()
+    if not declared:
+        raise KnownError(f"losses on feature maps need a network with maps: {kind} has none")
+    return {name: tap for name, tap in declared.items() if (pre if name.endswith("_pre") else stages)}
+
+
+def _head(network: nn.Module) -> str:
+    """The path of the last layer: as declared, or else that of the last linear layer or 1×1 convolution."""
+    declared: object = getattr(network, "head", None)
+    if isinstance(declared, str):
+        return declared
+    layers = [name for name, module in network.named_modules() if _is_linear(module)]
+    if not layers:
+        raise KnownError(
+            f"losses on pooled features need a last layer: {type(network).__name__} has no nn.Linear and declares none "
+            "(class attribute head)"
+        )
+    return layers[-1]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
