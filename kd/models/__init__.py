@@ -41,6 +41,13 @@ _OWN: dict[str, ModelEntry] = {
     **{f"densenet{d}": ModelEntry("kd.models.densenet.DenseNet", "densenet", d) for d in (121, 161, 169, 201)},
     "mobilenetv2": ModelEntry("kd.models.mobilenetv2.MobileNetV2", "mobilenetv2", 54),
     "shufflenetv2": ModelEntry("kd.models.shufflenetv2.ShuffleNetV2", "shufflenetv2", 51),
+    **{f"resnet{d}x4": ModelEntry("kd.models.cifar_resnet.CifarResNetX4", "cifar_resnet_x4", d) for d in (8, 32)},
+    **{f"wrn_{d}_1": ModelEntry("kd.models.wrn.WideResNet", "wrn", d) for d in (16, 40)},
+    **{f"wrn_{d}_2": ModelEntry("kd.models.wrn.WideResNet2", "wrn", d) for d in (16, 40)},
+    **{f"vgg{d}": ModelEntry("kd.models.vgg.VGG", "vgg", d) for d in (8, 11, 13, 16, 19)},
+    "mobilenetv2_half": ModelEntry("kd.models.mobilenetv2_half.MobileNetV2Half", "mobilenetv2_half", 54),
+    "shufflenetv1": ModelEntry("kd.models.shufflenetv1.ShuffleNetV1", "shufflenetv1", 50),
+    "shufflenetv2_rd": ModelEntry("kd.models.shufflenetv2_rd.ShuffleNetV2RD", "shufflenetv2_rd", 51),
 }
 
 

@@ -1,11 +1,13 @@
 """The DenseNets of Huang et al. (2017), DenseNet-BC with a stem for small images, as pytorch-cifar100 has them."""
 
 from collections import OrderedDict
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from kd.core.spec import KnownError
+from kd.models.taps import Tap, named_taps
 
 # Channels that each layer adds, and layers of each dense block.
 _BLOCKS: dict[int, tuple[int, tuple[int, int, int, int]]] = {
@@ -55,6 +57,8 @@ class DenseNet(nn.Module):
     pixels.
     """
 
+    head: ClassVar[str] = "linear"
+
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:
         super().__init__()
         if image_size < 8:
@@ -82,6 +86,12 @@ class DenseNet(nn.Module):
         return nn.Sequential(
             OrderedDict((f"bottle_neck_layer_{i}", _Layer(channels + growth * i, growth)) for i in range(layers))
         )
+
+    def taps(self) -> dict[str, Tap]:
+        """The dense blocks, and what the next BatchNorm makes of their outputs."""
+        blocks = [*(f"dense_block_layer_{i}" for i in range(3)), "dense_block3"]
+        norms = [*(f"transition_layer_{i}.down_sample.0" for i in range(3)), "bn"]
+        return named_taps(*([Tap(f"features.{path}") for path in paths] for paths in (blocks, norms)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [batch, class] of images [batch, channel, height, width]."""

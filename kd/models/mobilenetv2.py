@@ -1,6 +1,10 @@
 """The MobileNetV2 of Sandler et al. (2018) for small images, as in pytorch-cifar100."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
+
+from kd.models.taps import Tap, named_taps
 
 
 class _Block(nn.Module):
@@ -34,6 +38,8 @@ class MobileNetV2(nn.Module):
     Initialisation is torch's own. The only depth is 54. Takes images of any size.
     """
 
+    head: ClassVar[str] = "conv2"
+
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:
         super().__init__()
         self.pre = nn.Sequential(nn.Conv2d(in_channels, 32, 1, padding=1), nn.BatchNorm2d(32), nn.ReLU6(inplace=True))
@@ -51,6 +57,11 @@ class MobileNetV2(nn.Module):
     def _stage(channels: int, out: int, blocks: int, stride: int) -> nn.Sequential:
         rest = [_Block(out, out, 1, expansion=6) for _ in range(blocks - 1)]
         return nn.Sequential(_Block(channels, out, stride, expansion=6), *rest)
+
+    def taps(self) -> dict[str, Tap]:
+        """The last blocks of each size of map. They have no activation at their ends."""
+        ends = [Tap("stage1"), Tap("stage2"), Tap("stage3"), Tap("stage7")]
+        return named_taps(ends, ends)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [batch, class] of images [batch, channel, height, width]."""

@@ -5,6 +5,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from kd.core.spec import KnownError
+from kd.models.taps import Tap, named_taps
 
 _POOL = 0
 
@@ -57,6 +58,18 @@ class Plane(nn.Module):
         for before, after in pairwise(widths[1:]):
             linear += [nn.ReLU(inplace=True), nn.Linear(before, after)]
         self.fc_layers = nn.Sequential(*linear)
+
+    @property
+    def head(self) -> str:
+        """The path of the last layer."""
+        return f"fc_layers.{len(self.fc_layers) - 1}"
+
+    def taps(self) -> dict[str, Tap]:
+        """The ReLUs that end in a pooling (which stands before the ReLU here), and the last one."""
+        last = len(self.conv_layers) - 1
+        pools = [i for i, layer in enumerate(self.conv_layers) if isinstance(layer, nn.MaxPool2d)]
+        relus = [f"conv_layers.{i}" for i in sorted({*(pool + 1 for pool in pools), last})]
+        return named_taps(map(Tap, relus), [Tap(relu, "input") for relu in relus])
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [batch, class] of images [batch, channel, height, width]."""

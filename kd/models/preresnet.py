@@ -1,8 +1,11 @@
 """The pre-activation ResNets of He et al. (2016, "Identity mappings"), as pytorch-classification has them for CIFAR."""
 
 from math import sqrt
+from typing import ClassVar
 
 from torch import Tensor, nn
+
+from kd.models.taps import Tap, named_taps
 
 
 def _downsample(channels: int, out: int, stride: int) -> nn.Sequential | None:
@@ -65,6 +68,8 @@ class PreResNet(nn.Module):
     N(0, sqrt(2/(k·k·out))). Takes images of any size (the original pools 8×8 maps, so it takes 32×32 only).
     """
 
+    head: ClassVar[str] = "fc"
+
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:
         super().__init__()
         block: type[_Basic] | type[_Bottleneck] = _Basic if depth < 44 else _Bottleneck
@@ -87,6 +92,11 @@ class PreResNet(nn.Module):
     ) -> nn.Sequential:
         rest = [block(width * block.expansion, width, 1) for _ in range(blocks - 1)]
         return nn.Sequential(block(channels, width, stride), *rest)
+
+    def taps(self) -> dict[str, Tap]:
+        """The sums at the ends of the stages, and what the next BatchNorm makes of them."""
+        pre = [Tap("layer2.0.bn1"), Tap("layer3.0.bn1"), Tap("bn")]
+        return named_taps([Tap("layer1"), Tap("layer2"), Tap("layer3")], pre)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [batch, class] of images [batch, channel, height, width]."""

@@ -1,6 +1,10 @@
 """The ImageNet ResNets of He et al. (2016) with a stem for small images, as in pytorch-cifar."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
+
+from kd.models.taps import Tap, residual_taps
 
 
 def _shortcut(channels: int, out: int, stride: int) -> nn.Sequential:
@@ -69,6 +73,8 @@ class ResNet(nn.Module):
     Basic blocks up to depth 34, bottlenecks from 50 on. Initialisation is torch's own. Takes images of any size.
     """
 
+    head: ClassVar[str] = "linear"
+
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:
         super().__init__()
         block, blocks = _STAGES[depth]
@@ -87,6 +93,10 @@ class ResNet(nn.Module):
     ) -> nn.Sequential:
         rest = [block(width * block.expansion, width, 1) for _ in range(blocks - 1)]
         return nn.Sequential(block(channels, width, stride), *rest)
+
+    def taps(self) -> dict[str, Tap]:
+        """The ends of the stages."""
+        return residual_taps(self, "layer1", "layer2", "layer3", "layer4")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [batch, class] of images [batch, channel, height, width]."""

@@ -1,8 +1,11 @@
 """The CIFAR ResNeXt of Xie et al. (2017) with 8 groups of 64 channels, as in ResNeXt.pytorch."""
 
 from collections import OrderedDict
+from typing import ClassVar
 
 from torch import Tensor, nn
+
+from kd.models.taps import Tap, residual_taps
 
 _GROUPS = 8
 
@@ -39,6 +42,8 @@ class ResNeXt(nn.Module):
     by fan-in for the linear layer. Its biases start from 0. Takes images of any size.
     """
 
+    head: ClassVar[str] = "classifier"
+
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:
         super().__init__()
         blocks = (depth - 2) // 9
@@ -59,6 +64,10 @@ class ResNeXt(nn.Module):
     def _stage(number: int, channels: int, out: int, blocks: int, stride: int) -> nn.Sequential:
         stack = [_Bottleneck(channels, out, stride), *(_Bottleneck(out, out, 1) for _ in range(blocks - 1))]
         return nn.Sequential(OrderedDict((f"stage_{number}_bottleneck_{i}", block) for i, block in enumerate(stack)))
+
+    def taps(self) -> dict[str, Tap]:
+        """The ends of the stages."""
+        return residual_taps(self, "stage_1", "stage_2", "stage_3")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [batch, class] of images [batch, channel, height, width]."""

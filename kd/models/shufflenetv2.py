@@ -1,7 +1,11 @@
 """The ShuffleNetV2 ×1 of Ma et al. (2018) for small images, as in pytorch-cifar100."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
+
+from kd.models.taps import Tap, named_taps
 
 
 def _pointwise(channels: int, out: int) -> list[nn.Module]:
@@ -42,6 +46,8 @@ class ShuffleNetV2(nn.Module):
     Initialisation is torch's own. The only depth is 51. Takes images of any size.
     """
 
+    head: ClassVar[str] = "fc"
+
     def __init__(self, depth: int, num_classes: int, image_size: int = 32, in_channels: int = 3) -> None:
         super().__init__()
         self.pre = nn.Sequential(nn.Conv2d(in_channels, 24, 3, padding=1), nn.BatchNorm2d(24))
@@ -54,6 +60,11 @@ class ShuffleNetV2(nn.Module):
     @staticmethod
     def _stage(channels: int, out: int, units: int) -> nn.Sequential:
         return nn.Sequential(_Unit(channels, out, 2), *(_Unit(out, out, 1) for _ in range(units - 1)))
+
+    def taps(self) -> dict[str, Tap]:
+        """The ends of the stages. Each branch has its own last ReLU, so there is no map before it."""
+        ends = [Tap("stage2"), Tap("stage3"), Tap("stage4")]
+        return named_taps(ends, ends)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [batch, class] of images [batch, channel, height, width]."""

@@ -93,10 +93,10 @@ def _maps(network: nn.Module, stages: bool, pre: bool) -> dict[str, Tap]:
 
 def _head(network: nn.Module) -> str:
     """The path of the last layer: as declared, or else that of the last linear layer or 1×1 convolution."""
-    declared: object = getattr(network, "head", None)
+    declared = getattr(network, "head", None)
     if isinstance(declared, str):
         return declared
-    layers = [name for name, module in network.named_modules() if _is_linear(module)]
+    layers: list[str] = [name for name, module in network.named_modules() if _is_linear(module)]
     if not layers:
         raise KnownError(
             f"losses on pooled features need a last layer: {type(network).__name__} has no nn.Linear and declares none "
