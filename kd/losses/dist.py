@@ -1,0 +1,43 @@
+"""Distillation from a stronger teacher, by correlations: Huang et al. (NeurIPS 2022), arXiv 2205.10536."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from kd.core.stage import Batch, Formula
+
+
+def correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Pearson's correlation of two matrices along a dimension; 0 where either is constant."""
+    a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
+    found: Tensor = (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)
+    return found
+
+
+class DIST(Formula):
+    """ce·CE + T²·(β·inter + γ·intra), on the softmaxes of net and guide at T.
+
+    `inter` is 1 − the correlation of net and guide over the classes, a mean over the samples.
+    `intra` is 1 − their correlation over the samples, a mean over the classes. So it depends on which samples share a
+    batch: two samples give 1 or −1, and one sample has no correlation (intra 1, no gradient). Under torchrun each
+    rank takes its own share of the batch. For equal logits a loss of about 1e-5 is left, because of the 1e-8.
+    """
+
+    name: Literal["dist"] = "dist"
+    T: float = Field(gt=0)
+    beta: float = Field(2.0, ge=0)
+    gamma: float = Field(2.0, ge=0)
+    ce: float = Field(1.0, ge=0)
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        net, guide = batch.net.logits, batch.guide.logits
+        ce = cross_entropy(net, batch.labels)
+        q, p = (net / self.T).softmax(1), (guide / self.T).softmax(1)
+        inter = 1 - correlation(q, p, 1).mean()
+        intra = 1 - correlation(q, p, 0).mean()
+        relations = self.T**2 * (self.beta * inter + self.gamma * intra)
+        return {"loss": self.ce * ce + relations, "ce": ce, "inter": inter, "intra": intra}
