@@ -363,7 +363,7 @@ def test_normalized_takes_both_kinds_of_images() -> None:
 # What counts, names and sizes cannot see: the order in which modules are applied, first to last.
 ORDERS = {
     "plane2": "conv_layers.0 .1 .2 .3 .4 .5 .6 .7 fc_layers.0",
-    "net": "conv1 bn1 pool relu conv2 bn2 pool relu conv3 bn3 pool relu fc1 fcbn1 relu fc2",
+    "net": "conv1 bn1 pool relu1 conv2 bn2 pool relu2 conv3 bn3 pool relu3 fc1 fcbn1 relu fc2",
     "mlp": "fc1 relu fc2 relu fc3",
     "resnet8": "conv1 bn1 relu layer1.0.conv1 .bn1 .relu .conv2 .bn2 .relu layer2.0.downsample.0 .1",
     "resnet18": "conv1 bn1 relu layer1.0.conv1 .bn1 .relu .conv2 .bn2 .relu layer1.1.conv1 .bn1 .relu .conv2 .bn2",
