@@ -24,7 +24,8 @@ class DIST(Formula):
     `inter` is 1 − the correlation of net and guide over the classes, a mean over the samples.
     `intra` is 1 − their correlation over the samples, a mean over the classes. So it depends on which samples share a
     batch: two samples give 1 or −1, and one sample has no correlation (intra 1, no gradient). Under torchrun each
-    rank takes its own share of the batch. For equal logits a loss of about 1e-5 is left, because of the 1e-8.
+    rank takes its own share of the batch. Equal logits leave a small loss, because of the 1e-8.
+    At a high T a correlation no longer depends on T, so T² makes this loss grow with T: a β fits one T only.
     """
 
     name: Literal["dist"] = "dist"
