@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from kd.core.spec import KnownError
 from kd.core.stage import Batch, Formula, Outputs
 from kd.losses import LOSSES, CrossEntropy, Distill, LossChoice, TeachableTeacher, kl
 from kd.losses.distillation import standardized
@@ -27,16 +26,7 @@ from kd.losses.wsld import WSLD
 from tests.conftest import ROOT
 
 OURS = ["dkd", "dist", "nkd", "wsld", "label_smoothing", "tf_kd"]
-
-
-def _reads_logits(name: str) -> bool:
-    try:
-        return LOSSES[name].needs <= {"guide"}
-    except KnownError:  # it cannot be imported: another test says so
-        return False
-
-
-LOGIT = [name for name in LOSSES if _reads_logits(name)]
+LOGIT = [name for name in LOSSES if LOSSES[name].needs <= {"guide"}]
 GUIDED = [name for name in LOGIT if LOSSES[name].needs]
 
 
