@@ -15,6 +15,7 @@ from kd.datasets import _OWN as OWN_DATA
 from kd.datasets import DATASETS, DatasetEntry, Facts, specify
 from kd.models import _OWN as OWN_NETWORKS
 from kd.models import MODELS
+from kd.training.step import learning_rate
 from tests.conftest import composed
 
 TAKD = {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "epochs": 160}
@@ -30,6 +31,9 @@ OWN = {
 }
 # The families of the papers' networks, and the data sets that have a recipe for each of them.
 FAMILIES = {*OWN, "resnet", "preresnet", "resnext", "densenet", "mobilenetv2", "shufflenetv2"}
+# The families of RepDistiller's benchmark alone, and their learning rate.
+BENCHMARK = {"cifar_resnet_x4": 0.05, "wrn": 0.05, "vgg": 0.05}
+BENCHMARK |= {"mobilenetv2_half": 0.01, "shufflenetv1": 0.01, "shufflenetv2_rd": 0.01}
 DATA = ("digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "folder")
 
 
@@ -55,9 +59,33 @@ def test_milestones_fall_on_the_published_epochs() -> None:
 
 
 def test_every_family_of_the_papers_has_every_recipe() -> None:
-    for name in DATA:
-        for family in FAMILIES:
+    for name in (*DATA, "cifar100_benchmark"):
+        for family in (*FAMILIES, *BENCHMARK):
             assert recipe("paper", name, family)["epochs"] >= 1
+
+
+def test_the_benchmark_trains_every_network_as_published() -> None:
+    wanted = {**SGD, "batch_size": 64, "epochs": 240, "gamma": 0.1, "warmup": 0, "select": "best_val"}
+    config = parse(composed("dataset=cifar100", "train=cifar100_benchmark"))
+    for name, entry in OWN_NETWORKS.items():
+        spec = train_spec(config, "student", name)
+        settings = spec.model_dump()
+        known = {**wanted, "lr": BENCHMARK.get(entry.family, 0.05)}
+        assert {key: settings[key] for key in known} == known, name
+        # RepDistiller counts from 1 and divides where an epoch is above 150, 180 or 210.
+        for epoch, passed in ((149, 0), (150, 1), (179, 1), (180, 2), (209, 2), (210, 3), (239, 3)):
+            assert learning_rate(spec, epoch) == pytest.approx(spec.lr * 0.1**passed), name
+
+
+@pytest.mark.parametrize(("dataset", "epochs"), [("digits", 20), ("fashion_mnist", 40), ("cifar10", 160)])
+def test_benchmark_networks_on_other_data_sets(dataset: str, epochs: int) -> None:
+    for family, lr in BENCHMARK.items():
+        settings = recipe("paper", dataset, family)
+        known = recipe("paper", "cifar100_benchmark", family)
+        on_few = 0.02 if dataset == "digits" and lr == 0.01 else lr
+        assert settings == {**known, "epochs": epochs, "lr": on_few}
+        for longer in ("cifar100", "tiny_imagenet"):
+            assert recipe("paper", longer, family) == {**known, "epochs": 200}
 
 
 def test_every_network_can_be_trained_on_some_data_set() -> None:
