@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from kd.core.spec import KnownError
-from kd.models import _OWN as OWN
 from kd.models import MODELS, build
 from kd.models.taps import Tapped
 from tests.test_given import LAYOUTS, load, network_of, same_logits
-from tests.test_models import ONE_OF_EACH, modules_in_order, names, on_meta, spelled_out
+from tests.test_models import ONE_OF_EACH, PUBLISHED, modules_in_order, names, on_meta, spelled_out
 
 
 class Benchmark(NamedTuple):
@@ -287,7 +286,7 @@ def test_modules_are_applied_in_order(name: str) -> None:
 # taps -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", [*PUBLISHED, *BENCHMARK])
 def test_every_network_declares_its_taps_and_its_last_layer(name: str) -> None:
     network = on_meta(name)
     stages, pre, _ = shapes(name)

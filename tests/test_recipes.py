@@ -67,7 +67,7 @@ def test_every_family_of_the_papers_has_every_recipe() -> None:
 def test_the_benchmark_trains_every_network_as_published() -> None:
     wanted = {**SGD, "batch_size": 64, "epochs": 240, "gamma": 0.1, "warmup": 0, "select": "best_val"}
     config = parse(composed("dataset=cifar100", "train=cifar100_benchmark"))
-    for name, entry in OWN_NETWORKS.items():
+    for name, entry in ((name, entry) for name, entry in OWN_NETWORKS.items() if entry.recipe is None):
         spec = train_spec(config, "student", name)
         settings = spec.model_dump()
         known = {**wanted, "lr": BENCHMARK.get(entry.family, 0.05)}

@@ -49,7 +49,7 @@ def _trained_teacher(sgd: Recipe, adam: Recipe = _C) -> dict[str, Recipe]:
     return {**dict.fromkeys(families, sgd), "net": adam, "mlp": adam}
 
 
-# The CIFAR-100 benchmark of RepDistiller, which mdistiller follows: 240 epochs. The learning rate is divided by ten after
+# RepDistiller's benchmark on CIFAR-100, which mdistiller follows: 240 epochs. The learning rate is divided by ten after
 # epochs 150, 180 and 210. It starts lower for the networks that are made for phones.
 _BENCHMARK: Recipe = {**_SGD, "batch_size": 64, "epochs": 240, "lr": 0.05, "milestones": (150 / 240, 0.75, 210 / 240)}
 _MOBILE = ("mobilenetv2_half", "shufflenetv1", "shufflenetv2_rd")
@@ -58,7 +58,8 @@ _MOBILE = ("mobilenetv2_half", "shufflenetv1", "shufflenetv2_rd")
 def _benchmark(epochs: int) -> dict[str, Recipe]:
     """The benchmark's recipe of the families that only it has."""
     known = {**_BENCHMARK, "epochs": epochs}
-    return {**dict.fromkeys(("cifar_resnet_x4", "wrn", "vgg"), known), **dict.fromkeys(_MOBILE, {**known, "lr": 0.01})}
+    mobile = {**known, "lr": 0.01}
+    return {**dict.fromkeys(("cifar_resnet_x4", "wrn", "vgg"), known), **dict.fromkeys(_MOBILE, mobile)}
 
 
 # For the benchmark's networks our own: the benchmark has CIFAR-100 only, and its recipe is `train=cifar100_benchmark`.
