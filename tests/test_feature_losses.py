@@ -15,7 +15,7 @@ from torch.nn.functional import mse_loss, smooth_l1_loss
 from kd.core.spec import KnownError
 from kd.core.stage import Batch, Formula, Learner, LossContext, LossSpec, Outputs
 from kd.losses import LOSSES
-from kd.losses.at import attention_distance
+from kd.losses.at import AT, attention_distance
 from kd.losses.crd import CRD
 from kd.losses.fitnet import FitNet, resizing_convolution
 from kd.losses.maps import FeatureSpec, level, stage_pairs, unit
@@ -24,7 +24,7 @@ from kd.losses.pkt import neighbourhood_distance
 from kd.losses.reviewkd import ReviewKD, hcl
 from kd.losses.rkd import RKD, relations
 from kd.losses.simkd import SimKD
-from kd.losses.sp import similarity_distance
+from kd.losses.sp import SP, similarity_distance
 from kd.losses.vid import VID, gaussian_distance
 from kd.models import build
 from kd.models.taps import Tapped
@@ -267,6 +267,44 @@ def test_warm_up_of_reviewkd() -> None:
 # Single losses
 
 
+def test_at_sums_all_stages_and_sp_reads_the_last() -> None:
+    batch = World(guide="wrn_16_2").batch()
+    pairs = [*zip(batch.net.stages, batch.guide.stages, strict=True)]
+    torch.testing.assert_close(AT()(batch)["at"], sum(attention_distance(*pair) for pair in pairs))
+    torch.testing.assert_close(SP()(batch)["sp"], similarity_distance(*pairs[-1]))
+
+
+def nearest(maps: Tensor, size: int) -> Tensor:
+    """Maps enlarged or reduced to a size that is a multiple of theirs, or the reverse."""
+    if maps.shape[2] > size:
+        step = maps.shape[2] // size
+        return maps[:, :, ::step, ::step]
+    times = size // maps.shape[2]
+    return maps.repeat_interleave(times, 2).repeat_interleave(times, 3)
+
+
+@pytest.mark.parametrize(("net", "guide"), [("resnet8", "wrn_16_2"), ("vgg8", "resnet8")])
+def test_reviewkd_stage_by_stage(net: str, guide: str) -> None:
+    world = World(net, guide)
+    loss, batch = world.loss(ReviewKD(width=24)), world.batch()
+    pooled = [each.pooled[:, :, None, None] for each in (batch.net, batch.guide)]
+    maps, targets = [*batch.net.stages[-3:], pooled[0]], [*batch.guide.pre[-3:], pooled[1]]
+    expected, left = torch.zeros(()).double(), torch.zeros(0)
+    for step in (0, 1, 2, 3):
+        fusion, seen, target = loss.levels[step], maps[3 - step], targets[3 - step]
+        fused = fusion.narrow(seen)
+        assert fused.shape[1] == 24
+        if step:
+            left = nearest(left, seen.shape[2])
+            shares = fusion.attention(torch.cat([fused, left], 1))
+            assert 0 < shares.min() < shares.max() < 1
+            fused = fused * shares[:, 0].unsqueeze(1) + left * shares[:, 1].unsqueeze(1)
+        fused = nearest(fused, target.shape[2])
+        left = fused
+        expected = expected + hcl(fusion.wide(fused), target)
+    torch.testing.assert_close(loss(batch)["reviewkd"], expected)
+
+
 def test_stage_pairs_and_level() -> None:
     one, two, three = (torch.randn(1, 1, size, size) for size in (8, 4, 2))
     assert [[*map(id, pair)] for pair in stage_pairs([one, two, three], [two, three])] == [
@@ -321,14 +359,16 @@ def test_variances_of_vid_start_at_five_and_are_trained_and_saved() -> None:
     assert all(each.isfinite().all() for each in wide.parameters())
 
 
-def test_relations_of_equal_rows() -> None:
-    rows = torch.tensor([[0.0, 1], [0, 1], [3, 5]], requires_grad=True)
+@pytest.mark.parametrize("apart", [0, 1e-7])
+def test_relations_of_equal_rows(apart: float) -> None:
+    rows = torch.tensor([[0.0, 1], [apart, 1], [3, 5]], requires_grad=True)
     distances, cosines = relations(rows)
-    assert distances[0, 1] == 0
-    assert distances[0, 2] == 1  # the mean is that of the positive ones
+    if not apart:
+        assert distances[0, 1] == 0
+        assert distances[0, 2] == 1  # the mean is that of the positive ones
     assert cosines[0, 1].tolist() == [0, 0, 0]
     assert cosines[0, 2].tolist() == pytest.approx([0, 0, 1])
-    (distances.square().sum() + cosines.square().sum()).backward()
+    (distances.square().sum() + cosines.sum()).backward()
     assert rows.grad is not None
     assert rows.grad.abs().max() < 10
 
@@ -546,6 +586,18 @@ def test_simkd_keeps_one_classifier() -> None:
     world.loss(SimKD())
     with pytest.raises(KnownError, match="one guide only"):
         world.loss(SimKD())
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_simkd_takes_the_layer_that_a_network_declares_or_else_the_last(declared: bool) -> None:
+    world = World()
+    network = nn.Sequential(nn.Linear(64, CLASSES), nn.Conv2d(3, 3, 3), nn.Linear(64, CLASSES), nn.Conv2d(3, 3, 3))
+    if declared:
+        network.head = "0"
+    learner = Learner(network, world.context.net.outputs)
+    SimKD().build(LossContext(learner, world.context.guide, world.labels, world.train))
+    frozen = [name for name, each in network.named_parameters() if not each.requires_grad]
+    assert frozen == (["0.weight", "0.bias"] if declared else ["2.weight", "2.bias"])
 
 
 def test_simkd_without_a_linear_layer_at_the_end() -> None:
