@@ -35,6 +35,8 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     config = parse(cfg)
     dataset = resolve(config.dataset, config.data_root, config.workers)
     students = plan(config, dataset)
+    for line in jobs.without_effect(config):
+        print(line, flush=True)
     store = Store(config.store_root)
     if config.dry_run:
         console.print_plan(config.mode, students, store, config.runtime.retrain)

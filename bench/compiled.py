@@ -36,7 +36,7 @@ def compare(network: str) -> dict[str, float]:
 
     def stepper(compiled: bool) -> Callable[[int], float]:
         built = make_network(stage, "cpu").train()
-        optimizer = make_optimizer(built, stage.train)
+        optimizer = make_optimizer([*built.parameters()], stage.train)
         forward: Callable[[Tensor], Tensor] = compile_network(built, "cpu") if compiled else built
 
         def seconds(steps: int) -> float:

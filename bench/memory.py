@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.workloads import ROOT, WORKLOADS, Clock, guide_of, images, planned
+from bench.workloads import ROOT, WORKLOADS, Clock, guides_of, images, planned
 from kd.core import hardware
 from kd.datasets.data import Data
 from kd.training.loop import train_stage
@@ -31,7 +31,7 @@ def main() -> None:
     data = Data.of(stage.dataset, images(50_000), "cpu")
     with tempfile.TemporaryDirectory() as place:
         train_stage(
-            stage, data=data, guide=guide_of(stage, data, Path(place)), device="cpu", watch=Clock(), compiled=True
+            stage, data=data, guides=guides_of(stage, data, Path(place)), device="cpu", watch=Clock(), compiled=True
         )
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from bench.workloads import BATCH, WORKLOADS, Clock, guide_of, images, planned
+from bench.workloads import BATCH, WORKLOADS, Clock, guides_of, images, planned
 from kd.core import hardware
 from kd.datasets.data import Data
 from kd.training.loop import train_stage
@@ -41,11 +41,11 @@ def breakdown(name: str) -> tuple[float, Counter[str]]:
     kinds: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as place:
         train_stage(
-            stage, data=data, guide=guide_of(stage, data, Path(place)), device="cpu", watch=Clock()
+            stage, data=data, guides=guides_of(stage, data, Path(place)), device="cpu", watch=Clock()
         )  # fills the bank
         clock = Clock()
         with profile(activities=[ProfilerActivity.CPU]) as found:
-            train_stage(stage, data=data, guide=guide_of(stage, data, Path(place)), device="cpu", watch=clock)
+            train_stage(stage, data=data, guides=guides_of(stage, data, Path(place)), device="cpu", watch=clock)
     for event in found.key_averages():
         lowered = event.key.lower()
         kind = next((kind for kind, words in _KINDS.items() if any(word in lowered for word in words)), "the rest")

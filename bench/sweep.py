@@ -6,7 +6,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.workloads import BATCH, WORKLOADS, Clock, guide_of, images, planned
+from bench.workloads import BATCH, WORKLOADS, Clock, guides_of, images, planned
 from kd.datasets.data import Data
 from kd.training.loop import train_stage
 
@@ -48,7 +48,7 @@ def run_short() -> list[float]:
             stage = planned(SHORT, f"train.epochs={_SHORT_EPOCHS}", f"seed={seed}", f"method.T={T}")
             data = Data.of(stage.dataset, images(round(BATCH * SHORT.steps / 0.9)), "cpu")
             began = time.perf_counter()
-            train_stage(stage, data=data, guide=guide_of(stage, data, Path(place)), device="cpu", watch=Clock())
+            train_stage(stage, data=data, guides=guides_of(stage, data, Path(place)), device="cpu", watch=Clock())
             seconds.append(round(time.perf_counter() - began, 2))
     return seconds
 

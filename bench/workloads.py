@@ -92,13 +92,13 @@ def planned(work: Workload, *overrides: str) -> Stage:
     return plan(config, specify(config.dataset, FACTS))[0]
 
 
-def guide_of(stage: Stage, data: Data, place: Path) -> Guide | None:
-    """The stage's guide with random weights and a bank at `place`; None where it learns from none."""
+def guides_of(stage: Stage, data: Data, place: Path) -> list[Guide]:
+    """The stage's guide with random weights and a bank at `place`; empty where it learns from none."""
     if not isinstance(stage.guide, Stage):
-        return None
+        return []
     precision = stage.train.precision
     bank = open_bank(place, stage.guide.key, "random", data, precision, "cpu")
-    return Guide(make_network(stage.guide, "cpu"), data, precision, "cpu", bank)
+    return [Guide(make_network(stage.guide, "cpu"), data, precision, "cpu", bank)]
 
 
 def ours(work: Workload, place: Path) -> dict[str, float]:
@@ -112,11 +112,11 @@ def ours(work: Workload, place: Path) -> dict[str, float]:
     data = Data.of(stage.dataset, images(round(BATCH * work.steps / 0.9)), "cpu")
     warm = Clock()
     if stage.guide is None:
-        train_stage(stage, data=data, guide=None, device="cpu", watch=warm, compiled=compiled)
+        train_stage(stage, data=data, device="cpu", watch=warm, compiled=compiled)
         return _speeds(len(data.train), warm)
     cold = Clock()  # both of its epochs are, each drawing views of its own
-    train_stage(stage, data=data, guide=guide_of(stage, data, place), device="cpu", watch=cold, compiled=compiled)
-    train_stage(stage, data=data, guide=guide_of(stage, data, place), device="cpu", watch=warm, compiled=compiled)
+    train_stage(stage, data=data, guides=guides_of(stage, data, place), device="cpu", watch=cold, compiled=compiled)
+    train_stage(stage, data=data, guides=guides_of(stage, data, place), device="cpu", watch=warm, compiled=compiled)
     return {"cold": len(data.train) / (cold.epochs[2] - cold.epochs[1]), **_speeds(len(data.train), warm)}
 
 

@@ -92,16 +92,12 @@ def test_compiled_stages_have_bits_of_their_own(data: Data, tmp_path: Path) -> N
     if problem := compilation._problem("cpu"):
         pytest.skip(f"torch cannot compile here: {problem}")
     stage = training_stage(data, epochs=4)
-    eager = train_stage(stage, data=data, guide=None, device="cpu", watch=Silent())
-    one, two = (
-        train_stage(stage, data=data, guide=None, device="cpu", watch=Silent(), compiled=True) for _ in range(2)
-    )
+    eager = train_stage(stage, data=data, device="cpu", watch=Silent())
+    one, two = (train_stage(stage, data=data, device="cpu", watch=Silent(), compiled=True) for _ in range(2))
     partial = Checkpoint(tmp_path, stage, {"compiled": True}, every=1)
     with pytest.raises(KeyboardInterrupt):
-        train_stage(stage, data=data, guide=None, device="cpu", watch=Interrupted(3), checkpoint=partial, compiled=True)
+        train_stage(stage, data=data, device="cpu", watch=Interrupted(3), checkpoint=partial, compiled=True)
     assert same(one, two)
-    assert same(
-        one, train_stage(stage, data=data, guide=None, device="cpu", watch=Silent(), checkpoint=partial, compiled=True)
-    )
+    assert same(one, train_stage(stage, data=data, device="cpu", watch=Silent(), checkpoint=partial, compiled=True))
     assert not same(one, eager)  # else nothing was compiled
     assert abs(one.result.test_acc - eager.result.test_acc) < 5

@@ -29,7 +29,7 @@ SHORT = ("tracking=none", "train.epochs=2", "train.precision=fp32", "runtime.thr
 
 # The tests that look at what is in the tables; of those of one entry each, the new ones.
 TESTS = ("architecture", "config", "datasets", "losses", "methods", "models", "recipes", "reference")
-NEW = "vgg8 or shapes or born_again or confidence_weighted"
+NEW = "lenet5 or shapes or born_again or confidence_weighted"
 NEW += " or papers or options_equal or bad_values or some_data_set or has_a_recipe or share_a_name"
 
 
@@ -89,18 +89,18 @@ def test_an_addition_is_a_file_and_a_line() -> None:
 
 
 def test_all_of_them_in_a_run(extended: Path) -> None:
-    run = ("dataset=shapes", "model=vgg8", "method=born_again", "method.generations=1")
+    run = ("dataset=shapes", "model=lenet5", "method=born_again", "method.generations=1")
     python("run.py", *SHORT, *run, cwd=extended)
     result = json.loads((extended / "out" / "result.json").read_text())
     generation, student = result["chain"]
     assert (result["method"], result["dataset"]) == ("born_again", "shapes")
-    assert (generation["role"], generation["model"], generation["loss"]["name"]) == ("teacher", "vgg8", "cross_entropy")
-    assert (student["role"], student["model"], student["loss"]) == ("student", "vgg8", {"name": "confidence_weighted"})
+    assert (generation["role"], generation["model"], generation["loss"]["name"]) == ("teacher", "lenet5", "cross_entropy")
+    assert (student["role"], student["model"], student["loss"]) == ("student", "lenet5", {"name": "confidence_weighted"})
     stage = json.loads((extended / "store" / student["key"] / "stage.json").read_text())["stage"]
     assert (stage["train"]["lr"], stage["train"]["weight_decay"]) == (0.05, 5e-4)  # its own; a ResNet's
     rows = (extended / "store" / student["key"] / "metrics.jsonl").read_text().splitlines()
     assert all(1 / 3 < json.loads(row)["confidence"] < 1 for row in rows)
-    plan = python("run.py", "dataset=shapes", "model=vgg8", "method=scratch", *SHORT, "dry_run=true", cwd=extended)
+    plan = python("run.py", "dataset=shapes", "model=lenet5", "method=scratch", *SHORT, "dry_run=true", cwd=extended)
     assert generation["key"] in plan  # what the page says of generation 0
     assert "0 of 1 stages to train" in plan
 
@@ -131,7 +131,7 @@ def test_what_is_added_passes_the_tests(extended: Path) -> None:
     files = [f"tests/test_{name}.py" for name in TESTS]
     told = python("-m", "pytest", "-vv", "-p", "no:cacheprovider", *files, "-k", NEW, cwd=extended)
     assert "skipped" not in told
-    for name in ("vgg8", "shapes", "born_again", "confidence_weighted"):
+    for name in ("lenet5", "shapes", "born_again", "confidence_weighted"):
         assert re.search(rf"\[(?:.*=)?{name}\]", told), name
 
 
@@ -141,18 +141,18 @@ OTHERS = {
     "losses.py": """
         from typing import ClassVar, Literal
 
-        from kd.core.stage import LossSpec
+        from kd.core.stage import Formula
 
 
-        class Smooth(LossSpec):
+        class Smooth(Formula):
             name: Literal["smooth"] = "smooth"
-            guided: ClassVar[bool] = False
+            needs: ClassVar[frozenset] = frozenset()
             smoothing: float = 0.1
 
-            def __call__(self, logits, labels, guide=None):
+            def __call__(self, batch):
                 from torch.nn.functional import cross_entropy
 
-                return {"loss": cross_entropy(logits, labels, label_smoothing=self.smoothing)}
+                return {"loss": cross_entropy(batch.net.logits, batch.labels, label_smoothing=self.smoothing)}
         """,
     "methods.py": """
         from kd.methods.method import Link, Method

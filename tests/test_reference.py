@@ -263,7 +263,7 @@ def test_three_steps(overrides: tuple[str, ...], role: str, loss: Callable[..., 
     with torch.no_grad():  # statistics of its own
         guide(data.show(torch.arange(100), torch.zeros(100, dtype=torch.int64)))
     trained = train_stage(
-        stage, data=data, guide=Guide(guide.eval(), data, "fp64", "cpu"), device="cpu", watch=Silent()
+        stage, data=data, guides=[Guide(guide.eval(), data, "fp64", "cpu")], device="cpu", watch=Silent()
     )
     expected, losses = by_hand(stage, data, guide.double(), loss)
     assert trained.metrics[0]["loss"] == pytest.approx(np.mean(losses), abs=1e-6)
@@ -299,7 +299,7 @@ def test_of_equal_epochs(select: str, epoch: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(training, "evaluate", scripted)
     stage = planned("dataset=cifar10", "model=plane2", "method=scratch")[0]
     stage = in_float64(stage, select=select, epochs=4, precision="fp32")
-    result = train_stage(stage, data=few_images(stage), guide=None, device="cpu", watch=Silent()).result
+    result = train_stage(stage, data=few_images(stage), device="cpu", watch=Silent()).result
     assert (result.selected_epoch, result.test_acc) == (epoch, 42)
     assert set(asked) == {128 if select == "best_test_batches" else None}
 

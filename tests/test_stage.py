@@ -128,7 +128,9 @@ def test_a_stage_survives_json(one: Stage) -> None:
 
 
 def test_lambda_has_its_own_name_in_records() -> None:
-    assert distilled(lam=0.25).dump()["loss"] == {"name": "distill", "T": 4.0, "lambda": 0.25, "reduction": "batchmean"}
+    loss = {"name": "distill", "T": 4.0, "lambda": 0.25, "reduction": "batchmean"}
+    assert distilled(lam=0.25).identity()["loss"] == loss
+    assert distilled(lam=0.25).dump()["loss"] == {**loss, "weight": 1.0, "standardize": False}
 
 
 def test_an_integer_temperature_is_the_same_temperature() -> None:

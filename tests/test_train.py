@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 
 from kd.core.spec import KnownError, NonFiniteError
-from kd.core.stage import ORDER, VIEW, Stage, TrainSpec, random_stream
+from kd.core.stage import ORDER, VIEW, Batch, Outputs, Stage, TrainSpec, random_stream
 from kd.datasets import DatasetConfig, load_data, resolve
 from kd.datasets.data import Data
 from kd.losses import CrossEntropy, Distill
@@ -71,8 +71,8 @@ def a_stage(data: Data, *, model: str = "plane2", guide: Stage | None = None, se
 
 
 def train(stage: Stage, data: Data, network: Normalized | None = None) -> TrainedStage:
-    guide = network and Guide(network, data, stage.train.precision, "cpu")
-    return train_stage(stage, data=data, guide=guide, device="cpu", watch=Silent())
+    guides = [Guide(network, data, stage.train.precision, "cpu")] if network else []
+    return train_stage(stage, data=data, guides=guides, device="cpu", watch=Silent())
 
 
 def teacher_of(data: Data) -> tuple[Stage, Normalized]:
@@ -162,12 +162,12 @@ def test_an_interrupted_stage_goes_on_to_the_same_bits(data: Data, tmp_path: Pat
     teacher, network = teacher_of(data)
     stage = a_stage(data, guide=teacher, epochs=5, precision=precision)
     guide = Guide(network, data, precision, "cpu")
-    unbroken = train_stage(stage, data=data, guide=guide, device="cpu", watch=Silent())
+    unbroken = train_stage(stage, data=data, guides=[guide], device="cpu", watch=Silent())
     partial = Checkpoint(tmp_path / "partial", stage, {"threads": 1}, every=2)
     with pytest.raises(KeyboardInterrupt):
-        train_stage(stage, data=data, guide=guide, device="cpu", watch=Interrupted(4), checkpoint=partial)
+        train_stage(stage, data=data, guides=[guide], device="cpu", watch=Interrupted(4), checkpoint=partial)
     watch = Silent()
-    resumed = train_stage(stage, data=data, guide=guide, device="cpu", watch=watch, checkpoint=partial)
+    resumed = train_stage(stage, data=data, guides=[guide], device="cpu", watch=watch, checkpoint=partial)
     assert same(unbroken, resumed)
     assert watch.rows == unbroken.metrics
     assert watch.images < 4 * 2 * len(data.train)  # two epochs were not done again
@@ -199,7 +199,7 @@ def interrupted(stage: Stage, data: Data, guide: Guide, folder: Path, watch: Sil
     with Deferred() as signals:
         partial = Checkpoint(folder, stage, {"threads": 1}, 100, signals)
         with pytest.raises(KeyboardInterrupt):
-            train_stage(stage, data=data, guide=guide, device="cpu", watch=watch, checkpoint=partial)
+            train_stage(stage, data=data, guides=[guide], device="cpu", watch=watch, checkpoint=partial)
     return partial
 
 
@@ -214,12 +214,12 @@ def test_a_signal_stops_at_a_step_and_the_stage_goes_on_there(
     teacher, network = teacher_of(data)
     stage = a_stage(data, model=model, guide=teacher, epochs=3, precision=precision)
     guide = Guide(network, data, precision, "cpu")
-    unbroken = train_stage(stage, data=data, guide=guide, device="cpu", watch=Silent())
+    unbroken = train_stage(stage, data=data, guides=[guide], device="cpu", watch=Silent())
     for stop in stops:
         partial = interrupted(stage, data, guide, tmp_path / "partial", Signalled(stop))
         assert "asked to end" in capfd.readouterr().err
     watch = Silent()
-    resumed = train_stage(stage, data=data, guide=guide, device="cpu", watch=watch, checkpoint=partial)
+    resumed = train_stage(stage, data=data, guides=[guide], device="cpu", watch=watch, checkpoint=partial)
     assert same(unbroken, resumed)
     assert json.dumps(unbroken.metrics) == json.dumps(resumed.metrics)
     steps = len(batches(len(data.train), stage.train.batch_size))
@@ -236,8 +236,10 @@ def test_a_signal_is_heard_while_the_guide_is_run(data: Data, tmp_path: Path) ->
     watch = Signalled(len(data.train) // CHUNK + 3, guided=True)  # in the second epoch
     partial = interrupted(stage, data, guide, tmp_path, watch)
     assert watch.images == len(data.train)
-    unbroken = train_stage(stage, data=data, guide=guide, device="cpu", watch=Silent())
-    assert same(unbroken, train_stage(stage, data=data, guide=guide, device="cpu", watch=Silent(), checkpoint=partial))
+    unbroken = train_stage(stage, data=data, guides=[guide], device="cpu", watch=Silent())
+    assert same(
+        unbroken, train_stage(stage, data=data, guides=[guide], device="cpu", watch=Silent(), checkpoint=partial)
+    )
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_used(
@@ -246,7 +248,7 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(
     stage = a_stage(data, epochs=3)
     partial = Checkpoint(tmp_path, stage, {"threads": 1}, every=1)
     with pytest.raises(KeyboardInterrupt):
-        train_stage(stage, data=data, guide=None, device="cpu", watch=Interrupted(3), checkpoint=partial)
+        train_stage(stage, data=data, device="cpu", watch=Interrupted(3), checkpoint=partial)
     other = Checkpoint(tmp_path, stage, {"threads": 2}, every=1)
     assert other.load() is None
     assert "threads, runtime.compile or torch; training starts from the first epoch" in capsys.readouterr().out
@@ -293,7 +295,10 @@ def test_two_distilled_epochs_by_hand(data: Data, optimizer: str) -> None:
             images = few.show(rows, torch.from_numpy(views[start : start + 64]))
             with torch.no_grad():
                 taught = teacher_network(images)
-            loss = Distill(T=4, lam=0.5)(network.train()(images), few.labels[rows], taught)["loss"]
+            batch = Batch(
+                few.labels[rows], rows, Outputs({"logits": network.train()(images)}), Outputs({"logits": taught})
+            )
+            loss = Distill(T=4, lam=0.5)(batch)["loss"]
             naive.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             naive.step()
@@ -307,14 +312,18 @@ def test_epochs_differ_in_order_and_views(data: Data, monkeypatch: pytest.Monkey
     seen: list[tuple[bytes, bytes]] = []
 
     class Spy(Guide):
-        def logits(self, samples: Any, views: Any, advance: Any) -> torch.Tensor:
+        def begin(self, samples: Any, views: Any, advance: Any) -> None:
             seen.append((samples.tobytes(), views.tobytes()))
             assert sorted(samples) == list(data.train)
-            return super().logits(samples, views, advance)
+            super().begin(samples, views, advance)
 
     teacher, network = teacher_of(data)
     train_stage(
-        a_stage(data, guide=teacher), data=data, guide=Spy(network, data, "fp32", "cpu"), device="cpu", watch=Silent()
+        a_stage(data, guide=teacher),
+        data=data,
+        guides=[Spy(network, data, "fp32", "cpu")],
+        device="cpu",
+        watch=Silent(),
     )
     assert len({order for order, _ in seen}) == len({views for _, views in seen}) == 2
 
@@ -389,7 +398,7 @@ def test_a_loss_that_is_not_finite_stops_at_once(data: Data) -> None:
     with pytest.raises(
         KnownError, match=r"student plane2: the loss is (nan|inf) at epoch 1, step \d, learning rate 1e\+30"
     ):
-        train_stage(stage, data=data, guide=None, device="cpu", watch=watch)
+        train_stage(stage, data=data, device="cpu", watch=watch)
     assert watch.rows == []
     assert watch.images < len(data.train)
 
@@ -406,7 +415,7 @@ def test_weights_that_are_not_finite_are_not_kept(data: Data, monkeypatch: pytes
     monkeypatch.setattr(training.Loop, "_run_epoch", broken)
     line = r"student plane2: \S+weight is not finite after epoch 1, learning rate 0.01; try a lower"
     with pytest.raises(NonFiniteError, match=line):
-        train_stage(a_stage(data, epochs=1, schedule="constant"), data=data, guide=None, device="cpu", watch=Silent())
+        train_stage(a_stage(data, epochs=1, schedule="constant"), data=data, device="cpu", watch=Silent())
 
 
 # the guide --------------------------------------------------------------------------------------------------------
@@ -453,7 +462,7 @@ def test_a_guide_is_left_as_it_was(data: Data) -> None:
     guide = Guide(network, data, "fp32", "cpu")
     for watched in (network, guide._folded):
         before = {name: tensor.clone() for name, tensor in watched.state_dict().items()}
-        train_stage(a_stage(data, guide=teacher), data=data, guide=guide, device="cpu", watch=Silent())
+        train_stage(a_stage(data, guide=teacher), data=data, guides=[guide], device="cpu", watch=Silent())
         assert all(torch.equal(tensor, before[name]) for name, tensor in watched.state_dict().items())
         assert all(p.grad is None for p in watched.parameters())
         assert not any(module.training for module in watched.modules())

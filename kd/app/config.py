@@ -25,6 +25,7 @@ from kd.core.stage import (
     TrainSpec,
 )
 from kd.datasets import DATASETS, DatasetConfig
+from kd.losses import LossChoice
 from kd.methods.method import Ends, Link, Method
 from kd.models import MODELS, NetworkName
 from kd.reporting.results import Objective
@@ -98,6 +99,8 @@ class Config(Frozen):
     teacher: TeacherConfig
     dataset: DatasetConfig
     method: InstanceOf[Method]
+    loss: LossChoice  # how the student learns from its guide
+    assistant_loss: LossChoice
     mode: Literal["paper", "reference"]
     train: TrainConfig
     tracking: TrackingSpec
@@ -148,23 +151,34 @@ def plan(config: Config, dataset: DatasetSpec) -> list[Stage]:
 
 
 def _student(config: Config, dataset: DatasetSpec, seed: int, given: Given | None) -> Stage:
-    """The last stage of the method's chain. If the loss of a stage is guided, the stage before it is its guide."""
-    below: Source | None = None
-    for link in chain(config, seed):
+    """The last stage of the method's chain."""
+    links, made = chain(config, seed), list[Source]()
+    for i, link in enumerate(links):
+        above = links[max(i - 1, 0) : i] if link.guides is None else link.guides
+        guides = [made[links.index(guide)] for guide in above] if link.loss.guided else []
         if given is not None and link.replaceable:
-            below = given
+            made.append(given)
             continue
-        below = Stage(
-            role=link.role,
-            model=link.model,
-            loss=link.loss,
-            dataset=dataset,
-            train=train_spec(config, link.role, link.model),
-            seed=link.seed,
-            guide=below if link.loss.guided else None,
+        made.append(
+            Stage(
+                role=link.role,
+                model=link.model,
+                loss=link.loss,
+                dataset=dataset,
+                train=train_spec(config, link.role, link.model),
+                seed=link.seed,
+                guide=guides[-1] if guides else None,
+                others=tuple(guides[:-1]),
+                weights=_shares(link.weights) if len(guides) > 1 else (),
+            )
         )
-    assert isinstance(below, Stage)  # a method's chain ends in its student
-    return below
+    assert isinstance(made[-1], Stage)  # a method's chain ends in its student
+    return made[-1]
+
+
+def _shares(weights: tuple[float, ...]) -> tuple[float, ...]:
+    """The weights divided by their sum. Equal weights are none, so that both spellings have one key."""
+    return () if len(set(weights)) <= 1 else tuple(weight / sum(weights) for weight in weights)
 
 
 def chain(config: Config, seed: int) -> list[Link]:
@@ -174,6 +188,8 @@ def chain(config: Config, seed: int) -> list[Link]:
         teacher=config.teacher.name,
         seed=seed,
         teacher_seed=config.teacher.seed,
+        loss=config.loss,
+        assistant_loss=config.assistant_loss,
         reduction=config.released.reduction if config.released else "batchmean",
     )
     return config.method.chain(ends)

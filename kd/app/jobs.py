@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -22,10 +22,11 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd.app.config import Config
+from kd.app.config import Config, chain
 from kd.core.hardware import cpu_count, resolve_device
 from kd.core.spec import KnownError, tilde
 from kd.core.stage import Stage
+from kd.methods.method import Link
 from kd.reporting import summary
 from kd.reporting.results import Job, clear_marks, find_jobs, record_failed
 from kd.reporting.tracking import TrackingSpec, group_of, track_sweep
@@ -108,6 +109,36 @@ def processors_of_a_job(launcher: DictConfig, processors: int) -> int:
         return max(processors // max(jobs, 1), 1)
     asked = OmegaConf.select(launcher, "cpus_per_task") or OmegaConf.select(launcher, "ray.remote.num_cpus")
     return max(int(asked or 1), 1)
+
+
+def without_effect(config: Config) -> Iterator[str]:
+    """A line for each part of the losses that the command line sets and that has no effect."""
+    asked = {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
+    links, method = chain(config, config.seed), f"method={config.method.name}"
+    learning: dict[str, Link] = {link.role: link for link in links}  # assistants learn by the same loss
+    for key, role, section, choice in (
+        ("loss", "student", "method", config.loss),
+        ("assistant_loss", "assistant", "method.assistant", config.assistant_loss),
+    ):
+        link, called = learning.get(role), f"{key}={choice.name}"
+        if link is None:
+            if _is_set(key, asked):
+                yield f"{called} has no effect: {method} has no {role}"
+        elif link.loss.name != choice.name:
+            if _is_set(key, asked):
+                yield f"{called} has no effect: it needs a guide, and {method} gives the {role} none"
+        else:
+            yield from (
+                f"{section}.{name} has no effect: {called} does not read it"
+                for name in ("T", "lambda")
+                if f"{section}.{name}" in asked and not choice.reads(name)
+            )
+            if link is not links[0] and not link.loss.guided:
+                yield f"{called} needs no guide: no network teaches the {role}"
+
+
+def _is_set(key: str, asked: set[str]) -> bool:
+    return any(each in (key, f"loss@{key}") or each.startswith(f"{key}.") for each in asked)
 
 
 def pruning(config: Config, students: Sequence[Stage]) -> Callable[[Metrics], None] | None:

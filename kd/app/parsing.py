@@ -18,6 +18,7 @@ from kd.core.recipes import RECIPES, released
 from kd.core.spec import KnownError, explain, printable, tilde
 from kd.core.stage import Role, TrainOverrides, split_problem
 from kd.datasets import DATASETS, DatasetConfig
+from kd.losses import KD, LOSSES, LossChoice
 from kd.methods import METHODS
 from kd.methods.method import Ends, Method
 from kd.models import MODELS
@@ -40,14 +41,15 @@ class _Shared(dict[str, Any]):
 def register() -> None:
     """Tell Hydra the options of model, teacher, train and experiment, and of installed packages. May be called again.
 
-    Our own data sets and methods have a file in conf/, and Hydra warns where an option has both. Raises KnownError
-    where conf/paper declares no valid experiments.
+    Our own data sets, methods and losses have a file in conf/, and Hydra warns where an option has both. Raises
+    KnownError where conf/paper declares no valid experiments.
     """
     store = ConfigStore.instance()
     unset = dict.fromkeys(TrainOverrides.model_fields)
     sections = {"train": unset, "model": {"train": unset}, "teacher": {"train": unset}}
     store.store("settings", sections, package="_global_", provider="kd")
-    for group, names in {"model": [*MODELS], "teacher": [*MODELS], "method": METHODS.installed}.items():
+    brought = {"method": METHODS.installed, "loss": LOSSES.installed}
+    for group, names in {"model": [*MODELS], "teacher": [*MODELS], **brought}.items():
         for name in names:
             store.store(name, {"name": name}, group=group, provider="kd")
     for name in DATASETS.installed:
@@ -81,7 +83,7 @@ def parse(cfg: DictConfig) -> Config:
             problems += explain(error, name)
         except KnownError as error:
             problems.append(str(error))
-    rules = (_dataset, _teacher, _reference, _sweep, _training)
+    rules = (_dataset, _losses, _teacher, _reference, _sweep, _training)
     problems += [problem for rule in rules for problem in _told(rule(sections))]
     if problems:
         raise KnownError("\n".join(_discreet(problems, cfg)))
@@ -189,6 +191,22 @@ def _dataset(sections: dict[str, Any]) -> Iterator[str]:
             yield f"dataset.root: is only for {readers} (got {dataset.root!r} with dataset={dataset.name})"
 
 
+def _losses(sections: dict[str, Any]) -> Iterator[str]:
+    for key in sections.keys() & {"loss", "assistant_loss"}:
+        choice: LossChoice = sections[key]
+        try:
+            LOSSES.known(choice.name)
+            spec = choice.spec(**{"T": 1, "lambda": 1, "reduction": "batchmean"})  # the method's are checked there
+        except ValidationError as error:
+            yield from explain(error, key)
+            del sections[key]
+        except ValueError as error:
+            yield f"{key}.name: {error} (got {choice.name!r})"
+            del sections[key]
+        else:
+            yield from _truths(choice.fields, spec, key)
+
+
 def _teacher(sections: dict[str, Any]) -> Iterator[str]:
     teacher: TeacherConfig | None = sections.get("teacher")
     if teacher is None:
@@ -222,6 +240,9 @@ def _reference(sections: dict[str, Any]) -> Iterator[str]:
         if "dataset" in sections and getattr(sections["dataset"], key) != value:
             shown = "null" if value is None else value
             yield f"dataset.{key}: should be {shown} in mode=reference, which follows the released code"
+    for key in sections.keys() & {"loss", "assistant_loss"}:
+        if (choice := sections[key]).spec(T=1, **{"lambda": 1}) != KD.spec(T=1, **{"lambda": 1}):
+            yield f"{key}.name: should be distill without options in mode=reference (got {choice.name!r})"
     if {"method", "train", "model"} <= sections.keys():
         code = released("reference", sections["train"].recipe, MODELS[sections["model"].name].family)
         if code is not None and sections["method"].name not in code.methods:

@@ -175,8 +175,11 @@ class Registry(Mapping[str, T], Generic[T]):
     it is asked for, so a broken entry stops only the runs that use it.
     """
 
-    def __init__(self, group: str, own: Mapping[str, T], kind: Any) -> None:
-        """`kind` is the type of the entries: a class, or `type[base]` if the entries are classes."""
+    def __init__(self, group: str, own: Mapping[str, T | str], kind: Any) -> None:
+        """`kind` is the type of the entries: a class, or `type[base]` if the entries are classes.
+
+        An entry of ours may be a dotted path: then it is imported when it is asked for.
+        """
         self.group, self._own, self._kind = group, own, kind
 
     @cached_property
@@ -186,7 +189,8 @@ class Registry(Mapping[str, T], Generic[T]):
     def __getitem__(self, name: str) -> T:
         """The entry. Raises KeyError for an unknown name; KnownError if it cannot be imported or has the wrong type."""
         if name in self._own:
-            return self._own[name]
+            entry = self._own[name]
+            return load_attribute(entry) if isinstance(entry, str) else entry
         point = self._points.get(name)
         if point is None and "." not in name:
             raise KeyError(name)
@@ -209,7 +213,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def usable(self) -> dict[str, T]:
         """All entries, without those of installed packages that are broken."""
-        found = dict(self._own)
+        found = {name: self[name] for name in self._own}
         for name in self._points:
             with suppress(KnownError):
                 found[name] = self[name]

@@ -1,6 +1,8 @@
 """A stage: one network that is trained once. Its key is a hash of everything that decides its weights."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -8,6 +10,9 @@ import numpy as np
 from pydantic import AfterValidator, Field, SerializeAsAny, create_model, model_validator
 
 from kd.core.spec import Frozen, Neutral, hashed
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # The version of keys and weights. Raise it when a change moves keys, or changes weights under the same settings.
 FORMAT = 1
@@ -19,6 +24,9 @@ Select = Literal["best_val", "last", "best_test", "best_test_batches"]
 OnNaN = Literal["stop", "retry_fp32"]  # what to do if a loss or weights are not finite; not part of any key
 Reduction = Literal["batchmean", "mean"]  # the divisor of the summed KL: batch size, or batch size · classes
 Augment = Literal["none", "crop_flip", "rotate_flip"]
+# What a loss can read: the guide's logits; of network and guide: the classifier's input, the maps at the end of each
+# stage, and these maps before their activation.
+Need = Literal["guide", "pooled", "stages", "pre"]
 # The number of views of an image under each augmentation (kd/datasets/data.py).
 VIEWS: dict[Augment, int] = {"none": 1, "crop_flip": 9 * 9 * 2, "rotate_flip": 41 * 2}
 
@@ -27,7 +35,7 @@ Deviation = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, le=10**15)]  # exact in every JSON reader
 
 # The purposes of random numbers. Each purpose has its own stream.
-INIT, ORDER, VIEW, DROPOUT, DIRECTION = range(5)
+INIT, ORDER, VIEW, DROPOUT, DIRECTION, LOSS = range(6)
 
 
 def random_stream(seed: int, epoch: int, purpose: int) -> np.random.Generator:
@@ -157,35 +165,134 @@ class Normalization(Frozen):
         return f"mean {mean}, std {std}"
 
 
-class LossSpec(Frozen, ABC):
-    """The loss of a stage. Its fields are hyperparameters and are hashed; `name` is its entry in kd.losses.LOSSES.
+@dataclass(frozen=True)
+class Outputs:
+    """What a network makes of a batch, by name. It has only what the loss's `needs` name; the rest raises LookupError.
 
-    It is called with logits [batch, class], labels [batch] and the guide's logits [batch, class]. It returns `loss` and
-    its parts: scalars, which are logged.
+    `stage1` is the map after the last activation of stage 1, `stage1_pre` before it.
     """
 
+    tensors: "Mapping[str, Tensor]"
+
+    @property
+    def logits(self) -> "Tensor":
+        """[sample, class]."""
+        return self._named("logits", "guide")
+
+    @property
+    def pooled(self) -> "Tensor":
+        """Pooled features [sample, feature]: what the classifier takes."""
+        return self._named("pooled", "pooled")
+
+    @property
+    def stages(self) -> "list[Tensor]":
+        """The maps [sample, channel, height, width] at the end of each stage, in order."""
+        self._named("stage1", "stages")
+        return [tensor for name, tensor in self.tensors.items() if name.startswith("stage") and name[5:].isdecimal()]
+
+    @property
+    def pre(self) -> "list[Tensor]":
+        """These maps before their last activation."""
+        self._named("stage1_pre", "pre")
+        return [tensor for name, tensor in self.tensors.items() if name.endswith("_pre")]
+
+    def _named(self, name: str, need: str) -> "Tensor":
+        if name not in self.tensors:
+            raise LookupError(f"no {name} here: the loss's `needs` should have {need!r}")
+        return self.tensors[name]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch as the network in training and one guide see it: the same samples in the same views."""
+
+    labels: "Tensor"  # [sample]
+    samples: "Tensor"  # [sample]: their numbers in the data set
+    net: Outputs
+    guide: Outputs = Outputs({})
+    epoch: int = 0  # from 0
+    gather: "Callable[[Tensor], Tensor]" = lambda rows: rows  # the rows of all ranks; under torchrun each has its share
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A network for which a loss is built: the network in training, or its guide."""
+
+    network: "nn.Module"
+    outputs: Outputs  # of one image; only their shapes mean something
+
+
+@dataclass(frozen=True)
+class LossContext:
+    """What a loss is built for."""
+
+    net: Learner
+    guide: Learner  # for a loss without a guide: the network itself
+    labels: "Tensor"  # of all samples [sample], with those of the validation split
+    train: "Tensor"  # the training samples' numbers [sample]
+
+
+class LossSpec(Frozen, ABC):
+    """The loss of a stage. Its fields are hyperparameters and are hashed; `name` is its entry in kd.losses.LOSSES."""
+
     name: str
-    guided: ClassVar[bool] = True  # the loss reads the logits of a guide
+    needs: ClassVar[frozenset[Need]] = frozenset({"guide"})  # empty: the loss needs no guide
+    usual: ClassVar[bool] = False  # a loss of the two papers: tables and names of runs do without its name
 
     @abstractmethod
-    def __call__(self, logits: Any, labels: Any, guide: Any) -> dict[str, Any]:
-        """The loss and its parts."""
+    def build(self, context: LossContext) -> "Callable[[Batch], dict[str, Tensor]]":
+        """The function that is called with each batch. It returns `loss` and its parts: scalars, which are logged.
+
+        If it is an nn.Module, its parameters are trained with the network, and the checkpoints have its state. At the
+        end of the stage it is discarded. It is initialised from torch's global generator, which has the stage's seed.
+        """
+
+    @property
+    def guided(self) -> bool:
+        """Whether the loss needs a guide."""
+        return bool(self.needs)
+
+    @property
+    def live(self) -> bool:
+        """Whether the guide has to run at every step: maps are too large to be cached."""
+        return bool(self.needs & {"stages", "pre"})
 
     @property
     def settings(self) -> str:
         """The hyperparameters as on the command line, "T=4 lambda=0.5"; "" for a loss without numbers."""
         fields = {name: value for name, value in self.dump().items() if name != "name"}
         shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in fields.items()}
-        return " ".join(f"{name}={value}" for name, value in shown.items())
+        return " ".join(f"{name}={str(value).lower()}" for name, value in shown.items())
+
+    @property
+    def described(self) -> str:
+        """The loss and its hyperparameters: "dkd T=4 alpha=1 beta=8"."""
+        return f"{self.name} {self.settings}".strip()
+
+    @property
+    def shown(self) -> str:
+        """The same in tables, where the usual losses have no name."""
+        return self.settings if self.usual else self.described
 
     @property
     def label(self) -> str:
-        """The hyperparameters in short, for names of runs and for figures: "T4 λ0.5"."""
-        return self.settings.replace("=", "")
+        """The same in short, for names of runs and for figures: "T4 λ0.5"."""
+        return self.shown.replace("=", "")
+
+
+class Formula(LossSpec):
+    """A loss without parameters of its own: a function of the batch."""
+
+    @abstractmethod
+    def __call__(self, batch: Batch) -> "dict[str, Tensor]":
+        """The loss and its parts."""
+
+    def build(self, context: LossContext) -> "Callable[[Batch], dict[str, Tensor]]":
+        return self
 
 
 class Stage(Frozen):
-    """One network that is trained once. Its loss may read the logits of a guide: the network of another stage."""
+    """One network that is trained once. Its loss may read what guides say: the networks of other stages."""
 
     role: Role
     model: str
@@ -194,10 +301,14 @@ class Stage(Frozen):
     train: TrainSpec
     seed: int = Field(ge=0)
     guide: "Source | None" = None
+    others: Annotated["tuple[Source, ...]", Neutral(())] = ()  # further guides, of earlier stages
+    weights: Annotated[tuple[float, ...], Neutral(())] = ()  # of `guides`; they sum to 1; empty: equal
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Stage":
         who = f"{self.role} {self.model}"
+        if self.weights and len(self.weights) != len(self.guides):
+            raise ValueError(f"{who}: {len(self.guides)} guides need as many weights (got {len(self.weights)})")
         if problem := split_problem(self.train, self.dataset.val_fraction):
             raise ValueError(f"{who}: {problem}")
         if (self.guide is not None) != self.loss.guided:
@@ -210,7 +321,8 @@ class Stage(Frozen):
 
         A role does not change the weights: trained_teacher's reference can be the same stage as scratch's student.
         """
-        return _key({**self.identity(), "guide": self.guide.key if self.guide else None})
+        identity = {**self.identity(), "guide": self.guide.key if self.guide else None}
+        return _key({**identity, **({"others": [other.key for other in self.others]} if self.others else {})})
 
     def in_fp32(self) -> "Stage":
         """The same stage, computed in fp32."""
@@ -218,9 +330,15 @@ class Stage(Frozen):
         return Stage(**{**fields, "train": TrainSpec(**{**self.train.model_dump(), "precision": "fp32"})})
 
     @property
+    def guides(self) -> "list[Source]":
+        """All guides, in the order of training."""
+        return [*self.others, *([self.guide] if self.guide else [])]
+
+    @property
     def chain(self) -> "list[Source]":
-        """The chain of the guide, then this stage: the order of training."""
-        return [*(self.guide.chain if self.guide else []), self]
+        """The chains of the guides, then this stage: the order of training."""
+        above = [source for guide in self.guides for source in guide.chain]
+        return [*{source.key: source for source in above}.values(), self]
 
     @property
     def normalize(self) -> Normalization:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from kd.core.stage import LossSpec
+from kd.core.stage import Batch, Formula, Need
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class CrossEntropy(LossSpec):
+class CrossEntropy(Formula):
     """The mean cross-entropy with the labels, in nats."""
 
     name: Literal["cross_entropy"] = "cross_entropy"
-    guided: ClassVar[bool] = False
+    usual: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset()
 
-    def __call__(self, logits: Tensor, labels: Tensor, guide: Tensor | None = None) -> dict[str, Tensor]:
-        """The loss of logits [batch, class] against labels [batch]; `guide` is not read."""
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
         from torch.nn.functional import cross_entropy
 
-        return {"loss": cross_entropy(logits, labels)}
+        return {"loss": cross_entropy(batch.net.logits, batch.labels)}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from kd.core.stage import LossSpec, Reduction
+from kd.core.spec import Neutral
+from kd.core.stage import Batch, Formula, Reduction
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,26 +27,51 @@ def kl(target: Tensor, logits: Tensor, T: float, reduction: Reduction = "batchme
     return total / (len(logits) if reduction == "batchmean" else logits.numel())
 
 
-class Distill(LossSpec):
-    """(1−λ)·CE + λ·T²·KL(guide ‖ net)."""
+def standardized(logits: Tensor) -> Tensor:
+    """Each row minus its mean, divided by its standard deviation (n − 1): Sun et al. (CVPR 2024).
+
+    Logits [batch, class]. Gradients flow through mean and deviation.
+    """
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+
+
+class Distill(Formula):
+    """(1−λ)·CE + weight·λ·T²·KL(guide ‖ net).
+
+    Sun et al.'s 0.1·CE + 9·KL is λ 0.9, weight 10 and `standardize`. The CE always reads the plain logits.
+    """
 
     name: Literal["distill"] = "distill"
+    usual: ClassVar[bool] = True
     T: float = Field(gt=0)
     lam: float = Field(ge=0, le=1, validation_alias="lambda", serialization_alias="lambda")
     reduction: Reduction = "batchmean"
+    weight: Annotated[float, Field(gt=0), Neutral(1.0)] = 1.0
+    standardize: Annotated[bool, Neutral(False)] = False
 
-    def __call__(self, logits: Tensor, labels: Tensor, guide: Tensor) -> dict[str, Tensor]:
-        """The loss and its parts, for logits [batch, class], labels [batch] and the guide's logits [batch, class]."""
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
         from torch.nn.functional import cross_entropy
 
-        ce, divergence = cross_entropy(logits, labels), kl(guide, logits, self.T, self.reduction)
-        return {"loss": (1 - self.lam) * ce + self.lam * self.T**2 * divergence, "ce": ce, "kl": divergence}
+        net, guide = batch.net.logits, batch.guide.logits
+        ce = cross_entropy(net, batch.labels)
+        if self.standardize:
+            net, guide = standardized(net), standardized(guide)
+        divergence = kl(guide, net, self.T, self.reduction)
+        return {
+            "loss": (1 - self.lam) * ce + self.weight * self.lam * self.T**2 * divergence,
+            "ce": ce,
+            "kl": divergence,
+        }
 
     @property
     def settings(self) -> str:
+        weight = f" weight={self.weight:g}" if self.weight != 1 else ""
+        standardize = " standardize=true" if self.standardize else ""
         divided = " KL/(batch·classes)" if self.reduction == "mean" else ""
-        return f"T={self.T:g} lambda={self.lam:g}{divided}"
+        return f"T={self.T:g} lambda={self.lam:g}{weight}{standardize}{divided}"
 
     @property
     def label(self) -> str:
-        return f"T{self.T:g} λ{self.lam:g}"
+        return (
+            f"T{self.T:g} λ{self.lam:g}" + (f" w{self.weight:g}" if self.weight != 1 else "") + " z" * self.standardize
+        )

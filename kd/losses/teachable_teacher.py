@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from kd.core.stage import LossSpec
+from kd.core.stage import Batch, Formula
 from kd.losses.distillation import kl
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class TeachableTeacher(LossSpec):
+class TeachableTeacher(Formula):
     """CE + w·T²·KL(net ‖ guide): Trained Teacher's second stage; w < 0 makes a nasty teacher.
 
     The network in training is the *target* of the divergence, and the gradient flows through it:
@@ -22,14 +22,15 @@ class TeachableTeacher(LossSpec):
     """
 
     name: Literal["teachable_teacher"] = "teachable_teacher"
+    usual: ClassVar[bool] = True
     T: float = Field(gt=0)
     weight: float
 
-    def __call__(self, logits: Tensor, labels: Tensor, guide: Tensor) -> dict[str, Tensor]:
-        """The loss and its parts, for logits [batch, class], labels [batch] and the guide's logits [batch, class]."""
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
         from torch.nn.functional import cross_entropy
 
-        ce, divergence = cross_entropy(logits, labels), kl(logits, guide, self.T)
+        ce = cross_entropy(batch.net.logits, batch.labels)
+        divergence = kl(batch.net.logits, batch.guide.logits, self.T)
         return {"loss": ce + self.weight * self.T**2 * divergence, "ce": ce, "kl": divergence}
 
     @property

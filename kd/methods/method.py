@@ -7,30 +7,34 @@ from pydantic import Field
 
 from kd.core.spec import Frozen
 from kd.core.stage import LossSpec, Reduction, Role, Seed
-from kd.losses import CrossEntropy, Distill
+from kd.losses import KD, CrossEntropy, LossChoice
 from kd.models import NetworkName
 
 
 @dataclass(frozen=True)
 class Ends:
-    """The networks and seeds at both ends of a chain. `reduction` is used by the KL of every distilled network."""
+    """The networks and seeds at both ends of a chain, and how networks learn from their guides."""
 
     student: str
     teacher: str
     seed: int  # the student's
     teacher_seed: int
-    reduction: Reduction = "batchmean"
+    loss: LossChoice = KD  # the student's
+    assistant_loss: LossChoice = KD
+    reduction: Reduction = "batchmean"  # of the KL of every distilled network
 
 
 @dataclass(frozen=True)
 class Link:
-    """A network of a chain and its loss. A guided loss reads the logits of the link before it."""
+    """A network of a chain, its loss and its guides. A loss without a guide ignores them."""
 
     role: Role
     model: str
     loss: LossSpec
     seed: int
     replaceable: bool = False  # the weights of teacher.checkpoint may take its place
+    guides: "tuple[Link, ...] | None" = None  # earlier links; None: the link before this one
+    weights: tuple[float, ...] = ()  # of the guides, relative; empty: equal
 
 
 class Method(Frozen, ABC):
@@ -53,10 +57,10 @@ class DistillingMethod(Method):
     T: float = Field(gt=0)
     lam: float = Field(ge=0, le=1, validation_alias="lambda", serialization_alias="lambda")
 
-    def student_of(self, ends: Ends) -> Link:
-        """The student, distilled from the link before it."""
-        loss = Distill(T=self.T, lam=self.lam, reduction=ends.reduction)
-        return Link("student", ends.student, loss, ends.seed)
+    def student_of(self, ends: Ends, guides: tuple[Link, ...] | None = None, weights: tuple[float, ...] = ()) -> Link:
+        """The student, which learns from these guides; by default from the link before it."""
+        loss = ends.loss.spec(T=self.T, **{"lambda": self.lam}, reduction=ends.reduction)
+        return Link("student", ends.student, loss, ends.seed, guides=guides, weights=weights)
 
 
 class AssistantSettings(Frozen):
@@ -73,7 +77,14 @@ class AssistedMethod(DistillingMethod):
     assistants: tuple[NetworkName, ...]  # largest first
     assistant: AssistantSettings
 
+    def assistant_of(
+        self, ends: Ends, model: str, guides: tuple[Link, ...] | None = None, weights: tuple[float, ...] = ()
+    ) -> Link:
+        """An assistant, which learns from these guides; by default from the link before it."""
+        settings = self.assistant
+        loss = ends.assistant_loss.spec(T=settings.T, **{"lambda": settings.lam}, reduction=ends.reduction)
+        return Link("assistant", model, loss, settings.seed, guides=guides, weights=weights)
+
     def assistants_of(self, ends: Ends) -> list[Link]:
         """The assistants, each distilled from the link before it."""
-        loss = Distill(T=self.assistant.T, lam=self.assistant.lam, reduction=ends.reduction)
-        return [Link("assistant", model, loss, self.assistant.seed) for model in self.assistants]
+        return [self.assistant_of(ends, model) for model in self.assistants]

@@ -5,7 +5,8 @@ from kd.methods.method import Ends, Link, Method
 
 
 class Scratch(Method):
-    """The student without any guide; a configured teacher is ignored."""
+    """The student without any guide, by cross-entropy or a `loss` that needs no guide. A teacher is ignored."""
 
     def chain(self, ends: Ends) -> list[Link]:
-        return [Link("student", ends.student, CrossEntropy(), ends.seed)]
+        alone = not ends.loss.needs
+        return [Link("student", ends.student, ends.loss.spec() if alone else CrossEntropy(), ends.seed)]

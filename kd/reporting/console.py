@@ -163,7 +163,7 @@ def _plan_lines(sources: Sequence[Source]) -> list[str]:
 def _planned(source: Source) -> tuple[str, ...]:
     if not isinstance(source, Stage):
         return source.role, source.model, "", "", "", source.key
-    loss = f"{source.loss.name} {source.loss.settings}"
+    loss = source.loss.described
     return source.role, source.model, str(source.seed), loss, str(source.train.epochs), source.key
 
 

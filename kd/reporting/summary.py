@@ -128,7 +128,7 @@ class Setting:
 
 def _chain(result: RunResult) -> str:
     """The networks of a run and the settings of their losses: "resnet20 → resnet8 (T=4 lambda=0.5)"."""
-    settings = [outcome.loss.settings if outcome.loss else "" for outcome in result.chain]
+    settings = [outcome.loss.shown if outcome.loss else "" for outcome in result.chain]
     named = zip(result.chain, settings, strict=True)
     return " → ".join(f"{outcome.model} ({each})" if each else outcome.model for outcome, each in named)
 

@@ -102,6 +102,8 @@ def parse_source(tree: dict[str, Any]) -> Source:
         known["loss"] = LOSSES.parse(known["loss"])
     if known.get("guide") is not None:
         known["guide"] = parse_source(known["guide"])
+    if "others" in known:
+        known["others"] = [parse_source(other) for other in known["others"]]
     return _SOURCE.validate_python(known)
 
 

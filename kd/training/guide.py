@@ -1,4 +1,4 @@
-"""The guide: a frozen network with one fixed forward pass; and the bank, which caches its logits on disk."""
+"""The guide: a frozen network with one fixed forward pass; and the bank, which caches what it says on disk."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from torch.fx.experimental.optimization import fuse
 
 from kd.core import files
 from kd.core.hardware import autocast, processor
-from kd.core.stage import FORMAT, VIEWS
+from kd.core.stage import FORMAT, VIEWS, Learner, Need, Outputs
 from kd.datasets.data import Data
 from kd.models.normalization import Normalized
+from kd.models.taps import Tapped
 
 # Images in each forward pass; the last chunk is padded. With one shape, a row does not depend on the other rows or on
 # its position. So logits can be cached, and computed in any order. 128 was the fastest of 64…1,000 (bench/README.md).
@@ -34,11 +35,16 @@ _BLOCK = 128 * CHUNK
 
 
 _SPARE = 1 << 30  # bytes that a new bank leaves free on the disk
+_SAID = {"logits": "logits", "pooled": "pooled features"}
+LOGITS: frozenset[Need] = frozenset({"guide"})
+PLAIN: frozenset[Need] = frozenset({"guide", "pooled"})  # what can be cached
 
 
 @dataclass(frozen=True)
 class Bank:
-    """Cached logits of a guide. `folder` has logits.bin, a sparse file, and filled.bin, one byte per row.
+    """Cached logits or pooled features of a guide.
+
+    `folder` has logits.bin or pooled.bin, a sparse file, and filled.bin, one byte per row.
 
     A row is marked as filled only after its data are on disk. So a process that is killed leaves no marked row with
     wrong data. Processes that fill the same row write the same bytes: a guide's logits depend only on (sample, view),
@@ -46,11 +52,20 @@ class Bank:
     """
 
     folder: Path
-    shape: tuple[int, int, int]  # samples, views, classes
+    shape: tuple[int, int, int]  # samples, views, classes or features
     dtype: np.dtype[Any]
+    file: str = "logits.bin"
 
     @classmethod
-    def open(cls, place: Path, name: str, header: dict[str, Any], shape: tuple[int, int, int], dtype: str) -> Bank:
+    def open(
+        cls,
+        place: Path,
+        name: str,
+        header: dict[str, Any],
+        shape: tuple[int, int, int],
+        dtype: str,
+        file: str = "logits.bin",
+    ) -> Bank:
         """The bank of this name and header below `place`; a new one if there is none.
 
         Raises OSError if it cannot be written, or if the disk is too full for a new one.
@@ -58,14 +73,14 @@ class Bank:
         described = {**header, "shape": list(shape), "dtype": dtype}
         text = json.dumps(described, indent=2, sort_keys=True)
         folder = place / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        bank = cls(folder, shape, np.dtype(dtype))
+        bank = cls(folder, shape, np.dtype(dtype), file)
         if not (folder / "header.json").exists():
             bank._make(text)
         rows = shape[0] * shape[1]
-        for file, size in (("logits.bin", rows * shape[2] * bank.dtype.itemsize), ("filled.bin", rows)):
-            with (folder / file).open("r+b") as opened:  # raises if it cannot be written
+        for name, size in ((file, rows * shape[2] * bank.dtype.itemsize), ("filled.bin", rows)):
+            with (folder / name).open("r+b") as opened:  # raises if it cannot be written
                 if os.fstat(opened.fileno()).st_size != size:
-                    raise OSError(f"{folder / file} is damaged: remove {folder}")
+                    raise OSError(f"{folder / name} is damaged: remove {folder}")
         return bank
 
     def filled(self, samples: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -75,18 +90,18 @@ class Bank:
         return there
 
     def read(self, samples: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
-        """The logits [row, class] of filled rows."""
-        logits = np.memmap(self.folder / "logits.bin", self.dtype, "r", shape=self.shape)
-        return np.asarray(logits[samples, views])
+        """The values [row, class or feature] of filled rows."""
+        values = np.memmap(self.folder / self.file, self.dtype, "r", shape=self.shape)
+        return np.asarray(values[samples, views])
 
-    def write(self, samples: NDArray[np.int64], views: NDArray[np.int64], logits: NDArray[Any]) -> None:
-        """Write logits [row, class]. Raises OSError, and marks nothing, if they cannot be written."""
+    def write(self, samples: NDArray[np.int64], views: NDArray[np.int64], values: NDArray[Any]) -> None:
+        """Write values [row, class or feature]. Raises OSError, and marks nothing, if they cannot be written."""
         rows = samples * self.shape[1] + views
         order = np.argsort(rows)  # ascending, so that neighbours share a page
-        size = logits.itemsize * self.shape[2]
-        data = np.ascontiguousarray(logits[order]).tobytes()
+        size = values.itemsize * self.shape[2]
+        data = np.ascontiguousarray(values[order]).tobytes()
         # Not through a memory map: on a full disk that kills the process, and pwrite raises OSError.
-        with (self.folder / "logits.bin").open("r+b") as file:
+        with (self.folder / self.file).open("r+b") as file:
             for i, row in enumerate(rows[order].tolist()):
                 os.pwrite(file.fileno(), data[i * size : (i + 1) * size], row * size)
             os.fdatasync(file.fileno())
@@ -96,8 +111,8 @@ class Bank:
 
     def _make(self, header: str) -> None:
         """Write the files under a temporary name first. If two processes make a bank, both use the first one's."""
-        samples, views, classes = self.shape
-        size = samples * views * classes * self.dtype.itemsize
+        samples, views, width = self.shape
+        size = samples * views * width * self.dtype.itemsize
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder.parent).free < size + _SPARE:
             raise OSError(f"the disk has no room for {size / 1e9:.2f} GB and 1 GB to spare")
@@ -105,7 +120,7 @@ class Bank:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir()
-            for name, length in (("logits.bin", size), ("filled.bin", samples * views)):
+            for name, length in ((self.file, size), ("filled.bin", samples * views)):
                 with (partial / name).open("wb") as file:
                     file.truncate(length)  # sparse: blocks are allocated when rows are written
             (partial / "header.json").write_text(header)
@@ -120,63 +135,124 @@ class Bank:
 class Guide:
     """A finished network as a guide: in eval mode, without gradients, with BatchNorm folded into its convolutions.
 
-    The maximum of each row is subtracted from its logits, which changes no softmax. They are rounded to float16
-    (float32 or float64 if the student computes in fp32 or fp64). So cached and computed logits are the same.
+    It says logits, pooled features or both, whatever the loss `needs`. The maximum of each row is subtracted from
+    logits, which changes no softmax. All values are rounded to float16 (float32 or float64 if the student computes in
+    fp32 or fp64). So cached and computed values are the same.
     """
 
-    def __init__(self, network: Normalized, data: Data, precision: str, device: str, bank: Bank | None = None) -> None:
-        self._network, self._data = network.eval(), data
-        self._precision, self._device, self._bank = precision, device, bank
+    def __init__(
+        self,
+        network: Normalized,
+        data: Data,
+        precision: str,
+        device: str,
+        bank: Bank | None = None,
+        *,
+        needs: frozenset[Need] = LOGITS,
+    ) -> None:
+        self.network, self._data = network.eval(), data
+        self._precision, self._device = precision, device
+        self._names = [name for need, name in (("guide", "logits"), ("pooled", "pooled")) if need in needs]
+        self._banks: dict[str, Bank | None] = {"logits": bank, "pooled": None}
+        self._epoch: dict[str, Tensor] = {}
+
+    def cache(self, name: str, bank: Bank | None) -> None:
+        """Use a bank for `logits` or `pooled`."""
+        self._banks[name] = bank
+
+    def begin(self, samples: NDArray[np.int64], views: NDArray[np.int64], advance: Callable[[int], None]) -> None:
+        """Look at the views of an epoch's samples [sample]. `advance` gets each finished chunk's size."""
+        self._epoch = self.recall(samples, views, advance)
+
+    def outputs(self, where: slice, images: Tensor) -> Outputs:
+        """What the guide says about a part of the epoch's samples. These are their images, which it has seen."""
+        return Outputs({name: values[where] for name, values in self._epoch.items()})
 
     def logits(self, samples: NDArray[np.int64], views: NDArray[np.int64], advance: Callable[[int], None]) -> Tensor:
-        """The logits [sample, class] of views of samples, on the device. `advance` gets each finished chunk's size."""
-        if self._bank is None:
-            return self._compute(samples, views, advance).to(self._device)
-        filled = self._bank.filled(samples, views)
-        logits = torch.empty(len(samples), self._data.spec.num_classes, dtype=logits_type(self._precision))
-        logits[torch.from_numpy(filled)] = torch.from_numpy(self._bank.read(samples[filled], views[filled]))
+        """The logits [sample, class] of views of samples, on the device."""
+        return self.recall(samples, views, advance)["logits"]
+
+    def recall(
+        self, samples: NDArray[np.int64], views: NDArray[np.int64], advance: Callable[[int], None]
+    ) -> dict[str, Tensor]:
+        """What the guide says about views of samples, by name [sample, class or feature], on the device."""
+        banks = {name: self._banks[name] for name in self._names}
+        filled = np.full(len(samples), any(banks.values()))
+        for bank in banks.values():
+            filled &= bank.filled(samples, views) if bank is not None else False
+        if not any(banks.values()):
+            return {name: each.to(self._device) for name, each in self._compute(samples, views, advance).items()}
+        found = {name: torch.empty(len(samples), self._width(name), dtype=self._type) for name in banks}
+        for name, bank in banks.items():
+            if bank is not None:
+                found[name][torch.from_numpy(filled)] = torch.from_numpy(bank.read(samples[filled], views[filled]))
         advance(int(filled.sum()))
         missing = np.flatnonzero(~filled)
         for start in range(0, len(missing), _BLOCK):
             block = missing[start : start + _BLOCK]
-            logits[torch.from_numpy(block)] = fresh = self._compute(samples[block], views[block], advance).cpu()
-            self._remember(samples[block], views[block], fresh)
-        return logits.to(self._device)
+            for name, fresh in self._compute(samples[block], views[block], advance).items():
+                found[name][torch.from_numpy(block)] = fresh.cpu()
+                self._remember(name, samples[block], views[block], fresh.cpu())
+        return {name: values.to(self._device) for name, values in found.items()}
 
-    def _remember(self, samples: NDArray[np.int64], views: NDArray[np.int64], logits: Tensor) -> None:
-        if self._bank is None:
+    @property
+    def _type(self) -> torch.dtype:
+        return rounded_type(self._precision)
+
+    def _width(self, name: str) -> int:
+        if name == "logits":
+            return self._data.spec.num_classes
+        return self.learner.outputs.pooled.shape[1]
+
+    @cached_property
+    def learner(self) -> Learner:
+        """The network, and what it says about one image."""
+        return Learner(self.network.network, probe(self.network, PLAIN, self._data.spec.image_size))
+
+    def _remember(self, name: str, samples: NDArray[np.int64], views: NDArray[np.int64], values: Tensor) -> None:
+        bank = self._banks[name]
+        if bank is None:
             return
         try:
-            self._bank.write(samples, views, logits.numpy())
+            bank.write(samples, views, values.numpy())
         except OSError as error:
-            print(f"the guide's logits are not cached from here on: {error}", flush=True)
-            self._bank = None
+            print(f"the guide's {_SAID[name]} are not cached from here on: {error}", flush=True)
+            self._banks[name] = None
 
-    def _compute(self, samples: NDArray[np.int64], views: NDArray[np.int64], advance: Callable[[int], None]) -> Tensor:
+    def _compute(
+        self, samples: NDArray[np.int64], views: NDArray[np.int64], advance: Callable[[int], None]
+    ) -> dict[str, Tensor]:
         device, home, count = self._device, self._data.home, len(samples)
         padding = -count % CHUNK
         index, view = (torch.from_numpy(np.pad(a, (0, padding), mode="edge")).to(home) for a in (samples, views))
-        rounded = logits_type(self._precision)
+        network, tapped = self._folded, self._tapped
         # Allocated outside inference_mode: autograd cannot save an inference tensor for the backward pass.
-        logits = torch.empty(count, self._data.spec.num_classes, dtype=rounded, device=device)
+        found = {name: torch.empty(count, self._width(name), dtype=self._type, device=device) for name in self._names}
         with torch.inference_mode(), autocast(self._precision, device):
             for start in range(0, count, CHUNK):
-                end = start + CHUNK
-                raw = self._folded(self._data.show(index[start:end], view[start:end]))
-                raw = raw.to(torch.promote_types(rounded, torch.float32))
-                shifted = raw - raw.amax(1, keepdim=True)
-                rows = logits[start:end]
-                rows.copy_(shifted.clamp(min=torch.finfo(rounded).min)[: len(rows)])
-                advance(len(rows))
-        return logits
+                end = min(start + CHUNK, count)
+                logits = network(self._data.show(index[start : start + CHUNK], view[start : start + CHUNK]))
+                said = {"logits": logits} if tapped is None else {"logits": logits, "pooled": tapped.take()[1]}
+                for name, rows in found.items():
+                    rows[start:end].copy_(self._rounded(name, said[name])[: end - start])
+                advance(end - start)
+        return found
+
+    def _rounded(self, name: str, values: Tensor) -> Tensor:
+        """Values within the range of the rounded type. The maximum of each row of logits becomes 0."""
+        values = values.to(torch.promote_types(self._type, torch.float32))
+        if name == "logits":
+            values = values - values.amax(1, keepdim=True)
+        limit = torch.finfo(self._type)
+        return values.clamp(limit.min, limit.max)
 
     @cached_property
     def _folded(self) -> Normalized:
-        """The network that is run. It is made when a row is missing: a full bank needs no network."""
+        """The network that is run. It is made when a row is missing."""
         exact = self._precision == "fp64"
-        module = deepcopy(self._network.network).double() if exact else self._network.network
+        module = deepcopy(self.network.network).double() if exact else self.network.network
         folded = Normalized(fuse(module), (0.0,) * 3, (1.0,) * 3)
-        folded.mean, folded.std = self._network.mean, self._network.std
+        folded.mean, folded.std = self.network.mean, self.network.std
         dtype = torch.float64 if exact else torch.float32
         folded = folded.to(memory_format=torch.channels_last).to(self._device, dtype).eval()
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._precision)
@@ -185,19 +261,74 @@ class Guide:
                 part.to(low)  # autocast does this for every chunk
         return folded
 
+    @cached_property
+    def _tapped(self) -> Tapped | None:
+        """The tap of the folded network's pooled features, if they are asked for."""
+        if "pooled" not in self._names:
+            return None
+        return Tapped(self._folded.network, stages=False, pre=False, pooled=True, of=self.network.network)
 
-def logits_type(precision: str) -> torch.dtype:
-    """The dtype of a guide's logits for a student of this precision."""
+
+class LiveGuide:
+    """A finished network as a guide that runs at every step: its maps are too large to be cached.
+
+    It is in eval mode, without gradients, and as it was trained: nothing is folded or rounded.
+    """
+
+    def __init__(self, network: Normalized, data: Data, precision: str, device: str, needs: frozenset[Need]) -> None:
+        dtype = torch.float64 if precision == "fp64" else torch.float32
+        network = network.to(memory_format=torch.channels_last).to(device, dtype).eval().requires_grad_(False)
+        self.network, self._precision, self._device = network, precision, device
+        self.learner = Learner(network.network, probe(network, needs, data.spec.image_size))
+        self._tapped = tap(network, needs)
+
+    def begin(self, samples: NDArray[np.int64], views: NDArray[np.int64], advance: Callable[[int], None]) -> None:
+        """Nothing is computed before the steps of an epoch."""
+
+    def outputs(self, where: slice, images: Tensor) -> Outputs:
+        """What the guide says about these images, uint8 [sample, 3, height, width]."""
+        with torch.no_grad(), autocast(self._precision, self._device):
+            logits = self.network(images)
+        return said(logits, self._tapped)
+
+
+def tap(network: Normalized, needs: frozenset[Need]) -> Tapped:
+    """The hooks that a loss with these needs asks of a network."""
+    return Tapped(network.network, "stages" in needs, "pre" in needs, "pooled" in needs)
+
+
+def said(logits: Tensor, tapped: Tapped) -> Outputs:
+    """What a network says in its last forward pass."""
+    maps, pooled = tapped.take()
+    return Outputs({"logits": logits, **({} if pooled is None else {"pooled": pooled}), **maps})
+
+
+def probe(network: Normalized, needs: frozenset[Need], image_size: int) -> Outputs:
+    """What a network says about one black image; for the shapes. Its mode and its statistics do not change."""
+    training, tapped = network.training, tap(network, needs)
+    image = torch.zeros(1, network.mean.shape[1], image_size, image_size, dtype=torch.uint8, device=network.mean.device)
+    with torch.no_grad():
+        outputs = said(network.eval()(image), tapped)
+    network.train(training)
+    tapped.close()
+    return outputs
+
+
+def rounded_type(precision: str) -> torch.dtype:
+    """The dtype of what a guide says to a student of this precision."""
     return {"fp32": torch.float32, "fp64": torch.float64}.get(precision, torch.float16)
 
 
-def open_bank(place: Path, key: str, weights: str, data: Data, precision: str, device: str) -> Bank | None:
+def open_bank(
+    place: Path, key: str, weights: str, data: Data, precision: str, device: str, *, features: int | None = None
+) -> Bank | None:
     """The bank of the guide `key` on this data, below `place`. If nothing can be cached, print why and return None.
 
-    `weights` is the hash of the weights: the same key has other bits if it was trained with another number of threads.
-    Everything that changes a bit of the logits is part of the bank's name, so all rows of a bank can be used.
+    It is for logits, or for pooled features if their number is given. `weights` is the hash of the weights: the same
+    key has other bits if it was trained with another number of threads. Everything that changes a bit of the values is
+    part of the bank's name, so all rows of a bank can be used.
     """
-    kind = device.partition(":")[0]
+    kind, name = device.partition(":")[0], "logits" if features is None else "pooled"
     header = {
         "format": FORMAT,
         "weights": weights,
@@ -207,10 +338,11 @@ def open_bank(place: Path, key: str, weights: str, data: Data, precision: str, d
         "threads": torch.get_num_threads(),
     }
     spec = data.spec
-    shape = len(data.labels), VIEWS[spec.augment], spec.num_classes
-    dtype = str(logits_type(precision)).removeprefix("torch.")
+    shape = len(data.labels), VIEWS[spec.augment], features or spec.num_classes
+    dtype = str(rounded_type(precision)).removeprefix("torch.")
+    called = f"{key}-{precision}-{kind}-{spec.augment}" + ("" if features is None else "-pooled")
     try:
-        return Bank.open(place, f"{key}-{precision}-{kind}-{spec.augment}", header, shape, dtype)
+        return Bank.open(place, called, header, shape, dtype, f"{name}.bin")
     except OSError as error:
-        print(f"the guide's logits are not cached: {error}", flush=True)
+        print(f"the guide's {_SAID[name]} are not cached: {error}", flush=True)
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from kd.datasets.data import Data
 from kd.reporting.console import Watch
 from kd.store import Metrics, StageResult, TrainedStage
 from kd.training.checkpoint import Checkpoint
-from kd.training.guide import Guide
+from kd.training.guide import Guide, LiveGuide
 from kd.training.ranks import ALONE, Team, batches, length, share_of
 from kd.training.step import Step, evaluate, learning_rate
 
@@ -109,7 +109,7 @@ def train_stage(
     stage: Stage,
     *,
     data: Data,
-    guide: Guide | None,
+    guides: Sequence[Guide | LiveGuide] = (),
     device: str,
     watch: Watch,
     checkpoint: Checkpoint | None = None,
@@ -126,8 +126,8 @@ def train_stage(
     at once; on a GPU the check comes at the end of the epoch, so that no step waits for it. Weights are checked at the
     end of every epoch.
     """
-    step = Step(stage, device=device, compiled=compiled, team=team)
-    loop = Loop(step, data=data, guide=guide, watch=watch, checkpoint=checkpoint)
+    step = Step(stage, data=data, guides=guides, device=device, compiled=compiled, team=team)
+    loop = Loop(step, data=data, guides=guides, watch=watch, checkpoint=checkpoint)
     if (state := team.first(lambda: checkpoint.load() if checkpoint is not None else None)) is not None:
         loop.restore(state)
     return loop.run()
@@ -137,10 +137,16 @@ class Loop:
     """The epochs of one training."""
 
     def __init__(
-        self, step: Step, *, data: Data, guide: Guide | None, watch: Watch, checkpoint: Checkpoint | None = None
+        self,
+        step: Step,
+        *,
+        data: Data,
+        guides: Sequence[Guide | LiveGuide],
+        watch: Watch,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self.step, self.stage, self.train, self.team = step, step.stage, step.stage.train, step.team
-        self.data, self.guide, self.watch, self.checkpoint = data, guide, watch, checkpoint
+        self.data, self.guides, self.watch, self.checkpoint = data, guides, watch, checkpoint
         self.device = data.labels.device
         self.kept, self.history, self.begun = _Kept(), list[Metrics](), _Begun()
         self.began = time.perf_counter()
@@ -155,10 +161,12 @@ class Loop:
     def _run_epoch(self, epoch: int) -> dict[str, float]:
         """One optimiser step per batch. Returns means over all samples: the loss, its parts, train_acc in percent."""
         plan = EpochPlan.of(self.stage, self.data, epoch, self.team)
-        guide_logits = self.guide.logits(plan.samples, plan.views, self._guided) if self.guide else None
+        for guide in self.guides:
+            guide.begin(plan.samples, plan.views, self._guided)
         samples, views = (torch.from_numpy(each).to(self.data.home) for each in (plan.samples, plan.views))
-        labels = self.data.labels[samples.to(self.device)]
-        self.step.begin_epoch(learning_rate(self.train, epoch))
+        numbers = samples.to(self.device)
+        labels = self.data.labels[numbers]
+        self.step.begin_epoch(epoch)
         begun, first, losses = self.begun, self.begun.steps, list[Tensor]()
         begun.sums = {name: total.to(self.device) for name, total in begun.sums.items()}
         with self._dropout(plan.dropout):
@@ -168,8 +176,8 @@ class Loop:
                     begun.generators = self._generators()
                     self._pause()
                 images, right = self.data.show(samples[share.where], views[share.where]), labels[share.where]
-                guided = None if guide_logits is None else guide_logits[share.where]
-                logits, parts = self.step(images, right, guided, share.part)
+                guided = [guide.outputs(share.where, images) for guide in self.guides]
+                logits, parts = self.step(images, right, numbers[share.where], guided, share.part)
                 losses.append(parts["loss"])
                 if self.device.type == "cpu":
                     self._check(losses[-1:], epoch, begun.steps)

@@ -35,7 +35,7 @@ from kd.training.ranks import ALONE, Team, is_lost, own_device, team, world
 
 if TYPE_CHECKING:
     from kd.datasets.data import Data
-    from kd.training.guide import Guide
+    from kd.training.guide import Guide, LiveGuide
 
 _NEAR_CHANCE = 2  # times chance
 RETRIED = "in fp32 after"  # a key of stage.json: the error in the stage's own precision
@@ -89,17 +89,26 @@ class Workplace:
             self._loaded = load_data(source.dataset, self.data_root, self.device)
         return self._loaded
 
-    def guide(self, stage: Stage) -> Guide | None:
-        """The guide of a stage, with its cached logits; None for a stage without a guide."""
-        from kd.training.guide import Guide, open_bank
+    def guides(self, stage: Stage) -> list[Guide | LiveGuide]:
+        """The guides of a stage, with what is cached of them; empty for a stage without a guide."""
+        return [self._guide(stage, guide.key) for guide in stage.guides]
 
-        if stage.guide is None:
-            return None
-        seeing = self.data(stage), stage.train.precision, self.device
-        key, bank = stage.guide.key, None
+    def _guide(self, stage: Stage, key: str) -> Guide | LiveGuide:
+        from kd.training.guide import Guide, LiveGuide, open_bank
+
+        seeing, needs = (self.data(stage), stage.train.precision, self.device), stage.loss.needs
+        network = self.store.network(key)
+        if stage.loss.live:
+            return LiveGuide(network, *seeing, needs)
+        guide = Guide(network, *seeing, needs=needs)
         if self.runtime.bank:
-            bank = open_bank(self.store.banks, key, self.store.fingerprint(key), *seeing)
-        return Guide(self.store.network(key), *seeing, bank)
+            place = self.store.banks, key, self.store.fingerprint(key)
+            if "guide" in needs:
+                guide.cache("logits", open_bank(*place, *seeing))
+            if "pooled" in needs:
+                features = guide.learner.outputs.pooled.shape[1]
+                guide.cache("pooled", open_bank(*place, *seeing, features=features))
+        return guide
 
     def elsewhere(self) -> Workplace:
         """The same with absolute paths, for another rank: its working directory may differ."""
@@ -130,9 +139,9 @@ def _follow() -> None:
     from kd.training.loop import train_stage
 
     for stage, place in (ranks := team()).errands():
-        data, guide = place.data(stage), place.guide(stage)
+        data, guides = place.data(stage), place.guides(stage)
         with suppress(KnownError):  # rank 0 has the same error, and prints it
-            train_stage(stage, data=data, guide=guide, device=place.device, watch=Unwatched(), team=ranks)
+            train_stage(stage, data=data, guides=guides, device=place.device, watch=Unwatched(), team=ranks)
     ranks.dismiss()
 
 
@@ -242,7 +251,7 @@ class Pipeline(Workplace):
         from kd.training.loop import train_stage
         from kd.training.step import resolve_compile
 
-        data, guide = self.data(stage), self.guide(stage)
+        data, guides = self.data(stage), self.guides(stage)
         compiled = resolve_compile(self.runtime.compile, stage, len(data.train), self.device)
         runtime = {**self._runtime(), "compiled": compiled}
         checkpoint = Checkpoint(folder, stage, runtime, self.runtime.checkpoint_every, signals)
@@ -251,7 +260,7 @@ class Pipeline(Workplace):
             trained = train_stage(
                 stage,
                 data=data,
-                guide=guide,
+                guides=guides,
                 device=self.device,
                 watch=watch,
                 checkpoint=checkpoint,
@@ -276,13 +285,22 @@ class Pipeline(Workplace):
         import torch
 
         from kd.models import build
+        from kd.models.taps import Tapped
 
-        sizes = {}
+        networks = {}
         with torch.device("meta"):
             for stage in last.chain:
                 data = stage.dataset
-                network = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
-                sizes[stage.key] = sum(parameter.numel() for parameter in network.parameters())
+                networks[stage.key] = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
+        sizes = {key: sum(each.numel() for each in network.parameters()) for key, network in networks.items()}
+        for stage in last.chain:
+            if isinstance(stage, Stage) and stage.loss.live:
+                needs = stage.loss.needs
+                for source in (stage, *stage.guides):
+                    try:
+                        Tapped(networks[source.key], "stages" in needs, "pre" in needs, pooled=False)
+                    except KnownError as error:
+                        raise KnownError(f"{stage.role} {stage.model}: loss={stage.loss.name}: {error}") from error
         for guide, stage in pairwise(last.chain):
             if stage.role == "assistant" and sizes[stage.key] > sizes[guide.key]:
                 told = f"{stage.model} ({sizes[stage.key]:,} parameters)", f"{guide.model} ({sizes[guide.key]:,})"

@@ -74,9 +74,13 @@ class Team:
         """Do the work on rank 0 only. Every rank returns its result, or raises its KnownError."""
         return work(*args, **kwargs)
 
-    def parallel(self, network: nn.Module, device: str) -> nn.Module:
-        """The same network, with gradients averaged over the ranks."""
-        return network
+    def parallel(self, module: nn.Module, device: str, buffers: bool = True) -> nn.Module:
+        """The same module, with gradients averaged over the ranks; with `buffers`, those of rank 0 are sent to all."""
+        return module
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, without gradients. Ranks may have different numbers of them."""
+        return rows
 
     def weigh(self, loss: Tensor, part: float) -> Tensor:
         """Scale a rank's loss by its part of the batch, so that the mean over ranks is the loss of the batch."""
@@ -135,7 +139,7 @@ class Ranks(Team):
         self._broadcast((result, None))
         return result
 
-    def parallel(self, network: nn.Module, device: str) -> nn.Module:
+    def parallel(self, module: nn.Module, device: str, buffers: bool = True) -> nn.Module:
         import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
 
@@ -143,7 +147,21 @@ class Ranks(Team):
             self._nccl = dist.new_group(backend="nccl")
         self._group = None if device == "cpu" else self._nccl
         # BatchNorm normalises each rank's share by itself; its running statistics are rank 0's.
-        return DistributedDataParallel(network, process_group=self._group)
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            return module
+        return DistributedDataParallel(module, process_group=self._group, broadcast_buffers=buffers)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        import torch
+        import torch.distributed as dist
+
+        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device), group=self._group)
+        most = max(int(count) for count in counts)
+        padded = torch.cat([rows.detach(), rows.new_zeros(most - len(rows), *rows.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self._group)
+        return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
     def weigh(self, loss: Tensor, part: float) -> Tensor:
         return loss * (self.size * part)

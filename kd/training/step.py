@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import cos, pi
 from typing import Any, Literal
@@ -13,9 +13,22 @@ from torch import Tensor, nn
 
 from kd.core.hardware import autocast, bring
 from kd.core.spec import KnownError
-from kd.core.stage import INIT, Stage, TrainSpec, random_stream
+from kd.core.stage import (
+    INIT,
+    LOSS,
+    Batch,
+    Formula,
+    Learner,
+    LossContext,
+    Outputs,
+    Stage,
+    TrainSpec,
+    random_stream,
+)
+from kd.datasets.data import Data
 from kd.models import build
 from kd.models.normalization import Normalized
+from kd.training.guide import LOGITS, Guide, LiveGuide, probe, said, tap
 from kd.training.ranks import ALONE, Team
 
 # The number of 32×32 images after which compiling has saved twice its own time, in bf16 on a CPU (bench/compiled.py,
@@ -37,12 +50,12 @@ def learning_rate(train: TrainSpec, epoch: int) -> float:
     return train.lr
 
 
-def make_optimizer(network: nn.Module, train: TrainSpec) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], train: TrainSpec) -> torch.optim.Optimizer:
     """The optimiser of all parameters. Weight decay applies to all of them, as in both papers' code."""
     if train.optimizer == "adam":
-        return torch.optim.Adam(network.parameters(), train.lr, weight_decay=train.weight_decay, fused=True)
+        return torch.optim.Adam(parameters, train.lr, weight_decay=train.weight_decay, fused=True)
     return torch.optim.SGD(
-        network.parameters(),
+        parameters,
         train.lr,
         train.momentum,
         weight_decay=train.weight_decay,
@@ -60,6 +73,12 @@ def resolve_compile(setting: bool | Literal["auto"], stage: Stage, images: int, 
     if stage.train.ranks > 1:
         if setting is True:
             raise KnownError("runtime.compile=true: several ranks cannot train a compiled network; use auto or false")
+        return False
+    if stage.loss.needs - LOGITS:
+        if setting is True:
+            raise KnownError(
+                f"runtime.compile=true: loss={stage.loss.name} reads features of the network; use auto or false"
+            )
         return False
     if setting == "auto":
         pays_after = PAYS_AFTER.get(stage.model)
@@ -138,29 +157,63 @@ def make_network(stage: Stage, device: str) -> Normalized:
     return Normalized(network, data.mean, data.std).to(memory_format=torch.channels_last).to(device, dtype)
 
 
-class Step:
-    """A stage's network and its optimiser; a call trains it on one batch."""
+def make_losses(
+    stage: Stage, network: Normalized, guides: Sequence[Guide | LiveGuide], data: Data, device: str
+) -> list[Callable[[Batch], dict[str, Tensor]]]:
+    """The functions of the stage's loss, one for each guide. Those with parameters are initialised by the seed."""
+    spec = stage.loss
+    if isinstance(spec, Formula):
+        return [spec] * max(1, len(guides))
+    net = Learner(network.network, probe(network, spec.needs, stage.dataset.image_size))
+    train, dtype = torch.from_numpy(data.train).to(data.labels.device), network.mean.dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random_stream(stage.seed, 0, LOSS).integers(2**63)))
+        contexts = [LossContext(net, guide.learner, data.labels, train) for guide in guides]
+        losses = [spec.build(context) for context in contexts or [LossContext(net, net, data.labels, train)]]
+    return [each.to(device, dtype) if isinstance(each, nn.Module) else each for each in losses]
 
-    def __init__(self, stage: Stage, *, device: str, compiled: bool = False, team: Team = ALONE) -> None:
+
+class Step:
+    """A stage's network, its loss and their optimiser; a call trains them on one batch."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        *,
+        data: Data,
+        guides: Sequence[Guide | LiveGuide] = (),
+        device: str,
+        compiled: bool = False,
+        team: Team = ALONE,
+    ) -> None:
         self.stage, self.device, self.team = stage, device, team
         self.network = make_network(stage, device)
+        self._tapped = tap(self.network, stage.loss.needs)
+        losses = make_losses(stage, self.network, guides, data, device)
+        self._modules = nn.ModuleList(each for each in losses if isinstance(each, nn.Module))
+        # Each rank has the same buffers: what a loss puts into them, it gathers from all ranks.
+        self._losses = [
+            team.parallel(each, device, buffers=False) if isinstance(each, nn.Module) else each for each in losses
+        ]
         self._parallel = team.parallel(self.network, device)
         self._compiled = compile_network(self.network, device) if compiled else None
-        self._optimizer = make_optimizer(self.network, stage.train)
+        self._optimizer = make_optimizer([*self.network.parameters(), *self._modules.parameters()], stage.train)
         self._scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=stage.train.precision == "fp16")
+        self._epoch = 0
 
-    def begin_epoch(self, lr: float) -> None:
-        """Set train mode, and the learning rate of the epoch."""
+    def begin_epoch(self, epoch: int) -> None:
+        """Set train mode, and the learning rate of the epoch, counted from 0."""
+        self._epoch = epoch
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(self.stage.train, epoch)
         self.network.train()
 
     def __call__(
-        self, images: Tensor, labels: Tensor, guide: Tensor | None, part: float = 1.0
+        self, images: Tensor, labels: Tensor, samples: Tensor, guided: Sequence[Outputs], part: float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Train on this rank's `part` of a batch. Returns its logits, and the loss and its parts for the whole batch.
 
-        Images uint8 [sample, 3, height, width], labels [sample], the guide's logits [sample, class] or None.
+        Images uint8 [sample, 3, height, width]; labels and samples' numbers [sample]; what each guide says about them.
         """
         precision = self.stage.train.precision
         # Only full batches are compiled; an epoch's last batch may be smaller.
@@ -169,18 +222,33 @@ class Step:
         with autocast(precision, self.device):
             logits = forward(images)
         # The loss is computed in fp32, or in fp64 if the network computes in fp64.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        parts = self.stage.loss(logits, labels, None if guide is None else guide.to(logits.dtype))
+        net = at_least_fp32(said(logits, self._tapped))
+        batches = [
+            Batch(labels, samples, net, at_least_fp32(guide), self._epoch, self.team.gather)
+            for guide in guided or [Outputs({})]
+        ]
+        parts = self._combined([loss(batch) for loss, batch in zip(self._losses, batches, strict=True)])
         self._optimizer.zero_grad()
         self._scaler.scale(self.team.weigh(parts["loss"], part)).backward()  # type: ignore[no-untyped-call]
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        return logits.detach(), self.team.mean({name: value.detach() for name, value in parts.items()}, part)
+        return net.logits.detach(), self.team.mean({name: value.detach() for name, value in parts.items()}, part)
+
+    def _combined(self, said: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The weighted mean, over the guides, of the loss and of each part."""
+        if len(said) == 1:
+            return said[0]
+        weights = self.stage.weights or [1 / len(said)] * len(said)
+        return {
+            name: torch.stack([weight * parts[name] for weight, parts in zip(weights, said, strict=True)]).sum()
+            for name in said[0]
+        }
 
     def state(self) -> dict[str, Any]:
         """What the next step depends on, for a checkpoint."""
         return {
             "network": self.network.network.state_dict(),
+            "losses": self._modules.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
@@ -188,5 +256,12 @@ class Step:
     def restore(self, state: dict[str, Any]) -> None:
         """Resume from what state() returned."""
         self.network.network.load_state_dict(state["network"])
+        self._modules.load_state_dict(state.get("losses", {}))  # absent in checkpoints from before losses had any
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
+
+
+def at_least_fp32(outputs: Outputs) -> Outputs:
+    """The same values, in fp32 where they are in a shorter type."""
+    promoted = {name: each.to(torch.promote_types(each.dtype, torch.float32)) for name, each in outputs.tensors.items()}
+    return Outputs(promoted)

@@ -120,7 +120,7 @@ def _cells(member: Member) -> tuple[str, ...]:
     source, result = member.source, member.result
     loss, seed = "given weights", "–"
     if isinstance(source, Stage):
-        loss, seed = f"{source.loss.name} {source.loss.settings}".strip(), str(source.seed)
+        loss, seed = source.loss.described, str(source.seed)
     size = "–" if member.size is None else in_bytes(member.size)
     accuracies = (percent(result.val_acc), percent(result.test_acc)) if result else ("–", "–")
     params = f"{result.params:,}" if result else "–"

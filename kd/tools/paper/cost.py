@@ -89,11 +89,11 @@ class Estimator:
         for stage in stages:
             training, testing = self._images(stage.dataset)
             samples, epochs = training * (1 - stage.dataset.val_fraction), stage.train.epochs
-            guided = 0.0
-            if stage.guide is not None:
-                bank = stage.guide.key, stage.train.precision
-                guided = asked.setdefault(bank, _Seen()).more(stage, samples)
-                guided = guided if self._place.runtime.bank else samples * epochs
+            guided = {guide.key: samples * epochs for guide in stage.guides}
+            if self._place.runtime.bank and not stage.loss.live:
+                for guide in stage.guides:
+                    seen = asked.setdefault((guide.key, stage.train.precision), _Seen())
+                    guided[guide.key] = seen.more(stage, samples)
             each_epoch = training - samples + (testing if stage.train.test_curve else 0)
             costs.append(self._sum(stage, stage.key in stored, samples * epochs, each_epoch * epochs + testing, guided))
         return costs
@@ -102,17 +102,18 @@ class Estimator:
         """The operations that training these stages takes, if none of them is stored."""
         return sum(cost.flops for cost in self.estimate(stages, {stage.key for stage in stages}))
 
-    def _sum(self, stage: Stage, stored: bool, trained: float, tested: float, guided: float) -> Cost:
+    def _sum(self, stage: Stage, stored: bool, trained: float, tested: float, guided: dict[str, float]) -> Cost:
         step, forward = 1 + _BACKWARD, 1 / (1 + _BACKWARD)  # a step in forward passes, and a forward pass in steps
-        images, guide = trained + tested * forward, stage.guide
+        images = trained + tested * forward
         operations = images * step * self._forward(stage, stage)
         seconds = 0.0 if stored else images * self._seconds(stage)
-        if guide is not None:
-            operations += guided * self._forward(guide, stage)
+        for guide in stage.guides:
+            asked = guided[guide.key]
+            operations += asked * self._forward(guide, stage)
             if not stored:  # steps of given weights are not measured: scaled by their operations
                 larger = 1.0 if isinstance(guide, Stage) else self._forward(guide, stage) / self._forward(stage, stage)
-                seconds += guided * forward * larger * self._seconds(guide if isinstance(guide, Stage) else stage)
-        return Cost(stage, stored, trained, tested, guided, operations, seconds)
+                seconds += asked * forward * larger * self._seconds(guide if isinstance(guide, Stage) else stage)
+        return Cost(stage, stored, trained, tested, sum(guided.values()), operations, seconds)
 
     def _forward(self, source: Source, stage: Stage) -> int:
         return self._flops(source.model, stage.dataset.num_classes, stage.dataset.image_size)
@@ -138,7 +139,7 @@ def _step(stage: Stage, device: str, batch: int) -> float:
     from kd.training.step import make_network, make_optimizer
 
     network = make_network(stage, device).train()
-    optimizer = make_optimizer(network, stage.train)
+    optimizer = make_optimizer([*network.parameters()], stage.train)
     size = stage.dataset.image_size
     noise = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
     labels = torch.zeros(batch, dtype=torch.int64, device=device)

@@ -156,7 +156,7 @@ class _Reader:
             model=source.model,
             seed=stage.seed if stage else None,
             guide=guide.key if guide else None,
-            loss=f"{stage.loss.name} {stage.loss.settings}".strip() if stage else "given weights",
+            loss=stage.loss.described if stage else "given weights",
             training=training(stage.train) if stage else "",
             made_with=self._store.record(source.key)["made_with"],
             val_curve=tuple(row.get("val_acc") for row in metrics),
