@@ -1,0 +1,163 @@
+"""Every loss in every place: planned, resumed to the same bits, and (slow) trained as run.py trains it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kd.core.spec import KnownError
+from kd.core.stage import Stage, TrainSpec
+from kd.datasets import DatasetConfig, load_data, resolve
+from kd.datasets.data import Data
+from kd.losses import LOSSES, LossChoice
+from kd.models.normalization import Normalized
+from kd.store import TrainedStage
+from kd.store.stages import parse_source
+from kd.training.checkpoint import Checkpoint
+from kd.training.guide import Guide, LiveGuide, open_bank
+from kd.training.loop import train_stage
+from kd.training.step import make_network
+from tests.conftest import ROOT
+from tests.test_methods import planned
+from tests.test_stage import TRAIN
+from tests.test_train import Interrupted, Silent, same
+
+OPTIONS = sorted(path.stem for path in (ROOT / "conf" / "loss").glob("*.yaml"))
+GUIDED = [name for name in LOSSES if LOSSES[name].needs]
+PLACES = {
+    "kd": ("method=kd", "loss={}"),
+    "ta": ("method=ta", "loss={}"),
+    "assistant": ("method=ta", "loss@assistant_loss={}"),
+    "trained_teacher": ("method=trained_teacher", "loss={}"),
+    "dgkd": ("method=dgkd", "loss={}"),
+    "multi_teacher": ("method=multi_teacher", "loss={}"),
+}
+ONE_GUIDE = "simkd"  # a network keeps the classifier of one guide
+
+
+@pytest.fixture(scope="module")
+def few() -> Data:
+    config = DatasetConfig(name="digits", augment="crop_flip", val_fraction=0.1, split_seed=0)
+    spec = resolve(config, Path("nowhere"))
+    data = load_data(spec, Path("nowhere"), "cpu")
+    return dataclasses.replace(data, train=data.train[:200])
+
+
+def stage_of(name: str, few: Data, guides: int = 1, precision: str = "fp32") -> Stage:
+    loss = LossChoice(name=name, fields={}).spec(**{"T": 4, "lambda": 0.5})
+    if "weight" in type(loss).model_fields and loss.model_dump().get("weight") is None:
+        loss = loss.model_copy(update={"weight": 0.5})
+    train = TrainSpec(**{**TRAIN.model_dump(), "lr": 0.005, "epochs": 3, "batch_size": 64, "precision": precision})
+    common: dict[str, Any] = {"dataset": few.spec, "train": train}
+    teachers = [
+        Stage(role="teacher", model="resnet14", loss=LOSSES["cross_entropy"](), seed=seed, **common)
+        for seed in range(guides)
+    ]
+    return Stage(
+        role="student", model="resnet8", loss=loss, seed=0, guide=teachers[-1], others=tuple(teachers[:-1]), **common
+    )
+
+
+def network_of(source: Any) -> Normalized:
+    return make_network(source, "cpu").eval()
+
+
+def guides_of(stage: Stage, few: Data, place: Path | None = None) -> list[Guide | LiveGuide]:
+    precision, needs = stage.train.precision, stage.loss.needs
+    if stage.loss.live:
+        return [LiveGuide(network_of(guide), few, precision, "cpu", needs) for guide in stage.guides]
+    found = [Guide(network_of(guide), few, precision, "cpu", needs=needs) for guide in stage.guides]
+    for guide, source in zip(found, stage.guides, strict=True):
+        if place is not None:
+            features = guide.learner.outputs.pooled.shape[1]
+            guide.cache("logits", open_bank(place, source.key, "w", few, precision, "cpu"))
+            guide.cache("pooled", open_bank(place, source.key, "w", few, precision, "cpu", features=features))
+    return list(found)
+
+
+def train(stage: Stage, few: Data, place: Path | None = None, **more: Any) -> TrainedStage:
+    guides = guides_of(stage, few, place)
+    return train_stage(stage, data=few, guides=guides, device="cpu", watch=more.pop("watch", Silent()), **more)
+
+
+@pytest.mark.parametrize("name", [name for name in GUIDED if name != "teachable_teacher"])
+def test_a_loss_resumes_to_the_same_bits(name: str, few: Data, tmp_path: Path) -> None:
+    stage = stage_of(name, few)
+    unbroken = train(stage, few)
+    partial = Checkpoint(tmp_path / "partial", stage, {"threads": 1}, every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(stage, few, checkpoint=partial, watch=Interrupted(2))
+    assert same(unbroken, train(stage, few, checkpoint=partial))
+    assert unbroken.state.keys() == network_of(stage).network.state_dict().keys()  # no module of the loss is kept
+    assert all(row["loss"] is not None for row in unbroken.metrics)
+
+
+@pytest.mark.parametrize("name", [name for name in GUIDED if "pooled" in LOSSES[name].needs and name != "reviewkd"])
+def test_pooled_features_from_the_bank_train_the_same_student(name: str, few: Data, tmp_path: Path) -> None:
+    stage = stage_of(name, few)
+    computed = train(stage, few)
+    assert same(computed, train(stage, few, tmp_path))
+    assert same(computed, train(stage, few, tmp_path))  # now from the bank alone
+    assert len([*tmp_path.glob("*/pooled.bin")]) == 1
+
+
+@pytest.mark.parametrize("name", ["distill", "dkd", "rkd", "fitnet"])
+def test_several_guides_are_a_weighted_mean(name: str, few: Data) -> None:
+    two = stage_of(name, few, guides=2)
+    assert two.key != stage_of(name, few).key
+    fields = {field: getattr(two, field) for field in Stage.model_fields}
+    one_sided = Stage(**{**fields, "weights": (1 - 1e-12, 1e-12)})
+    assert one_sided.key != two.key
+    alone = Stage(**{**fields, "guide": two.others[0], "others": ()})
+    first, only = (train(stage, few).metrics[0]["loss"] for stage in (one_sided, alone))
+    if name != "fitnet":  # a regressor's first values depend on how many are made before it
+        assert first == pytest.approx(only, rel=1e-4)
+    assert train(two, few).metrics[0]["loss"] != pytest.approx(only, rel=1e-4)
+
+
+def test_a_network_keeps_the_classifier_of_one_guide_only(few: Data) -> None:
+    with pytest.raises(KnownError, match="guide"):
+        train(stage_of(ONE_GUIDE, few, guides=2), few)
+
+
+def test_a_loss_has_the_random_numbers_of_the_stages_seed(few: Data) -> None:
+    before = torch.get_rng_state()
+    train(stage_of("fitnet", few), few)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_loss_is_planned_in_every_place(option: str, place: str) -> None:
+    student = planned(*(part.format(option) for part in PLACES[place]), "model=resnet8", "teacher=resnet20")
+    for source in student.chain:
+        assert parse_source(source.model_dump(mode="json", by_alias=True)).key == source.key
+    role = "assistant" if place == "assistant" else "student"
+    learning = [source for source in student.chain if isinstance(source, Stage) and source.role == role]
+    (loss,) = {source.loss.name for source in learning}
+    assert loss == {"kd": "distill"}.get(option, option)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_loss_trains_in_every_place(
+    option: str,
+    place: str,
+    job: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    monkeypatch.setenv("KD_STORE", str(tmp_path_factory.getbasetemp() / "store of all losses"))
+    overrides = [part.format(option) for part in PLACES[place]]
+    several = place in ("dgkd", "multi_teacher")
+    refused = option == ONE_GUIDE and several
+    result = job("model=resnet8", "teacher=resnet14", *overrides, code=2 if refused else 0)
+    if not refused:
+        assert result["chain"][-1]["role"] == "student"
+        assert result["chain"][-1]["test_acc"] > 0
