@@ -14,7 +14,8 @@ from kd.core.spec import KnownError
 from kd.core.stage import Stage, TrainSpec
 from kd.datasets import DatasetConfig, load_data, resolve
 from kd.datasets.data import Data
-from kd.losses import LOSSES, LossChoice
+from kd.losses import LOSSES
+from kd.methods.method import LossChoice
 from kd.models.normalization import Normalized
 from kd.store import TrainedStage
 from kd.store.stages import parse_source

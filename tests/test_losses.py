@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from kd.core.stage import Batch, Formula, Outputs
-from kd.losses import LOSSES, CrossEntropy, Distill, LossChoice, TeachableTeacher, kl
+from kd.losses import LOSSES, CrossEntropy, Distill, TeachableTeacher, kl
 from kd.losses.distillation import standardized
 from kd.losses.dkd import DKD, others
 from kd.losses.nkd import NKD
 from kd.losses.wsld import WSLD
+from kd.methods.method import LossChoice
 from tests.conftest import ROOT
 
 OURS = ["dkd", "dist", "nkd", "wsld", "label_smoothing", "tf_kd"]

@@ -36,7 +36,8 @@ def test_result_json(job: Job) -> None:
     teacher, student = result["chain"]
     promised = {"role", "model", "key", "params", "val_acc", "test_acc", "epochs", "seconds", "reused"}
     assert set(student) == promised | {"select", "seed", "loss", "normalize"}
-    assert student["loss"] == {"name": "distill", "T": 4.0, "lambda": 0.5, "reduction": "batchmean"}
+    usual = {"reduction": "batchmean", "weight": 1.0, "standardize": False}
+    assert student["loss"] == {"name": "distill", "T": 4.0, "lambda": 0.5, **usual}
     assert (teacher["role"], student["role"]) == ("teacher", "student")
     assert result["objective"] == student["val_acc"]
     assert 10 < student["test_acc"] <= 100

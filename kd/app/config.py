@@ -25,8 +25,7 @@ from kd.core.stage import (
     TrainSpec,
 )
 from kd.datasets import DATASETS, DatasetConfig
-from kd.losses import LossChoice
-from kd.methods.method import Ends, Link, Method
+from kd.methods.method import Ends, Link, LossChoice, Method
 from kd.models import MODELS, NetworkName
 from kd.reporting.results import Objective
 from kd.reporting.tracking import TrackingSpec

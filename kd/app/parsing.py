@@ -18,9 +18,9 @@ from kd.core.recipes import RECIPES, released
 from kd.core.spec import KnownError, explain, printable, tilde
 from kd.core.stage import Role, TrainOverrides, split_problem
 from kd.datasets import DATASETS, DatasetConfig
-from kd.losses import KD, LOSSES, LossChoice
+from kd.losses import LOSSES
 from kd.methods import METHODS
-from kd.methods.method import Ends, Method
+from kd.methods.method import DISTILL, Ends, LossChoice, Method
 from kd.models import MODELS
 from kd.store.foreign import fingerprint
 
@@ -241,7 +241,7 @@ def _reference(sections: dict[str, Any]) -> Iterator[str]:
             shown = "null" if value is None else value
             yield f"dataset.{key}: should be {shown} in mode=reference, which follows the released code"
     for key in sections.keys() & {"loss", "assistant_loss"}:
-        if (choice := sections[key]).spec(T=1, **{"lambda": 1}) != KD.spec(T=1, **{"lambda": 1}):
+        if (choice := sections[key]).spec(T=1, **{"lambda": 1}) != DISTILL.spec(T=1, **{"lambda": 1}):
             yield f"{key}.name: should be distill without options in mode=reference (got {choice.name!r})"
     if {"method", "train", "model"} <= sections.keys():
         code = released("reference", sections["train"].recipe, MODELS[sections["model"].name].family)

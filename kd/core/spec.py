@@ -32,6 +32,7 @@ _MESSAGES = {
     "too_short": "should have at least {min_length} entries",
     "finite_number": "should be a finite number",
 }
+_LISTED = 40  # names of a table that a message shows
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -238,7 +239,9 @@ class Registry(Mapping[str, T], Generic[T]):
         except KeyError as error:
             near = get_close_matches(name, self, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"{hint}there are {', '.join(self)}") from error
+            names = [*self]
+            more = f", … ({len(names)} in all; --help lists them)" if len(names) > _LISTED else ""
+            raise ValueError(f"{hint}there are {', '.join(names[:_LISTED])}{more}") from error
         return name
 
 

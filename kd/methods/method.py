@@ -2,13 +2,55 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kd.core.spec import Frozen
-from kd.core.stage import LossSpec, Reduction, Role, Seed
-from kd.losses import KD, CrossEntropy, LossChoice
+from kd.core.stage import LossSpec, Need, Reduction, Role, Seed
+from kd.losses import LOSSES, CrossEntropy
 from kd.models import NetworkName
+
+
+class LossChoice(Frozen):
+    """The `loss` section of a configuration: a name, and the fields of its spec that are set there.
+
+    T, λ and reduction come from the method. A loss takes the T or λ that it declares without a default.
+    """
+
+    name: str
+    fields: dict[str, Any] = Field({})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, tree: Any) -> Any:
+        """A section is flat: `{name: dkd, beta: 8}`."""
+        if not isinstance(tree, dict) or "fields" in tree:
+            return tree
+        return {"name": tree.get("name"), "fields": {key: value for key, value in tree.items() if key != "name"}}
+
+    @property
+    def kind(self) -> type[LossSpec]:
+        """The spec's class."""
+        return LOSSES[self.name]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the loss reads of its guide and network; empty: it needs no guide."""
+        return self.kind.needs
+
+    def reads(self, name: str) -> bool:
+        """Whether the loss takes this setting from the method: `T`, `lambda`, `reduction`."""
+        named = {field.serialization_alias or key: field for key, field in self.kind.model_fields.items()}
+        return name in named and (named[name].is_required() or name == "reduction")
+
+    def spec(self, **shared: Any) -> LossSpec:
+        """The loss with the method's settings. Raises ValidationError for a value out of range, or an unknown field."""
+        taken = {name: value for name, value in shared.items() if self.reads(name)}
+        return self.kind.model_validate({**self.fields, **taken, "name": self.name})
+
+
+DISTILL = LossChoice(name="distill", fields={})
 
 
 @dataclass(frozen=True)
@@ -19,8 +61,8 @@ class Ends:
     teacher: str
     seed: int  # the student's
     teacher_seed: int
-    loss: LossChoice = KD  # the student's
-    assistant_loss: LossChoice = KD
+    loss: LossChoice = DISTILL  # the student's
+    assistant_loss: LossChoice = DISTILL
     reduction: Reduction = "batchmean"  # of the KL of every distilled network
 
 

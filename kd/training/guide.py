@@ -292,13 +292,17 @@ class LiveGuide:
         return said(logits, self._tapped)
 
 
-def tap(network: Normalized, needs: frozenset[Need]) -> Tapped:
-    """The hooks that a loss with these needs asks of a network."""
+def tap(network: Normalized, needs: frozenset[Need]) -> Tapped | None:
+    """The hooks that a loss with these needs asks of a network; None if it reads logits only."""
+    if needs <= LOGITS:
+        return None
     return Tapped(network.network, "stages" in needs, "pre" in needs, "pooled" in needs)
 
 
-def said(logits: Tensor, tapped: Tapped) -> Outputs:
+def said(logits: Tensor, tapped: Tapped | None) -> Outputs:
     """What a network says in its last forward pass."""
+    if tapped is None:
+        return Outputs({"logits": logits})
     maps, pooled = tapped.take()
     return Outputs({"logits": logits, **({} if pooled is None else {"pooled": pooled}), **maps})
 
@@ -310,7 +314,8 @@ def probe(network: Normalized, needs: frozenset[Need], image_size: int) -> Outpu
     with torch.no_grad():
         outputs = said(network.eval()(image), tapped)
     network.train(training)
-    tapped.close()
+    if tapped is not None:
+        tapped.close()
     return outputs
 
 

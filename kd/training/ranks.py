@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from inspect import signature
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 from kd.core.spec import KnownError
@@ -149,7 +150,10 @@ class Ranks(Team):
         # BatchNorm normalises each rank's share by itself; its running statistics are rank 0's.
         if not any(parameter.requires_grad for parameter in module.parameters()):
             return module
-        return DistributedDataParallel(module, process_group=self._group, broadcast_buffers=buffers)
+        known = signature(DistributedDataParallel).parameters  # newer versions of torch have renamed the option
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {} if buffers else {option: False}
+        return DistributedDataParallel(module, process_group=self._group, **options)
 
     def gather(self, rows: Tensor) -> Tensor:
         import torch
