@@ -162,3 +162,60 @@ def test_a_loss_trains_in_every_place(
     if not refused:
         assert result["chain"][-1]["role"] == "student"
         assert result["chain"][-1]["test_acc"] > 0
+
+
+# what a run says --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("loss=rkd", "method.T=2"), "method.T has no effect: loss=rkd does not read it"),
+        (("loss=dkd", "method.lambda=1"), "method.lambda has no effect: loss=dkd does not read it"),
+        (("loss=label_smoothing",), "loss=label_smoothing needs no guide: no network teaches the student"),
+        (
+            ("method=scratch", "loss=dkd"),
+            "loss=dkd has no effect: it needs a guide, and method=scratch gives the student none",
+        ),
+        (("loss@assistant_loss=dkd",), "assistant_loss=dkd has no effect: method=kd has no assistant"),
+        (
+            ("method=ta", "loss@assistant_loss=rkd", "method.assistant.T=2"),
+            "method.assistant.T has no effect: assistant_loss=rkd does not read it",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_said(
+    overrides: tuple[str, ...], line: str, tmp_path: Path, job: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(FileNotFoundError):  # a dry run has no result
+        job(*overrides, "dry_run=true")
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_a_loss_that_is_read_says_nothing(job: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FileNotFoundError):
+        job("loss=dkd", "method.T=2", "loss.beta=2", "dry_run=true")
+    assert "no effect" not in capsys.readouterr().out
+
+
+def test_all_problems_of_losses_are_told_at_once() -> None:
+    with pytest.raises(KnownError) as refused:
+        planned("loss=dkd", "loss.beta=-1", "+loss.nonsense=2", "loss@assistant_loss=kd", "assistant_loss.name=gone")
+    told = str(refused.value).splitlines()
+    assert any(line.startswith("loss.beta: should be at least 0") for line in told)
+    assert "loss.nonsense: unknown key (got 2)" in told
+    assert any(line.startswith("assistant_loss.name: ") and "gone" in line for line in told)
+
+
+def test_the_released_code_has_one_loss() -> None:
+    with pytest.raises(KnownError, match=r"loss.name: should be distill without options in mode=reference"):
+        planned("mode=reference", "dataset=cifar10", "loss=dkd")
+
+
+def test_a_network_without_maps_is_refused_before_anything_is_trained(
+    job: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job("loss=fitnet", "model=mlp", code=2)
+    told = capsys.readouterr()
+    assert "student mlp: loss=fitnet: " in told.err
+    assert "epoch" not in told.out

@@ -163,6 +163,19 @@ def test_each_rank_takes_a_gpu_of_its_own(two_ranks: None) -> None:
 # two processes ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("loss", ["fitnet", "crd"])  # a regressor at a live guide; memories that all ranks fill
+def test_two_ranks_train_a_loss_with_parameters_as_one_does(loss: str, tmp_path: Path, job: Callable[..., Any]) -> None:
+    """About: each rank has its own BatchNorm and draws its own negatives."""
+    nets = ("model=resnet8", "teacher=resnet14", "train.batch_size=101", f"loss={loss}")
+    code, out, problems = finish(launch(*nets, cwd=tmp_path))
+    assert (code, problems) == (0, []), out
+    by_two = json.loads((tmp_path / "out" / "result.json").read_text())["chain"][-1]["key"]
+    by_one = job(*nets, folder="one")["chain"][-1]["key"]
+    files = [Path(os.environ["KD_STORE"]) / key / "metrics.jsonl" for key in (by_two, by_one)]
+    parts = [[json.loads(row)[loss] for row in file.read_text().splitlines()] for file in files]
+    assert parts[0] == pytest.approx(parts[1], rel=0.15)
+
+
 def test_an_epoch_of_two_ranks_is_that_of_one(tmp_path: Path) -> None:
     """Without BatchNorm the gradient is the whole batch's in every step, also in the last, smaller one."""
     exact = (*EXACT, "train.batch_size=101")  # 1,293 = 12·101 + 81, shared as 50 and 51, and as 40 and 41

@@ -21,7 +21,7 @@ class SimKD(FeatureSpec):
     own classifier is set to it and not trained: the saved network has its usual names and no further parameters.
 
     The paper's P is three convolutions on the maps before pooling, and stays in the network. Ours reads pooled
-    features, which can be remembered: the guide runs once, and not at every step. With ce above 0 the gradient of CE
+    features, which can be cached: the guide runs once, and not at every step. With ce above 0 the gradient of CE
     reaches the net's features, but not P.
     """
 

@@ -34,6 +34,8 @@ from kd.training.checkpoint import Checkpoint, Deferred
 from kd.training.ranks import ALONE, Team, is_lost, own_device, team, world
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from kd.datasets.data import Data
     from kd.training.guide import Guide, LiveGuide
 
@@ -285,7 +287,6 @@ class Pipeline(Workplace):
         import torch
 
         from kd.models import build
-        from kd.models.taps import Tapped
 
         networks = {}
         with torch.device("meta"):
@@ -295,12 +296,7 @@ class Pipeline(Workplace):
         sizes = {key: sum(each.numel() for each in network.parameters()) for key, network in networks.items()}
         for stage in last.chain:
             if isinstance(stage, Stage) and stage.loss.live:
-                needs = stage.loss.needs
-                for source in (stage, *stage.guides):
-                    try:
-                        Tapped(networks[source.key], "stages" in needs, "pre" in needs, pooled=False)
-                    except KnownError as error:
-                        raise KnownError(f"{stage.role} {stage.model}: loss={stage.loss.name}: {error}") from error
+                _check_maps(stage, [networks[source.key] for source in (stage, *stage.guides)])
         for guide, stage in pairwise(last.chain):
             if stage.role == "assistant" and sizes[stage.key] > sizes[guide.key]:
                 told = f"{stage.model} ({sizes[stage.key]:,} parameters)", f"{guide.model} ({sizes[guide.key]:,})"
@@ -311,6 +307,17 @@ class Pipeline(Workplace):
         kind = self.device.partition(":")[0]  # without the number of the GPU
         processor = hardware.processor(self.device)
         return {"torch": version("torch"), "device": kind, "processor": processor, "threads": self.threads}
+
+
+def _check_maps(stage: Stage, networks: Sequence[nn.Module]) -> None:
+    """Raise KnownError if the stage's loss reads maps that the network or one of its guides does not have."""
+    from kd.models.taps import Tapped
+
+    for network in networks:
+        try:
+            Tapped(network, "stages" in stage.loss.needs, "pre" in stage.loss.needs, pooled=False)
+        except KnownError as error:
+            raise KnownError(f"{stage.role} {stage.model}: loss={stage.loss.name}: {error}") from error
 
 
 def run_students(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -> RunResult:

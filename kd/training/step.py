@@ -170,7 +170,8 @@ def make_losses(
         torch.manual_seed(int(random_stream(stage.seed, 0, LOSS).integers(2**63)))
         contexts = [LossContext(net, guide.learner, data.labels, train) for guide in guides]
         losses = [spec.build(context) for context in contexts or [LossContext(net, net, data.labels, train)]]
-    return [each.to(device, dtype) if isinstance(each, nn.Module) else each for each in losses]
+    order = torch.channels_last  # as the maps are
+    return [each.to(memory_format=order).to(device, dtype) if isinstance(each, nn.Module) else each for each in losses]
 
 
 class Step:
