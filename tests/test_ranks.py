@@ -163,6 +163,31 @@ def test_each_rank_takes_a_gpu_of_its_own(two_ranks: None) -> None:
 # two processes ----------------------------------------------------------------------------------------------------
 
 
+GATHERED = """
+import torch
+from kd.training.ranks import team
+
+ranks = team()
+rows = torch.full((2 + ranks.rank, 3), float(ranks.rank), requires_grad=True)
+gathered = ranks.gather(rows)
+if ranks.rank == 1:
+    assert gathered.tolist() == [[0.0] * 3] * 2 + [[1.0] * 3] * 3 and not gathered.requires_grad, gathered
+    assert ranks.gather(torch.arange(1 + ranks.rank)).tolist() == [0, 0, 1]
+    print("gathered")
+else:
+    ranks.gather(torch.arange(1 + ranks.rank))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_rows_are_gathered_from_ranks_with_different_numbers_of_them(tmp_path: Path) -> None:
+    (tmp_path / "gathered.py").write_text(GATHERED)
+    command, told = [*TORCHRUN, str(tmp_path / "gathered.py")], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=told, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "gathered\n"), done.stderr
+
+
 @pytest.mark.parametrize("loss", ["fitnet", "crd"])  # a regressor at a live guide; memories that all ranks fill
 def test_two_ranks_train_a_loss_with_parameters_as_one_does(loss: str, tmp_path: Path, job: Callable[..., Any]) -> None:
     """About: each rank has its own BatchNorm and draws its own negatives."""
