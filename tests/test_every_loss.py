@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig
 
+from kd.app.config import plan
+from kd.app.parsing import parse
 from kd.core.spec import KnownError
 from kd.core.stage import Stage, TrainSpec
 from kd.datasets import DatasetConfig, load_data, resolve
@@ -23,7 +28,7 @@ from kd.training.checkpoint import Checkpoint
 from kd.training.guide import Guide, LiveGuide, open_bank
 from kd.training.loop import train_stage
 from kd.training.step import make_network
-from tests.conftest import ROOT
+from tests.conftest import ROOT, composed
 from tests.test_methods import planned
 from tests.test_stage import TRAIN
 from tests.test_train import Interrupted, Silent, same
@@ -132,10 +137,21 @@ def test_a_loss_has_the_random_numbers_of_the_stages_seed(few: Data) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+@cache
+def configured(*overrides: str) -> DictConfig:
+    """The configuration, composed once: that takes longer than all the rest of a plan."""
+    return composed(*overrides)
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_loss_is_planned_in_every_place(option: str, place: str) -> None:
-    student = planned(*(part.format(option) for part in PLACES[place]), "model=resnet8", "teacher=resnet20")
+    method, section = PLACES[place]
+    section = "assistant_loss" if "assistant_loss" in section else "loss"
+    cfg = copy.deepcopy(configured(method, "model=resnet8", "teacher=resnet20"))
+    cfg[section] = configured(f"loss={option}").loss
+    config = parse(cfg)
+    student = plan(config, resolve(config.dataset, config.data_root))[0]
     for source in student.chain:
         assert parse_source(source.model_dump(mode="json", by_alias=True)).key == source.key
     role = "assistant" if place == "assistant" else "student"

@@ -188,6 +188,7 @@ def test_rows_are_gathered_from_ranks_with_different_numbers_of_them(tmp_path: P
     assert (done.returncode, done.stdout) == (0, "gathered\n"), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["fitnet", "crd"])  # a regressor at a live guide; memories that all ranks fill
 def test_two_ranks_train_a_loss_with_parameters_as_one_does(loss: str, tmp_path: Path, job: Callable[..., Any]) -> None:
     """About: each rank has its own BatchNorm and draws its own negatives."""
