@@ -17,7 +17,7 @@ from kd.core.stage import Seed
 from kd.models import NetworkName
 
 CONF = ROOT / "conf"
-PAPERS = ("takd", "trained_teacher", "ours")  # files of conf/paper
+PAPERS = ("takd", "trained_teacher", "benchmark", "ours")  # files of conf/paper
 
 Name = Annotated[str, Field(pattern=r"^\w+$")]
 

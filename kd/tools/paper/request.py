@@ -26,6 +26,8 @@ _OTHERWISE = {
     "dry_run": "--plan",
     "method": "another row, or a table of your own in conf/paper/ours.yaml",
     "method.assistants": "another row, or a table of your own in conf/paper/ours.yaml",
+    "loss": "another row, or a table of your own in conf/paper/ours.yaml",
+    "loss@assistant_loss": "another row, or a table of your own in conf/paper/ours.yaml",
     "experiment": "another row, or a table of your own in conf/paper/ours.yaml",
     "runtime.retrain": "python -m kd.store rm",
 }
@@ -104,9 +106,10 @@ class Request:
 
     def chosen(self) -> list[tuple[str | None, Table, list[Row]]]:
         """The requested tables, each with its paper and its rows. Raises KnownError for unknown names."""
-        known = [(paper.paper, table) for paper in papers() for table in paper.tables]
+        known = [(paper, table) for paper in papers() for table in paper.tables]
         _refuse("table", self.tables, [table.id for _, table in known])
-        asked = [(paper, table) for paper, table in known if table.id in self.tables or (paper and not self.tables)]
+        named = self.tables or (*self.profile.rows, *(table.id for paper, table in known if not paper.by_name))
+        asked = [(paper.paper, table) for paper, table in known if table.id in named]
         _refuse("data", [name for name, _ in self.copies], [self._dataset(table) for _, table in asked])
         _refuse("row", self.rows, [row.id for _, table in asked for row in table.expanded])
         found = [(paper, table, [row for row in table.expanded if self._wants(table, row)]) for paper, table in asked]
@@ -124,7 +127,8 @@ class Request:
         """The overrides for a table's data and its recipe."""
         dataset = self._dataset(table)
         copy = dict(self.copies).get(dataset)
-        return [*(copy.overrides(dataset) if copy else [f"dataset={dataset}"]), f"train={dataset}"]
+        recipe = self.profile.dataset or table.recipe or dataset
+        return [*(copy.overrides(dataset) if copy else [f"dataset={dataset}"]), f"train={recipe}"]
 
 
 def _refuse(what: str, asked: Sequence[str], known: Sequence[str]) -> None:

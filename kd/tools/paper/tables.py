@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,11 @@ Status = Literal[
     "by the author in an issue",
     "by the author in an issue, rounded",
     "claimed, in no table that could be verified",
+    "last epoch",
+    "epoch not stated",
+    "epoch not stated, probably the best on the test set",
+    "epoch not stated, by its logs near the last",
+    "epoch not stated, by its logs near the best on the test set",
 ]
 
 
@@ -149,19 +154,92 @@ class Pairs(Frozen):
         )
 
 
+class GridCell(Cell):
+    """A cell that stands in every row of a grid, with more overrides in some rows."""
+
+    pairs: dict[Name, tuple[str, ...]] = Field({})  # by the rows' ids
+
+    def of(self, row: str) -> Cell:
+        """This cell in one row."""
+        return Cell(label=self.label, overrides=(*self.overrides, *self.pairs.get(row, ())))
+
+
+class Reported(Frozen):
+    """What one source published for a grid: for each cell one number for each pair, or null."""
+
+    source: str = Field(min_length=1)
+    status: Status
+    values: dict[str, tuple[float | None, ...]]  # by the cells' labels
+
+
+class Grid(Frozen):
+    """A row for every pair of teacher and student, with the same cells in all of them."""
+
+    every: Literal["grid"]
+    pairs: tuple[tuple[NetworkName, NetworkName], ...] = Field(min_length=1)
+    baseline: str
+    cells: tuple[GridCell, ...] = Field(min_length=1)
+    published: tuple[Reported, ...] = ()
+
+    @property
+    def ids(self) -> list[str]:
+        """The rows' ids, in the order of the pairs."""
+        return ["_".join(pair) for pair in self.pairs]
+
+    def rows(self, dataset: str) -> list[Row]:
+        """The rows, in the order of the pairs. They are the same for every data set."""
+        return [
+            Row(
+                id=row,
+                title=" → ".join(pair),
+                teacher=pair[0],
+                student=pair[1],
+                baseline=self.baseline,
+                cells=tuple(cell.of(row) for cell in self.cells),
+                published=dict(self._published(i)),
+            )
+            for i, (row, pair) in enumerate(zip(self.ids, self.pairs, strict=True))
+        ]
+
+    def _published(self, pair: int) -> Iterator[tuple[str, Published]]:
+        for reported in self.published:
+            for label, values in reported.values.items():
+                if (value := values[pair]) is not None:
+                    yield label, Published(value=value, status=reported.status, source=reported.source)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Grid:
+        columns = [(label, values) for reported in self.published for label, values in reported.values.items()]
+        if wrong := [label for label, values in columns if len(values) != len(self.pairs)]:
+            raise ValueError(f"published: {', '.join(wrong)}: should be one number or null for each of the pairs")
+        numbers = [(label, i) for label, values in columns for i, value in enumerate(values) if value is not None]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError("published: two sources have a number of the same cell and pair")
+        if unknown := {row for cell in self.cells for row in cell.pairs} - set(self.ids):
+            raise ValueError(f"cells: there is no pair {' or '.join(sorted(unknown))}, but {', '.join(self.ids)}")
+        return self
+
+
+RowOrMany = Annotated[
+    Annotated[Row, Tag("one")] | Annotated[Pairs, Tag("pair")] | Annotated[Grid, Tag("grid")],
+    Discriminator(_kind),
+]
+
+
 class Table(Frozen):
     """One of a paper's tables on one data set."""
 
     id: Name
     title: str
     dataset: Name
+    recipe: Name | None = None  # null: that of the data set
     notes: tuple[str, ...] = ()
-    rows: tuple[Annotated[Annotated[Row, Tag("one")] | Annotated[Pairs, Tag("pair")], Discriminator(_kind)], ...]
+    rows: tuple[RowOrMany, ...]
 
     @property
     def expanded(self) -> list[Row]:
         """All rows."""
-        many = [row.rows(self.dataset) if isinstance(row, Pairs) else [row] for row in self.rows]
+        many = [[row] if isinstance(row, Row) else row.rows(self.dataset) for row in self.rows]
         return [row for rows in many for row in rows]
 
     @model_validator(mode="after")
@@ -175,7 +253,8 @@ class Table(Frozen):
 class Paper(Frozen):
     """A paper, and its tables that are reproduced."""
 
-    paper: str | None = None  # null: tables of our own, which run only if they are named
+    paper: str | None = None  # null: tables of our own
+    by_name: bool = False  # its tables are trained only if they are named
     experiments: dict[Name, tuple[Declaration, ...]] = Field({})  # by group
     tables: tuple[Table, ...]
 
