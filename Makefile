@@ -37,8 +37,9 @@ test: setup ## ruff, mypy --strict and the tests
 docs: setup ## write docs/experiments.md from conf/paper
 	$(BIN)/python docs/experiments.py
 
-bench: setup ## training speed beside the usual script's, into results/speed.json and .svg: about 15 quiet minutes
+bench: setup ## training speed beside the usual script's, and what each loss costs, into results/: about 25 quiet minutes
 	$(BIN)/python -m bench.speed
+	$(BIN)/python -m bench.losses
 
 profile: setup ## where a training step's time goes
 	$(BIN)/python -m bench.profile

@@ -31,7 +31,7 @@ _ROUNDS = 25
 def compare(network: str) -> dict[str, float]:
     """Milliseconds of a step both ways, the ratio with its quartiles, seconds to compile, images until it pays back."""
     images = torch.randint(0, 256, (BATCH, 32, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    labels = torch.randint(0, FACTS.num_classes, (BATCH,))
+    labels = torch.randint(0, FACTS["cifar10"].num_classes, (BATCH,))
     stage = planned(Workload(network, None, 1, 1))
 
     def stepper(compiled: bool) -> Callable[[int], float]:

@@ -27,7 +27,10 @@ from kd.training.step import PAYS_AFTER, make_network
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 BATCH = 128
-FACTS = Facts(10, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # CIFAR-10's
+FACTS = {  # of CIFAR's images
+    "cifar10": Facts(10, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Facts(100, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
 
 
 @dataclass(frozen=True)
@@ -74,22 +77,22 @@ class Clock(Watch):
         return BATCH / statistics.median(after - before for before, after in pairwise(self.steps))
 
 
-def images(count: int) -> Arrays:
-    """Random ones of CIFAR-10's shape."""
+def images(count: int, dataset: str = "cifar10") -> Arrays:
+    """Random ones of CIFAR's shape."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    labels = rng.integers(0, 10, count)
+    labels = rng.integers(0, FACTS[dataset].num_classes, count)
     return Arrays(pixels, labels, pixels[:1000], labels[:1000])
 
 
-def planned(work: Workload, *overrides: str) -> Stage:
+def planned(work: Workload, *overrides: str, dataset: str = "cifar10") -> Stage:
     """The student's stage as `run.py` would plan it."""
     method = "method=kd" if work.teacher else "method=scratch"
     chosen = [f"model={work.student}", f"teacher={work.teacher or 'resnet20'}", method, *overrides]
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = parse(compose("config", ["dataset=cifar10", *chosen]))
-    return plan(config, specify(config.dataset, FACTS))[0]
+        config = parse(compose("config", [f"dataset={dataset}", *chosen]))
+    return plan(config, specify(config.dataset, FACTS[dataset]))[0]
 
 
 def guides_of(stage: Stage, data: Data, place: Path) -> list[Guide]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
+from bench.workloads import images
 from kd.app.config import plan
 from kd.app.parsing import parse
 from kd.core.spec import KnownError
@@ -24,10 +25,13 @@ from kd.methods.method import LossChoice
 from kd.models.normalization import Normalized
 from kd.store import TrainedStage
 from kd.store.stages import parse_source
+from kd.tools.paper.graph import Graph, graph
+from kd.tools.paper.request import Request, profiles
+from kd.tools.paper.tables import papers
 from kd.training.checkpoint import Checkpoint
 from kd.training.guide import Guide, LiveGuide, open_bank
 from kd.training.loop import train_stage
-from kd.training.step import make_network
+from kd.training.step import Step, make_network
 from tests.conftest import ROOT, composed
 from tests.test_methods import planned
 from tests.test_stage import TRAIN
@@ -43,7 +47,12 @@ PLACES = {
     "dgkd": ("method=dgkd", "loss={}"),
     "multi_teacher": ("method=multi_teacher", "loss={}"),
 }
+(BENCHMARK,) = [table for paper in papers() for table in paper.tables if table.id == "benchmark"]
 ONE_GUIDE = "simkd"  # a network keeps the classifier of one guide
+
+
+def benchmark(row: str) -> Graph:
+    return graph(Request("full", profiles()["full"], ("benchmark",), (row,), (0,)))
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +167,26 @@ def test_a_loss_is_planned_in_every_place(option: str, place: str) -> None:
     learning = [source for source in student.chain if isinstance(source, Stage) and source.role == role]
     (loss,) = {source.loss.name for source in learning}
     assert loss == {"kd": "distill"}.get(option, option)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [row.id for row in BENCHMARK.expanded])
+def test_every_pair_of_the_benchmark_takes_a_step_by_every_loss(row: str) -> None:
+    ((planned_row,),) = [table.rows for table in benchmark(row).tables]
+    stages = [next(iter(cell.jobs.values())).student for cell in planned_row.cells]
+    data = Data.of(stages[0].dataset, images(100, "cifar100"), "cpu")
+    samples = data.train[:8].astype("int64")
+    index, views = torch.from_numpy(samples), torch.zeros(8, dtype=torch.int64)
+    shown = data.show(index, views)
+    for stage in stages:
+        guides = guides_of(stage, data)
+        for guide in guides:
+            guide.begin(samples, views.numpy(), lambda count: None)
+        step = Step(stage, data=data, guides=guides, device="cpu")
+        step.begin_epoch(0)
+        said = [guide.outputs(slice(0, 8), shown) for guide in guides]
+        _, parts = step(shown, data.labels[index], index, said)
+        assert all(value.isfinite() for value in parts.values()), stage.loss
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from kd.core.spec import KnownError, Registry
 from kd.core.stage import LossSpec
@@ -24,12 +25,12 @@ from tests.conftest import ROOT, run_py
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
-ADDITIONS = ["A loss", "A network", "A data set", "A method"]
+ADDITIONS = ["A loss", "A loss with parameters", "A network", "A data set", "A method"]
 SHORT = ("tracking=none", "train.epochs=2", "train.precision=fp32", "runtime.threads=1", "hydra.run.dir=out")
 
 # The tests that look at what is in the tables; of those of one entry each, the new ones.
 TESTS = ("architecture", "config", "datasets", "losses", "methods", "models", "recipes", "reference")
-NEW = "lenet5 or shapes or born_again or confidence_weighted"
+NEW = "lenet5 or shapes or born_again or confidence_weighted or pefd"
 NEW += " or papers or options_equal or bad_values or some_data_set or has_a_recipe or share_a_name"
 
 
@@ -79,13 +80,17 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_addition_is_a_file_and_a_line() -> None:
-    for section, package in zip(ADDITIONS, ("losses", "models", "datasets", "methods"), strict=True):
+    for section, package in zip(ADDITIONS, ("losses", "losses", "models", "datasets", "methods"), strict=True):
         (diff,) = blocks(section, "diff")
         files = set(re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE))
         assert len([file for file in files if file.startswith(f"kd/{package}/")]) == 2
         assert f"kd/{package}/__init__.py" in files
         assert {file.split("/")[0] for file in files} <= {"kd", "conf"}
         assert len(files) <= 3
+    for section, most in (("A loss", 60), ("A loss with parameters", 90)):
+        (diff,) = blocks(section, "diff")
+        (lines,) = re.findall(r"^\+\+\+ b/kd/losses/\w+\.py\n@@ -0,0 \+1,(\d+) @@$", diff, re.MULTILINE)
+        assert int(lines) <= most
 
 
 def test_all_of_them_in_a_run(extended: Path) -> None:
@@ -107,7 +112,9 @@ def test_all_of_them_in_a_run(extended: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "needs"), [("A network", ()), ("A data set", ()), ("A method", ("A loss",))], ids=ADDITIONS[1:]
+    ("section", "needs"),
+    [("A loss with parameters", ()), ("A network", ()), ("A data set", ()), ("A method", ("A loss",))],
+    ids=ADDITIONS[1:],
 )
 def test_each_alone(section: str, needs: tuple[str, ...], tmp_path: Path) -> None:
     place = copied(tmp_path)
@@ -116,6 +123,17 @@ def test_each_alone(section: str, needs: tuple[str, ...], tmp_path: Path) -> Non
     arguments = [argument for argument in last if argument != "-m"]
     firsts = [argument.split(",")[0] for argument in arguments]
     assert "stages to train" in python("run.py", *firsts, "dry_run=true", "hydra.run.dir=out", cwd=place)
+
+
+def test_a_loss_with_parameters_is_trained_and_discarded(extended: Path) -> None:
+    run = ("dataset=shapes", "model=resnet8", "teacher=resnet14", "method=kd", "loss=pefd", "loss.projectors=2")
+    python("run.py", *SHORT, *run, cwd=extended)
+    *_, student = json.loads((extended / "out" / "result.json").read_text())["chain"]
+    assert student["loss"] == {"name": "pefd", "ce": 1, "weight": 25, "projectors": 2}
+    folder = extended / "store" / student["key"]
+    first, last = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert 0 < last["pefd"] < first["pefd"] < 1
+    assert not [name for name in load_file(folder / "model.safetensors") if "projector" in name]
 
 
 def test_the_facts_are_what_the_page_prints_them_by(extended: Path) -> None:
@@ -132,7 +150,7 @@ def test_what_is_added_passes_the_tests(extended: Path) -> None:
     files = [f"tests/test_{name}.py" for name in TESTS]
     told = python("-m", "pytest", "-vv", "-p", "no:cacheprovider", *files, "-k", NEW, cwd=extended)
     assert "skipped" not in told
-    for name in ("lenet5", "shapes", "born_again", "confidence_weighted"):
+    for name in ("lenet5", "shapes", "born_again", "confidence_weighted", "pefd"):
         assert re.search(rf"\[(?:.*=)?{name}\]", told), name
 
 

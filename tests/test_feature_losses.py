@@ -27,7 +27,7 @@ from kd.losses.simkd import SimKD
 from kd.losses.sp import SP, similarity_distance
 from kd.losses.vid import VID, gaussian_distance
 from kd.models import build
-from kd.models.taps import Tapped
+from kd.models.taps import Tapped, head
 from tests.conftest import ROOT
 
 NAMES = ["fitnet", "at", "sp", "vid", "rkd", "pkt", "crd", "reviewkd", "ofd", "simkd"]
@@ -64,7 +64,10 @@ class World:
         with torch.no_grad():
             said = [see(network.eval(), self.images[:1]) for network in (self.net, self.guide)]
         self.net.train()
-        learners = [Learner(network, each) for network, each in zip((self.net, self.guide), said, strict=True)]
+        learners = [
+            Learner(network, each, network.get_submodule(head(network)))
+            for network, each in zip((self.net, self.guide), said, strict=True)
+        ]
         self.context = LossContext(*learners, self.labels, self.train)
         self.dtype = dtype
 
@@ -594,7 +597,7 @@ def test_simkd_takes_the_layer_that_a_network_declares_or_else_the_last(declared
     network = nn.Sequential(nn.Linear(64, CLASSES), nn.Conv2d(3, 3, 3), nn.Linear(64, CLASSES), nn.Conv2d(3, 3, 3))
     if declared:
         network.head = "0"
-    learner = Learner(network, world.context.net.outputs)
+    learner = Learner(network, world.context.net.outputs, network.get_submodule(head(network)))
     SimKD().build(LossContext(learner, world.context.guide, world.labels, world.train))
     frozen = [name for name, each in network.named_parameters() if not each.requires_grad]
     assert frozen == (["0.weight", "0.bias"] if declared else ["2.weight", "2.bias"])
@@ -602,7 +605,8 @@ def test_simkd_takes_the_layer_that_a_network_declares_or_else_the_last(declared
 
 def test_simkd_without_a_linear_layer_at_the_end() -> None:
     world = World()
-    learner = Learner(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), world.context.net.outputs)
+    last = nn.Conv2d(3, 4, 3)
+    learner = Learner(nn.Sequential(last, nn.Flatten()), world.context.net.outputs, last)
     with pytest.raises(KnownError, match="Sequential should end in a linear layer"):
         SimKD().build(LossContext(learner, world.context.guide, world.labels, world.train))
 

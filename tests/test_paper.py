@@ -11,6 +11,8 @@ import pytest
 
 from kd.app.experiments import experiments, read_yaml
 from kd.core.spec import KnownError
+from kd.losses import LOSSES
+from kd.losses.dkd import DKD
 from kd.tools.paper.graph import Graph, graph
 from kd.tools.paper.request import Copy, Request, profiles
 from kd.tools.paper.tables import Row, papers, parse_paper
@@ -42,11 +44,61 @@ def test_published_numbers_are_what_is_known() -> None:
         | {"110→20": (68.11, AUTHOR)},
     }
     for place, row in ROWS.items():
+        if place[0] == "benchmark":
+            continue
         known = {label: (p.value, p.status) for label, p in row.published.items() if not p.difference}
         assert known == of_the_paper.get(place, {}), place
         claimed = {label: (p.value, p.status) for label, p in row.published.items() if p.difference}
         trained = any(cell.label == "trained" for cell in row.expanded) and place[0].startswith("tt_")
         assert claimed == ({"trained": (2, CLAIM)} if trained else {}), place
+
+
+def test_the_benchmarks_numbers_and_who_reported_which_epoch() -> None:
+    """A number of each source, of a pair at the ends and in the middle of its list."""
+    rows = {row: found for (table, row), found in ROWS.items() if table == "benchmark"}
+    last, best = "last epoch", "epoch not stated, probably the best on the test set"
+    logs = "epoch not stated, by its logs near the "
+    for row, label, value, status in [
+        ("resnet56_resnet20", "alone", 69.06, last),
+        ("resnet32x4_resnet8x4", "FitNet", 73.50, last),
+        ("vgg13_mobilenetv2_half", "AT", 59.40, last),
+        ("resnet50_vgg8", "PKT", 73.01, last),
+        ("wrn_40_2_shufflenetv1", "CRD", 76.05, last),
+        ("resnet32x4_resnet8x4", "DKD", 76.32, best),
+        ("resnet32x4_shufflenetv2_rd", "DKD", 77.07, best),
+        ("resnet110_resnet20", "DKD", 71.06, "epoch not stated"),
+        ("wrn_40_2_wrn_16_2", "KD standardized", 76.11, logs + "last"),
+        ("vgg13_vgg8", "DKD standardized", 74.81, logs + "best on the test set"),
+        ("wrn_40_2_wrn_40_1", "DIST", 74.43, "epoch not stated"),
+    ]:
+        published = rows[row].published[label]
+        assert (published.value, published.status) == (value, status), (row, label)
+    ours = {label for row in rows.values() for label in {cell.label for cell in row.expanded} - row.published.keys()}
+    assert {"NKD", "WSLD", "OFD", "ReviewKD", "SimKD", "Tf-KD", "label smoothing"} < ours
+    assert sum(len(row.published) for row in rows.values()) == 9 * 13 + 11 + 1 + 10 + 10 + 6
+
+
+def test_the_benchmark_has_every_pair_and_every_loss() -> None:
+    found = planned("benchmark")
+    (table,) = found.tables
+    assert len(table.rows) == 13
+    students = [[job.student for cell in row.cells for job in cell.jobs.values()] for row in table.rows]
+    for stages in students:
+        assert {stage.loss.name for stage in stages} == {*LOSSES} - {"teachable_teacher"}
+        assert len({stage.key for stage in stages}) == len(stages)  # no two cells are the same
+    for stage, _ in found.stages.values():
+        mobile = stage.model.startswith(("mobile", "shuffle"))
+        assert (stage.dataset.name, stage.train.epochs, stage.train.batch_size) == ("cifar100", 240, 64)
+        assert stage.train.lr == (0.01 if mobile else 0.05)
+    betas = {stage.loss.beta for stages in students for stage in stages if isinstance(stage.loss, DKD)}
+    assert betas == {2, 6, 8, 18, 24, 30, 36, 72}
+
+
+def test_tables_that_run_by_name_only() -> None:
+    named = {table.table.id for table in planned("benchmark", rows=("resnet56_resnet20",)).tables}
+    assert named == {"benchmark"}
+    everything = Request("full", profiles()["full"], seeds=(0,)).chosen()
+    assert not {"benchmark", "teachers_cifar10", "losses_cifar10"} & {table.id for _, table, _ in everything}
 
 
 def test_trained_teachers_pairs() -> None:
@@ -118,7 +170,9 @@ def test_profiles() -> None:
         assert (job.student.train.select, job.student.train.test_curve, job.config.mode) == ("best_val", True, "paper")
     smoke = planned(profile="smoke")
     assert {stage.dataset.name for stage, _ in smoke.stages.values()} == {"digits"}
-    assert {table.table.id.rpartition("_")[0] for table in smoke.tables} == {"takd", "size", "paths", "settings", "tt"}
+    assert {table.table.id.partition("_")[0] for table in smoke.tables} == {
+        *("takd", "size", "paths", "settings", "tt", "benchmark")
+    }
     assert not {stage.model for stage, _ in smoke.stages.values()} & set(profiles()["smoke"].stand_ins)
     title = profiles()["cpu"].title
     assert "SHORTER" in title
@@ -193,6 +247,32 @@ def test_a_rows_problems_are_lines(change: dict[str, Any], said: str) -> None:
     tree["tables"][0]["rows"] = [{**tree["tables"][0]["rows"][0], **change}]
     with pytest.raises(KnownError, match=re.escape(said)):
         parse_paper("takd", tree)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"pairs": [["vgg13", "vgg8"]]},
+            "published: alone, KD, FitNet, AT, SP, VID, RKD, PKT, CRD, DKD, DKD, KD stand",
+        ),
+        ({"pairs": [["vgg13", "vgg7"]]}, "did you mean vgg"),
+        (
+            {"cells": [{"label": "KD", "pairs": {"vgg13_vgg9": []}}]},
+            "cells: there is no pair vgg13_vgg9, but resnet56_",
+        ),
+        (
+            {"published": [{"source": "x", "status": "last epoch", "values": {"KD": [1.0] * 13}}] * 2},
+            "published: two sources have a number of the same cell and pair",
+        ),
+        ({"baseline": "TAKD"}, "has no cell TAKD"),
+    ],
+)
+def test_a_grids_problems_are_lines(change: dict[str, Any], said: str) -> None:
+    tree = read_yaml("benchmark")
+    tree["tables"][0]["rows"] = [{**tree["tables"][0]["rows"][0], **change}]
+    with pytest.raises(KnownError, match=re.escape(said)):
+        _ = [table.expanded for table in parse_paper("benchmark", tree).tables]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,20 @@ def test_takd_searches_as_its_authors_did(job: Job, tmp_path: Path, capsys: pyte
     printed = capsys.readouterr().out
     assert "best setting, CHOSEN ON THE TEST SET, as in the paper" in printed
     assert "mode=reference" in (tmp_path / "out" / "best.sh").read_text()
+
+
+def test_the_numbers_of_a_loss_are_swept_and_searched(job: Job, tmp_path: Path) -> None:
+    swept = job("loss=dkd", "loss.beta=2,8", "loss.warmup=0", "train.epochs=1", multirun=True)
+    assert [result["chain"][-1]["loss"]["beta"] for result in swept] == [2, 8]
+    assert len({result["chain"][0]["key"] for result in swept}) == 1
+    assert len({result["chain"][-1]["key"] for result in swept}) == 2
+    shutil.rmtree(tmp_path / "out")
+    space = ("loss=dkd", "loss.warmup=0", "loss.beta=interval(1,9)")
+    found = job("sweep=tpe", "hydra.sweeper.n_trials=3", "train.epochs=1", *space, multirun=True)
+    betas = {result["chain"][-1]["loss"]["beta"] for result in found}
+    assert len(betas) == 3
+    assert all(1 <= beta <= 9 for beta in betas)
+    assert "loss.beta=" in (tmp_path / "out" / "best.sh").read_text()
 
 
 def test_the_best_command_trains_the_best_student(job: Job, tmp_path: Path) -> None:

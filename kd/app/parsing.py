@@ -75,6 +75,9 @@ def parse(cfg: DictConfig) -> Config:
     for name, kind in get_type_hints(Config, include_extras=True).items():
         if name not in Config.model_fields or name in unread:
             continue
+        if name == "assistant_loss" and isinstance(option := tree.get(name), str):
+            problems.append(f"assistant_loss: is chosen by loss@assistant_loss={option} (got {option!r})")
+            continue
         try:
             section = _method(tree.get(name)) if name == "method" else TypeAdapter(kind).validate_python(tree.get(name))
             problems += _truths(tree.get(name), section, name)

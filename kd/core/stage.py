@@ -220,6 +220,7 @@ class Learner:
 
     network: "nn.Module"
     outputs: Outputs  # of one image; only their shapes mean something
+    head: "nn.Module | None" = None  # the last layer, whose input is `pooled`; None if the loss does not read `pooled`
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from kd.core.spec import KnownError
-from kd.core.stage import Batch, LossContext, Need
+from kd.core.stage import Batch, Learner, LossContext, Need
 from kd.losses.maps import FeatureSpec
 
 
@@ -31,25 +31,25 @@ class SimKD(FeatureSpec):
     weight: float = Field(1.0, gt=0)
 
     def build(self, context: LossContext) -> nn.Module:
-        layer = _classifier(context.net.network)
+        layer = _classifier(context.net)
         if layer.bias is None:
             raise KnownError(f"loss=simkd: the classifier of {type(context.net.network).__name__} should have a bias")
         if not layer.weight.requires_grad:
             raise KnownError("loss=simkd: a network keeps one classifier, so it can have one guide only")
         widths = context.net.outputs.pooled.shape[1], context.guide.outputs.pooled.shape[1]
-        projected = _Projected(self, *widths, _classifier(context.guide.network))
+        projected = _Projected(self, *widths, _classifier(context.guide))
         projected.follow(layer)
         return projected
 
 
-def _classifier(network: nn.Module) -> nn.Linear | nn.Conv2d:
-    """The last layer: as the network declares it in `head`, or its last linear layer or 1×1 convolution."""
-    declared = getattr(network, "head", None)
-    modules = [network.get_submodule(declared)] if isinstance(declared, str) else network.modules()
-    layers = [each for each in modules if isinstance(each, (nn.Linear, nn.Conv2d)) and each.weight[0, 0].numel() == 1]
-    if not layers:
-        raise KnownError(f"loss=simkd: {type(network).__name__} should end in a linear layer or a 1×1 convolution")
-    return layers[-1]
+def _classifier(learner: Learner) -> nn.Linear | nn.Conv2d:
+    """The last layer, which has to be linear."""
+    layer = learner.head
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.weight[0, 0].numel() != 1:
+        raise KnownError(
+            f"loss=simkd: {type(learner.network).__name__} should end in a linear layer or a 1×1 convolution"
+        )
+    return layer
 
 
 class _Projected(nn.Module):

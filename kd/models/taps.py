@@ -47,7 +47,7 @@ class Tapped:
         wanted = _maps(declaring, stages, pre) if stages or pre else {}
         self._names = [*wanted]
         if pooled:
-            wanted["pooled"] = Tap(_head(declaring), "input")
+            wanted["pooled"] = Tap(head(declaring), "input")
         self._kept: dict[str, Tensor] = {}
         self._hooks = [self._hook(network, name, tap) for name, tap in wanted.items()]
 
@@ -91,8 +91,11 @@ def _maps(network: nn.Module, stages: bool, pre: bool) -> dict[str, Tap]:
     return {name: tap for name, tap in declared.items() if (pre if name.endswith("_pre") else stages)}
 
 
-def _head(network: nn.Module) -> str:
-    """The path of the last layer: as declared, or else that of the last linear layer or 1×1 convolution."""
+def head(network: nn.Module) -> str:
+    """The path of the last layer: as declared, or else that of the last linear layer or 1×1 convolution.
+
+    Raises KnownError if there is neither.
+    """
     declared = getattr(network, "head", None)
     if isinstance(declared, str):
         return declared

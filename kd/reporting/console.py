@@ -149,6 +149,11 @@ def _plan_lines(sources: Sequence[Source]) -> list[str]:
     given = [source for source in sources if isinstance(source, Given)]
     unread = "given (a dry run does not load its file); teacher.normalize is"
     lines = [f"{source.role} {source.model}: {unread} {source.normalize}" for source in given]
+    several = [source for source in sources if isinstance(source, Stage) and len(source.guides) > 1]
+    lines += dict.fromkeys(
+        f"{stage.role} {stage.model} learns from {' and '.join(f'{g.role} {g.model}' for g in stage.guides)}"
+        for stage in several
+    )
     trainings: dict[str, dict[str, None]] = {}
     for source in sources:
         if isinstance(source, Stage):

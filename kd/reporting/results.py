@@ -65,8 +65,10 @@ class RunResult(Frozen):
 
     @property
     def networks(self) -> str:
-        """The networks of the chain, in the order of training: "resnet20 → resnet8"."""
-        return " → ".join(outcome.model for outcome in self.chain)
+        """The networks of the chain, in the order of training: "resnet20 → resnet8", "resnet20 + vgg8 → resnet8"."""
+        first, *others = self.chain
+        joined = (f" {'→' if each.loss and each.loss.guided else '+'} {each.model}" for each in others)
+        return first.model + "".join(joined)
 
     @property
     def students(self) -> tuple[Replicate, ...]:

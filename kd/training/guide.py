@@ -25,7 +25,7 @@ from kd.core.hardware import autocast, processor
 from kd.core.stage import FORMAT, VIEWS, Learner, Need, Outputs
 from kd.datasets.data import Data
 from kd.models.normalization import Normalized
-from kd.models.taps import Tapped
+from kd.models.taps import Tapped, head
 
 # Images in each forward pass; the last chunk is padded. With one shape, a row does not depend on the other rows or on
 # its position. So logits can be cached, and computed in any order. 128 was the fastest of 64…1,000 (bench/README.md).
@@ -207,7 +207,7 @@ class Guide:
     @cached_property
     def learner(self) -> Learner:
         """The network, and what it says about one image."""
-        return Learner(self.network.network, probe(self.network, PLAIN, self._data.spec.image_size))
+        return learner(self.network, PLAIN, self._data.spec.image_size)
 
     def _remember(self, name: str, samples: NDArray[np.int64], views: NDArray[np.int64], values: Tensor) -> None:
         bank = self._banks[name]
@@ -279,7 +279,7 @@ class LiveGuide:
         dtype = torch.float64 if precision == "fp64" else torch.float32
         network = network.to(memory_format=torch.channels_last).to(device, dtype).eval().requires_grad_(False)
         self.network, self._precision, self._device = network, precision, device
-        self.learner = Learner(network.network, probe(network, needs, data.spec.image_size))
+        self.learner = learner(network, needs, data.spec.image_size)
         self._tapped = tap(network, needs)
 
     def begin(self, samples: NDArray[np.int64], views: NDArray[np.int64], advance: Callable[[int], None]) -> None:
@@ -317,6 +317,12 @@ def probe(network: Normalized, needs: frozenset[Need], image_size: int) -> Outpu
     if tapped is not None:
         tapped.close()
     return outputs
+
+
+def learner(network: Normalized, needs: frozenset[Need], image_size: int) -> Learner:
+    """The network as a loss with these needs is built for it."""
+    last = network.network.get_submodule(head(network.network)) if "pooled" in needs else None
+    return Learner(network.network, probe(network, needs, image_size), last)
 
 
 def rounded_type(precision: str) -> torch.dtype:

@@ -18,7 +18,6 @@ from kd.core.stage import (
     LOSS,
     Batch,
     Formula,
-    Learner,
     LossContext,
     Outputs,
     Stage,
@@ -28,7 +27,7 @@ from kd.core.stage import (
 from kd.datasets.data import Data
 from kd.models import build
 from kd.models.normalization import Normalized
-from kd.training.guide import LOGITS, Guide, LiveGuide, probe, said, tap
+from kd.training.guide import LOGITS, Guide, LiveGuide, learner, said, tap
 from kd.training.ranks import ALONE, Team
 
 # The number of 32×32 images after which compiling has saved twice its own time, in bf16 on a CPU (bench/compiled.py,
@@ -164,7 +163,7 @@ def make_losses(
     spec = stage.loss
     if isinstance(spec, Formula):
         return [spec] * max(1, len(guides))
-    net = Learner(network.network, probe(network, spec.needs, stage.dataset.image_size))
+    net = learner(network, spec.needs, stage.dataset.image_size)
     train, dtype = torch.from_numpy(data.train).to(data.labels.device), network.mean.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random_stream(stage.seed, 0, LOSS).integers(2**63)))

@@ -172,7 +172,7 @@ class Reported(Frozen):
     values: dict[str, tuple[float | None, ...]]  # by the cells' labels
 
 
-class Grid(Frozen):
+class PairGrid(Frozen):
     """A row for every pair of teacher and student, with the same cells in all of them."""
 
     every: Literal["grid"]
@@ -208,7 +208,7 @@ class Grid(Frozen):
                     yield label, Published(value=value, status=reported.status, source=reported.source)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Grid:
+    def _fits_together(self) -> PairGrid:
         columns = [(label, values) for reported in self.published for label, values in reported.values.items()]
         if wrong := [label for label, values in columns if len(values) != len(self.pairs)]:
             raise ValueError(f"published: {', '.join(wrong)}: should be one number or null for each of the pairs")
@@ -221,7 +221,7 @@ class Grid(Frozen):
 
 
 RowOrMany = Annotated[
-    Annotated[Row, Tag("one")] | Annotated[Pairs, Tag("pair")] | Annotated[Grid, Tag("grid")],
+    Annotated[Row, Tag("one")] | Annotated[Pairs, Tag("pair")] | Annotated[PairGrid, Tag("grid")],
     Discriminator(_kind),
 ]
 
