@@ -65,7 +65,12 @@ OTHERS = {
     "mlp": ("", 512),
 }
 SMALLEST = ["resnet8x4", "wrn_16_1", "wrn_16_2", "vgg8", "mobilenetv2_half", "shufflenetv1", "shufflenetv2_rd"]
-SOME = ["plane2", "plane8", "resnet8", *ONE_OF_EACH, *SMALLEST]
+# Each takes seconds in each of the tests below: they are for `make test-slow`.
+LARGE = ("resnet50", "resnext29_8x64d", "densenet121")
+SOME = [
+    pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
+    for name in ("plane2", "plane8", "resnet8", *ONE_OF_EACH, *SMALLEST)
+]
 MAPPED = [name for name in SOME if name != "mlp"]
 
 
@@ -366,7 +371,7 @@ def test_nothing_later_changes_a_stage(name: str) -> None:
     torch.testing.assert_close(head(shaped).flatten(1), logits)
 
 
-@pytest.mark.parametrize("name", [name for name in SOME if name != "mlp"])
+@pytest.mark.parametrize("name", MAPPED)
 def test_pooled_features_of_a_folded_network(name: str) -> None:
     torch.manual_seed(0)
     network = network_of(name).double()
