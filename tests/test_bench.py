@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import figure, machine, profile, speed, sweep
+from bench import figure, losses, machine, profile, speed, sweep
 from bench.workloads import WORKLOADS, Workload
 from tests.conftest import QUICK, ROOT
 
@@ -32,6 +32,18 @@ def test_a_round_of_the_benchmark_and_its_figure(monkeypatch: pytest.MonkeyPatch
     assert len(found["sweep"]["short"]["ours"]) == len(sweep.SHORT_JOBS)
     figure.draw(found, tmp_path / "speed.svg")
     assert "images a second" in (tmp_path / "speed.svg").read_text()
+
+
+def test_a_round_of_every_loss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(losses, "IMAGES", 500)
+    monkeypatch.setattr(losses, "BATCH", 8)
+    found = losses.measure(("resnet8", "resnet8"), 1)["table"]
+    assert {*found} == {"cross_entropy", *(path.stem for path in (ROOT / "conf" / "loss").glob("*.yaml"))}
+    assert (found["cross_entropy"]["plain"], found["kd"]["kd"]) == (1, 1)
+    guides = {name: row["guide"] for name, row in found.items()}
+    assert (guides["tf_kd"], guides["dist"], guides["crd"], guides["at"]) == ("none", "cached", "cached", "live")
+    assert all(row["ms"] > 0 for row in found.values())
+    assert len(capsys.readouterr().out.splitlines()) == len(found)
 
 
 def test_what_a_sweep_costs() -> None:

@@ -79,9 +79,12 @@ def test_the_benchmarks_numbers_and_who_reported_which_epoch() -> None:
 
 
 def test_the_benchmark_has_every_pair_and_every_loss() -> None:
-    found = planned("benchmark")
+    """Two rows are planned. All rows have the same cells."""
+    rows = [row for (table, _), row in ROWS.items() if table == "benchmark"]
+    assert len(rows) == 13
+    assert len({tuple(cell.label for cell in row.expanded) for row in rows}) == 1
+    found = planned("benchmark", rows=("resnet56_resnet20", "vgg13_mobilenetv2_half"))
     (table,) = found.tables
-    assert len(table.rows) == 13
     students = [[job.student for cell in row.cells for job in cell.jobs.values()] for row in table.rows]
     for stages in students:
         assert {stage.loss.name for stage in stages} == {*LOSSES} - {"teachable_teacher"}
@@ -90,8 +93,8 @@ def test_the_benchmark_has_every_pair_and_every_loss() -> None:
         mobile = stage.model.startswith(("mobile", "shuffle"))
         assert (stage.dataset.name, stage.train.epochs, stage.train.batch_size) == ("cifar100", 240, 64)
         assert stage.train.lr == (0.01 if mobile else 0.05)
-    betas = {stage.loss.beta for stages in students for stage in stages if isinstance(stage.loss, DKD)}
-    assert betas == {2, 6, 8, 18, 24, 30, 36, 72}
+    betas = [[stage.loss.beta for stage in stages if isinstance(stage.loss, DKD)] for stages in students]
+    assert betas == [[2, 36], [6, 18]]
 
 
 def test_tables_that_run_by_name_only() -> None:
