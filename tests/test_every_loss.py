@@ -174,7 +174,7 @@ def test_a_loss_is_planned_in_every_place(option: str, place: str) -> None:
 def test_every_pair_of_the_benchmark_takes_a_step_by_every_loss(row: str) -> None:
     ((planned_row,),) = [table.rows for table in benchmark(row).tables]
     stages = [next(iter(cell.jobs.values())).student for cell in planned_row.cells]
-    data = Data.of(stages[0].dataset, images(100, "cifar100"), "cpu")
+    data = Data.of(stages[0].dataset, images(2000, "cifar100"), "cpu")
     samples = data.train[:8].astype("int64")
     index, views = torch.from_numpy(samples), torch.zeros(8, dtype=torch.int64)
     shown = data.show(index, views)
