@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from math import exp, log
 from typing import Any
@@ -18,7 +19,7 @@ from kd.losses import LOSSES
 from kd.losses.at import AT, attention_distance
 from kd.losses.crd import CRD
 from kd.losses.fitnet import FitNet, resizing_convolution
-from kd.losses.maps import FeatureSpec, level, stage_pairs, unit
+from kd.losses.maps import FeatureSpec, level, resized, stage_pairs, unit
 from kd.losses.ofd import OFD, margins, partial_distance
 from kd.losses.pkt import neighbourhood_distance
 from kd.losses.reviewkd import ReviewKD, hcl
@@ -326,6 +327,30 @@ def test_unit_leaves_zero_rows_without_a_gradient() -> None:
     assert unit(rows).tolist() == [pytest.approx([0.6, 0.8]), [0, 0]]
     assert rows.grad is not None
     assert rows.grad.tolist() == [pytest.approx([0.128, -0.096]), [0, 0]]
+
+
+@pytest.mark.parametrize(("side", "size"), [(8, 4), (8, 3), (7, 4), (5, 2), (3, 8), (4, 4), (9, 1)])
+def test_maps_are_resized_as_by_torch_with_a_gradient_that_every_device_has(side: int, size: int) -> None:
+    maps = torch.randn(2, 3, side, side, dtype=torch.float64, requires_grad=True)
+    ours, torchs = resized(maps, size), nn.functional.adaptive_avg_pool2d(maps, size)
+    assert torch.allclose(ours, torchs, rtol=0, atol=1e-14)
+    weights = torch.randn_like(ours)
+    one, other = (torch.autograd.grad((each * weights).sum(), maps)[0] for each in (ours, torchs))
+    assert torch.allclose(one, other, rtol=0, atol=1e-14)
+
+
+def test_no_loss_has_a_gradient_that_torch_refuses_on_a_gpu() -> None:
+    for path in (ROOT / "kd" / "losses").glob("*.py"):
+        assert not re.search(r"(import|nn\.).*adaptive", path.read_text(), re.IGNORECASE), path.name
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "simkd"])
+def test_without_cross_entropy_every_parameter_still_has_a_gradient(name: str) -> None:
+    """Under torchrun a parameter without one ends the run."""
+    world = World()
+    loss = world.loss(LOSSES[name](ce=0))
+    loss(world.batch())["loss"].backward()
+    assert [key for key, each in world.net.named_parameters() if each.grad is None] == []
 
 
 @pytest.mark.parametrize(("size", "wanted"), [(8, 8), (8, 4), (4, 8), (8, 3), (7, 5), (3, 8), (2, 1), (1, 1)])

@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 
 from kd.core.spec import KnownError
 from kd.core.stage import Batch, LossContext, Need
-from kd.losses.maps import FeatureSpec, stage_pairs
+from kd.losses.maps import FeatureSpec, resized, stage_pairs
 
 
 class FitNet(FeatureSpec):
@@ -57,4 +57,13 @@ def resizing_convolution(net: Tensor, guide: Tensor) -> nn.Module:
         return nn.ConvTranspose2d(inner, outer, 4, stride=2, padding=1)
     if height >= wanted:
         return nn.Conv2d(inner, outer, 1 + height - wanted)
-    return nn.Sequential(nn.AdaptiveAvgPool2d(wanted), nn.Conv2d(inner, outer, 1))
+    return nn.Sequential(_Resized(wanted), nn.Conv2d(inner, outer, 1))
+
+
+class _Resized(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return resized(maps, self.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
+from torch.nn.functional import avg_pool2d, cross_entropy
 
 from kd.core.stage import Batch, LossSpec
 
@@ -19,8 +19,10 @@ class FeatureSpec(LossSpec):
     def total(self, batch: Batch, distance: Tensor, ramp: float = 1.0) -> dict[str, Tensor]:
         """The loss and its parts. `ramp` multiplies the distance in the loss; the logged part is without it."""
         ce, loss = cross_entropy(batch.net.logits, batch.labels), self.weight * ramp * distance
-        # With ce=0 the classifier may be anything, and 0·inf would be NaN.
-        return {"loss": loss + self.ce * ce if self.ce else loss, "ce": ce, self.name: distance}
+        # With ce=0 the classifier may be anything, and 0·inf would be NaN. Its gradient is 0 and not absent: under
+        # torchrun every parameter has to have one.
+        part = self.ce * ce if self.ce else 0 * batch.net.logits.nan_to_num().sum()
+        return {"loss": loss + part, "ce": ce, self.name: distance}
 
     @property
     def label(self) -> str:
@@ -38,10 +40,25 @@ def stage_pairs(net: list[Tensor], guide: list[Tensor]) -> list[tuple[Tensor, Te
 def level(net: Tensor, guide: Tensor) -> tuple[Tensor, Tensor]:
     """Both maps [sample, channel, height, width] at the size of the smaller one: the larger is average-pooled."""
     if net.shape[2] > guide.shape[2]:
-        return adaptive_avg_pool2d(net, (guide.shape[2], guide.shape[3])), guide
+        return resized(net, guide.shape[2]), guide
     if net.shape[2] < guide.shape[2]:
-        return net, adaptive_avg_pool2d(guide, (net.shape[2], net.shape[3]))
+        return net, resized(guide, net.shape[2])
     return net, guide
+
+
+def resized(maps: Tensor, size: int) -> Tensor:
+    """Square maps [sample, channel, size, size]: means of the same windows as torch's adaptive_avg_pool2d.
+
+    That function has no deterministic gradient on a GPU, so torch refuses it there.
+    """
+    side = maps.shape[2]
+    if side % size == 0:
+        return avg_pool2d(maps, side // size)
+    averages = maps.new_zeros(size, side)
+    for i in range(size):
+        first, last = i * side // size, -(-(i + 1) * side // size)
+        averages[i, first:last] = 1 / (last - first)
+    return averages @ maps @ averages.T
 
 
 def unit(rows: Tensor, eps: float = 0.0) -> Tensor:

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, interpolate, mse_loss
+from torch.nn.functional import interpolate, mse_loss
 
 from kd.core.stage import Batch, LossContext, Need, Outputs
-from kd.losses.maps import FeatureSpec, stage_pairs
+from kd.losses.maps import FeatureSpec, resized, stage_pairs
 
 
 def hcl(net: Tensor, guide: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def hcl(net: Tensor, guide: Tensor) -> Tensor:
         if size < net.shape[2]:
             weight /= 2
             weights += weight
-            distance = distance + weight * mse_loss(adaptive_avg_pool2d(net, size), adaptive_avg_pool2d(guide, size))
+            distance = distance + weight * mse_loss(resized(net, size), resized(guide, size))
     return distance / weights
 
 
