@@ -437,6 +437,10 @@ def test_a_bad_teacher_teaches_nobody(
     [
         (("teacher.train.epochs=3",), "teacher.train.epochs: a teacher from teacher.checkpoint is not trained"),
         (("method=trained_teacher",), "teacher.checkpoint: method=trained_teacher trains its own teacher"),
+        (
+            ("method=multi_teacher", "method.teachers=[resnet20,resnet14]"),
+            "teacher=plane4 should be one of method.teachers (got [resnet20,resnet14])",
+        ),
         (("model=plane2", "teacher=plane6"), "is not a plane6 of 10 classes for 16×16 images; it is a plane4"),
     ],
 )
