@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -250,6 +251,21 @@ def test_all_problems_of_losses_are_told_at_once() -> None:
     assert any(line.startswith("loss.beta: should be at least 0") for line in told)
     assert "loss.nonsense: unknown key (got 2)" in told
     assert any(line.startswith("assistant_loss.name: ") and "gone" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("+loss.T=2",), "loss.T: is set by method.T (got 2)"),
+        (("loss=dkd", "+loss.T=2"), "loss.T: is set by method.T (got 2)"),
+        (("+loss.lambda=0.9",), "loss.lambda: is set by method.lambda (got 0.9)"),
+        (("+loss.reduction=mean",), "loss.reduction: is set by mode (got mean)"),
+        (("method=ta", "+assistant_loss.T=2"), "assistant_loss.T: is set by method.assistant.T (got 2)"),
+    ],
+)
+def test_a_loss_takes_temperature_and_lambda_from_the_method_alone(overrides: tuple[str, ...], line: str) -> None:
+    with pytest.raises(KnownError, match=re.escape(line)):
+        parse(configured(*overrides))
 
 
 def test_the_released_code_has_one_loss() -> None:

@@ -194,6 +194,9 @@ def _dataset(sections: dict[str, Any]) -> Iterator[str]:
             yield f"dataset.root: is only for {readers} (got {dataset.root!r} with dataset={dataset.name})"
 
 
+_OWNERS = {"loss": "method", "assistant_loss": "method.assistant"}  # whose T and λ a loss takes
+
+
 def _losses(sections: dict[str, Any]) -> Iterator[str]:
     for key in sections.keys() & {"loss", "assistant_loss"}:
         choice: LossChoice = sections[key]
@@ -208,6 +211,9 @@ def _losses(sections: dict[str, Any]) -> Iterator[str]:
             del sections[key]
         else:
             yield from _truths(choice.fields, spec, key)
+            for name in filter(choice.reads, choice.fields):
+                owner = "mode" if name == "reduction" else f"{_OWNERS[key]}.{name}"
+                yield f"{key}.{name}: is set by {owner} (got {choice.fields[name]})"
 
 
 def _teacher(sections: dict[str, Any]) -> Iterator[str]:
