@@ -273,10 +273,22 @@ def test_the_released_code_has_one_loss() -> None:
         planned("mode=reference", "dataset=cifar10", "loss=dkd")
 
 
-def test_a_network_without_maps_is_refused_before_anything_is_trained(
-    job: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("loss=fitnet", "model=mlp"), "student mlp: loss=fitnet: "),
+        (("loss=fitnet", "loss.stage=9"), "student plane2: loss=fitnet: stage: should be at most 2, "),
+        (("loss=ofd",), "student plane2: loss=ofd: Plane has no BatchNorm at the end of its stage 1"),
+        (
+            ("method=multi_teacher", "method.teachers=[plane4,plane6]", "loss=simkd"),
+            "student plane2: loss=simkd: a network keeps one classifier, so it can have one guide only",
+        ),
+    ],
+)
+def test_a_loss_that_cannot_be_built_is_refused_before_anything_is_trained(
+    overrides: tuple[str, ...], line: str, job: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job("loss=fitnet", "model=mlp", code=2)
+    job(*overrides, code=2)
     told = capsys.readouterr()
-    assert "student mlp: loss=fitnet: " in told.err
+    assert line in told.err
     assert "epoch" not in told.out

@@ -361,7 +361,7 @@ def test_regressor_has_the_guides_shape(size: int, wanted: int) -> None:
 
 def test_fitnet_reads_one_stage_and_a_relu_bounds_its_regressor() -> None:
     world = World(guide="wrn_16_2")
-    with pytest.raises(KnownError, match=r"loss\.stage: should be at most 3, .* \(got 4\)"):
+    with pytest.raises(KnownError, match=r"stage: should be at most 3, .* \(got 4\)"):
         world.loss(FitNet(stage=4))
     for relu in (True, False):
         loss, batch = world.loss(FitNet(stage=3, relu=relu)), world.batch()

@@ -30,7 +30,7 @@ class FitNet(FeatureSpec):
     def build(self, context: LossContext) -> nn.Module:
         pairs = stage_pairs(context.net.outputs.stages, context.guide.outputs.stages)
         if self.stage > len(pairs):
-            raise KnownError(f"loss.stage: should be at most {len(pairs)}, the networks' stages (got {self.stage})")
+            raise KnownError(f"stage: should be at most {len(pairs)}, the networks' stages (got {self.stage})")
         return _Hint(self, *pairs[self.stage - 1])
 
 

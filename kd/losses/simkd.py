@@ -33,9 +33,9 @@ class SimKD(FeatureSpec):
     def build(self, context: LossContext) -> nn.Module:
         layer = _classifier(context.net)
         if layer.bias is None:
-            raise KnownError(f"loss=simkd: the classifier of {type(context.net.network).__name__} should have a bias")
+            raise KnownError(f"the classifier of {type(context.net.network).__name__} should have a bias")
         if not layer.weight.requires_grad:
-            raise KnownError("loss=simkd: a network keeps one classifier, so it can have one guide only")
+            raise KnownError("a network keeps one classifier, so it can have one guide only")
         widths = context.net.outputs.pooled.shape[1], context.guide.outputs.pooled.shape[1]
         projected = _Projected(self, *widths, _classifier(context.guide))
         projected.follow(layer)
@@ -46,9 +46,7 @@ def _classifier(learner: Learner) -> nn.Linear | nn.Conv2d:
     """The last layer, which has to be linear."""
     layer = learner.head
     if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.weight[0, 0].numel() != 1:
-        raise KnownError(
-            f"loss=simkd: {type(learner.network).__name__} should end in a linear layer or a 1×1 convolution"
-        )
+        raise KnownError(f"{type(learner.network).__name__} should end in a linear layer or a 1×1 convolution")
     return layer
 
 

@@ -34,8 +34,6 @@ from kd.training.checkpoint import Checkpoint, Deferred
 from kd.training.ranks import ALONE, Team, is_lost, own_device, team, world
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from kd.datasets.data import Data
     from kd.training.guide import Guide, LiveGuide
 
@@ -295,8 +293,8 @@ class Pipeline(Workplace):
                 networks[stage.key] = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
         sizes = {key: sum(each.numel() for each in network.parameters()) for key, network in networks.items()}
         for stage in last.chain:
-            if isinstance(stage, Stage) and stage.loss.live:
-                _check_maps(stage, [networks[source.key] for source in (stage, *stage.guides)])
+            if isinstance(stage, Stage) and stage.loss.needs - {"guide"}:
+                _check_loss(stage)
         for guide, stage in pairwise(last.chain):
             if stage.role == "assistant" and sizes[stage.key] > sizes[guide.key]:
                 told = f"{stage.model} ({sizes[stage.key]:,} parameters)", f"{guide.model} ({sizes[guide.key]:,})"
@@ -309,13 +307,23 @@ class Pipeline(Workplace):
         return {"torch": version("torch"), "device": kind, "processor": processor, "threads": self.threads}
 
 
-def _check_maps(stage: Stage, networks: Sequence[nn.Module]) -> None:
-    """Raise KnownError if the stage's loss reads maps that the network or one of its guides does not have."""
-    from kd.models.taps import Tapped
+def _check_loss(stage: Stage) -> None:
+    """Build the stage's loss for untrained networks. Raises KnownError if one of them does not have what it reads."""
+    import torch
 
-    for network in networks:
+    from kd.core.stage import LossContext
+    from kd.models import build
+    from kd.models.normalization import Normalized
+    from kd.training.guide import learner
+
+    data, classes, found = stage.dataset, torch.arange(stage.dataset.num_classes), []
+    with torch.random.fork_rng(devices=[]):
         try:
-            Tapped(network, "stages" in stage.loss.needs, "pre" in stage.loss.needs, pooled=False)
+            for source in (stage, *stage.guides):
+                network = build(source.model, num_classes=data.num_classes, image_size=data.image_size)
+                found.append(learner(Normalized(network, data.mean, data.std), stage.loss.needs, data.image_size))
+            for guide in found[1:]:
+                stage.loss.build(LossContext(found[0], guide, classes, classes))
         except KnownError as error:
             raise KnownError(f"{stage.role} {stage.model}: loss={stage.loss.name}: {error}") from error
 
