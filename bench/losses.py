@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,7 @@ class Contestant:
             guide.begin(self._samples, self._views, lambda images: None)
         self._step = Step(stage, data=data, guides=self._guides, device="cpu")
         self._step.begin_epoch(0)
-        self.live = stage.loss.live
+        self.guide = "live" if stage.loss.live else "cached" if stage.loss.guided else "none"
 
     def seconds(self, number: int) -> float:
         """The time of a step on batch `number`, counted from 0."""
@@ -71,7 +70,7 @@ class Contestant:
         return time.perf_counter() - began
 
 
-def measure(pair: tuple[str, str], rounds: int, said: Callable[[str], None] = print) -> dict[str, Any]:
+def measure(pair: tuple[str, str], rounds: int) -> dict[str, Any]:
     """Seconds of a step with each loss [round], and the ratios to plain training and to KD."""
     planned_stages = stages(pair)
     data = Data.of(planned_stages[_PLAIN].dataset, images(IMAGES, "cifar100"), "cpu")
@@ -87,18 +86,14 @@ def measure(pair: tuple[str, str], rounds: int, said: Callable[[str], None] = pr
             "ms": round(1000 * statistics.median(took), 1),
             "plain": round(_ratio(took, seconds[_PLAIN]), 3),
             "kd": round(_ratio(took, seconds["kd"]), 3),
-            "guide": "live" if contestants[name].live else "cached" if LOSSES[_name(name)].needs else "none",
+            "guide": contestants[name].guide,
         }
         for name, took in seconds.items()
     }
     for name, row in table.items():
         ratios = f"× plain {row['plain']:6.3f}   × kd {row['kd']:6.3f}"
-        said(f"{name:16} {row['ms']:8.1f} ms   {ratios}   guide {row['guide']}")
+        print(f"{name:16} {row['ms']:8.1f} ms   {ratios}   guide {row['guide']}", flush=True)
     return {"table": table, "seconds": seconds}
-
-
-def _name(option: str) -> str:
-    return next((name for name, other in _OPTIONS.items() if other == option), option)
 
 
 def _ratio(one: list[float], other: list[float]) -> float:
