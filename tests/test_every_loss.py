@@ -17,8 +17,9 @@ from omegaconf import DictConfig
 from bench.workloads import images
 from kd.app.config import plan
 from kd.app.parsing import parse
+from kd.core.settings import TrainSpec
 from kd.core.spec import KnownError
-from kd.core.stage import Stage, TrainSpec
+from kd.core.stage import Stage
 from kd.datasets import DatasetConfig, load_data, resolve
 from kd.datasets.data import Data
 from kd.losses import LOSSES

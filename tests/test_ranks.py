@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from kd.app.config import plan
 from kd.app.jobs import Multirun
 from kd.app.parsing import parse
+from kd.core.settings import TrainSpec
 from kd.core.spec import KnownError
-from kd.core.stage import TrainSpec
 from kd.datasets import resolve
 from kd.training.ranks import World, batches, own_device, share_of, world
 from kd.training.step import resolve_compile

@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from kd.app.parsing import parse
-from kd.core.stage import descriptions
+from kd.core.settings import descriptions
 from tests.conftest import ROOT, composed, run_py
 from tests.test_architecture import ROWS
 from tests.test_datasets import write_folder

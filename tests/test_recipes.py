@@ -9,8 +9,9 @@ import pytest
 from kd.app.config import plan, recipe_name, train_spec
 from kd.app.parsing import parse
 from kd.core.recipes import RECIPES, recipe
+from kd.core.settings import TrainSpec
 from kd.core.spec import KnownError
-from kd.core.stage import Stage, TrainSpec
+from kd.core.stage import Stage
 from kd.datasets import _OWN as OWN_DATA
 from kd.datasets import DATASETS, DatasetEntry, Facts, specify
 from kd.models import _OWN as OWN_NETWORKS

@@ -16,8 +16,9 @@ import kd
 from kd.app.config import plan
 from kd.app.parsing import parse
 from kd.core.recipes import RECIPES, recipe
+from kd.core.settings import TrainSpec
 from kd.core.spec import KnownError
-from kd.core.stage import Stage, TrainSpec, random_stream
+from kd.core.stage import Stage, random_stream
 from kd.datasets import Arrays, Facts, specify
 from kd.datasets.data import Data
 from kd.models.normalization import Normalized

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError, create_model
 
+from kd.core.settings import TrainOverrides, TrainSpec, descriptions
 from kd.core.spec import Frozen, Neutral
-from kd.core.stage import DatasetSpec, Given, Normalization, Stage, TrainOverrides, TrainSpec, descriptions
+from kd.core.stage import DatasetSpec, Given, Normalization, Stage
 from kd.losses import CrossEntropy, Distill, TeachableTeacher
 from kd.store.stages import parse_source
 

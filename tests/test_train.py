@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
+from kd.core.settings import TrainSpec
 from kd.core.spec import KnownError, NonFiniteError
-from kd.core.stage import ORDER, VIEW, Batch, Outputs, Stage, TrainSpec, random_stream
+from kd.core.stage import ORDER, VIEW, Batch, Outputs, Stage, random_stream
 from kd.datasets import DatasetConfig, load_data, resolve
 from kd.datasets.data import Data
 from kd.losses import CrossEntropy, Distill

@@ -10,20 +10,9 @@ from pydantic import BeforeValidator, Field, InstanceOf, ValidationError
 
 from kd.core.hardware import cpu_count, resolve_device, resolve_precision
 from kd.core.recipes import GAMMA, RECIPES, RELEASED, Released, recipe, released
+from kd.core.settings import OnNaN, TrainOverrides, TrainSpec
 from kd.core.spec import Frozen, KnownError, PathText, explain
-from kd.core.stage import (
-    DatasetSpec,
-    Given,
-    Normalization,
-    OnNaN,
-    Part,
-    Role,
-    Seed,
-    Source,
-    Stage,
-    TrainOverrides,
-    TrainSpec,
-)
+from kd.core.stage import DatasetSpec, Given, Normalization, Part, Role, Seed, Source, Stage
 from kd.datasets import DATASETS, DatasetConfig
 from kd.methods.method import Ends, Link, LossChoice, Method
 from kd.models import MODELS, NetworkName

@@ -15,8 +15,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from kd.app.config import Config, TeacherConfig, check_system, recipe_name, train_spec, trained_networks
 from kd.app.experiments import experiments
 from kd.core.recipes import RECIPES, released
+from kd.core.settings import TrainOverrides
 from kd.core.spec import KnownError, explain, printable, tilde
-from kd.core.stage import Role, TrainOverrides, split_problem
+from kd.core.stage import Role, split_problem
 from kd.datasets import DATASETS, DatasetConfig
 from kd.losses import LOSSES
 from kd.methods import METHODS
@@ -291,7 +292,9 @@ def _training(sections: dict[str, Any]) -> Iterator[str]:
         except KnownError as error:
             yield str(error)
         else:
-            if whole and (problem := split_problem(train, config.dataset.val_fraction)):
+            entry = DATASETS.get(config.dataset.name) if whole else None
+            # Whether photographs have a validation split of their own is known when they are read.
+            if entry and entry.facts and (problem := split_problem(train, config.dataset.val_fraction > 0)):
                 yield f"{role} {model}: {problem}"
     if whole and config.teacher.file is not None and config.released is not None:
         try:

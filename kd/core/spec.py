@@ -111,6 +111,10 @@ class Neutral:
     value: Any
 
 
+class Unhashed:
+    """Marks a field that is recorded and never hashed: another field decides it."""
+
+
 class Frozen(BaseModel):
     """Base of all specs: no unknown keys, no NaN or infinity, no change after construction."""
 
@@ -121,15 +125,19 @@ class Frozen(BaseModel):
         return self.model_dump(mode="json", by_alias=True)
 
     def identity(self) -> dict[str, Any]:
-        """What is hashed: the fields of dump(), without those that have their neutral value."""
+        """What is hashed: the fields of dump(), without those that have their neutral value or are unhashed."""
         identity = self.dump()
         for name, field in type(self).model_fields.items():
             value, key = getattr(self, name), field.serialization_alias or name
-            if any(isinstance(mark, Neutral) and mark.value == value for mark in field.metadata):
+            if any(_leaves(mark, value) for mark in field.metadata):
                 del identity[key]
             else:
                 identity[key] = _identity(value, identity[key])
         return identity
+
+
+def _leaves(mark: Any, value: Any) -> bool:
+    return isinstance(mark, Unhashed) or (isinstance(mark, Neutral) and bool(mark.value == value))
 
 
 def _identity(value: Any, dumped: Any) -> Any:

@@ -4,12 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field, SerializeAsAny, create_model, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
-from kd.core.spec import Frozen, Neutral, hashed
+from kd.core.settings import TrainSpec
+from kd.core.spec import Frozen, Neutral, Unhashed, hashed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,16 +20,18 @@ FORMAT = 1
 
 Role = Literal["reference", "teacher", "assistant", "student"]
 Part = Literal["student", "teacher"]
-Precision = Literal["fp32", "bf16", "fp16", "fp64"]
-Select = Literal["best_val", "last", "best_test", "best_test_batches"]
-OnNaN = Literal["stop", "retry_fp32"]  # what to do if a loss or weights are not finite; not part of any key
 Reduction = Literal["batchmean", "mean"]  # the divisor of the summed KL: batch size, or batch size · classes
-Augment = Literal["none", "crop_flip", "rotate_flip"]
+Augment = Literal["none", "crop_flip", "rotate_flip", "resized_crop_flip"]
+# How a photograph of any shape becomes a square: its shorter side is resized and the centre cut out; it is distorted;
+# or its longer side is resized and the rest is black.
+Resize = Literal["short_side", "squash", "pad"]
+Interpolation = Literal["bilinear", "bicubic"]
 # What a loss can read: the guide's logits; of network and guide: the classifier's input, the maps at the end of each
 # stage, and these maps before their activation.
 Need = Literal["guide", "pooled", "stages", "pre"]
 # The number of views of an image under each augmentation (kd/datasets/data.py).
-VIEWS: dict[Augment, int] = {"none": 1, "crop_flip": 9 * 9 * 2, "rotate_flip": 41 * 2}
+# A random resized crop is drawn from its number, so it has as many as there are numbers.
+VIEWS: dict[Augment, int] = {"none": 1, "crop_flip": 9 * 9 * 2, "rotate_flip": 41 * 2, "resized_crop_flip": 1 << 31}
 
 Channels = tuple[float, float, float]
 Deviation = Annotated[float, Field(gt=0)]
@@ -47,98 +50,6 @@ def random_stream(seed: int, epoch: int, purpose: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence((seed, epoch, purpose)))
 
 
-def _fraction(milestone: float) -> float:
-    if not 0 < milestone < 1:
-        raise ValueError("should be a fraction of the epochs, between 0 and 1: 80 of 160 is 0.5")
-    return milestone
-
-
-class Says(NamedTuple):
-    """The description of a setting. `also` is a type of further values that a configuration may use."""
-
-    text: str
-    also: Any = None
-
-
-class TrainSpec(Frozen):
-    """The resolved training settings of a stage. Each line declares a setting: name, type and range, description.
-
-    Upper bounds catch typing errors, and keep 64-bit integers from overflowing. A new setting declares its neutral
-    value (`Neutral`), so that no existing key moves.
-    """
-
-    epochs: Annotated[int, Field(ge=1, le=1_000_000), Says("passes over the training images")]
-    batch_size: Annotated[int, Field(ge=1, le=10_000_000), Says("images a step, over all ranks")]
-    optimizer: Annotated[Literal["sgd", "adam"], Says("the optimiser")]
-    lr: Annotated[float, Field(gt=0), Says("learning rate after warm-up")]
-    momentum: Annotated[float, Field(ge=0, lt=1), Says("momentum of SGD")]
-    nesterov: Annotated[bool, Says("use Nesterov momentum (SGD)")]
-    weight_decay: Annotated[float, Field(ge=0), Says("weight decay of all parameters")]
-    schedule: Annotated[Literal["constant", "step", "cosine"], Says("how the learning rate changes over the epochs")]
-    milestones: Annotated[
-        tuple[Annotated[float, AfterValidator(_fraction)], ...], Says("fractions of the epochs, for schedule=step")
-    ]
-    gamma: Annotated[float, Field(gt=0, le=1), Says("the learning rate is multiplied by this at each milestone")]
-    warmup: Annotated[int, Field(ge=0), Says("epochs at the start in which the learning rate increases linearly")]
-    precision: Annotated[Precision, Says("auto: bf16 if the hardware has it, otherwise fp32", also=Literal["auto"])]
-    select: Annotated[Select, Says("the epoch whose weights are kept: the best on validation, or the last")]
-    test_curve: Annotated[bool, Says("record test accuracy after every epoch; no choice depends on it")]
-    ranks: Annotated[int, Field(ge=1), Says("processes that share a batch, each with its own BatchNorm")] = 1
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "TrainSpec":
-        problems = []
-        if self.nesterov and self.momentum == 0:
-            problems.append("train.nesterov=true needs train.momentum above 0")
-        if self.schedule == "step" and not self.milestones:
-            problems.append("train.schedule=step needs train.milestones, e.g. [0.5,0.75]")
-        if list(self.milestones) != sorted(set(self.milestones)):
-            problems.append(f"train.milestones should increase (got {list(self.milestones)})")
-        if self.warmup >= self.epochs and self.warmup:
-            problems.append(f"train.warmup should be below train.epochs (got {self.warmup} of {self.epochs})")
-        if self.batch_size < self.ranks:
-            least = f"{self.ranks} ranks share each batch, so it should be at least {self.ranks}"
-            problems.append(f"train.batch_size: {least} (got {self.batch_size})")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-
-def descriptions() -> dict[str, str]:
-    """The description of each setting, by name."""
-    return {name: _says(field.metadata).text for name, field in TrainSpec.model_fields.items()}
-
-
-def _says(metadata: list[Any]) -> Says:
-    return next(mark for mark in metadata if isinstance(mark, Says))
-
-
-def _override(annotation: Any, metadata: list[Any]) -> Any:
-    """The type of a setting in a configuration: as in TrainSpec, or null for the recipe's value."""
-    also = _says(metadata).also
-    if also is not None:  # one Literal, so that the error message lists all allowed values
-        choices = (*get_args(also), *get_args(annotation))
-        annotation = Literal[choices]
-    limits = [mark for mark in metadata if not isinstance(mark, (Says, Neutral))]
-    for limit in limits:
-        annotation = Annotated[annotation, limit]
-    return annotation | None
-
-
-if TYPE_CHECKING:
-
-    class TrainOverrides(Frozen):
-        """Training settings in a configuration; null means the recipe's value."""
-
-else:
-    TrainOverrides = create_model(
-        "TrainOverrides",
-        __base__=Frozen,
-        __doc__="Training settings in a configuration; null means the recipe's value.",
-        **{name: (_override(f.annotation, f.metadata), None) for name, f in TrainSpec.model_fields.items()},
-    )
-
-
 class DatasetSpec(Frozen):
     """The data of a stage: which images, their split, augmentation and normalisation. It has no path."""
 
@@ -152,17 +63,28 @@ class DatasetSpec(Frozen):
     views: int | None = Field(None, ge=1)  # how many views each sample may have; null: all
     val_fraction: float = Field(0.1, ge=0, lt=1)
     split_seed: int = Field(0, ge=0)
+    classes: Annotated[tuple[str, ...], Unhashed()] = ()  # the labels' names; empty: not recorded
+    val_images: Annotated[int, Field(ge=0), Neutral(0)] = 0  # the last so many training images are a validation split
+    resize: Annotated[Resize | None, Neutral(None)] = None  # photographs; null: images of one size, in memory
+    streamed: Annotated[bool, Neutral(False)] = False  # photographs that are decoded in every epoch
+
+    @property
+    def validated(self) -> bool:
+        """Whether some training images are kept for validation."""
+        return self.val_images > 0 or self.val_fraction > 0
 
 
 class Normalization(Frozen):
-    """Mean and standard deviation, of pixels in [0, 1], by which a network normalises its images."""
+    """How a network prepares its images: mean and standard deviation of pixels in [0, 1]; the size that it needs."""
 
     mean: Channels
     std: tuple[Deviation, Deviation, Deviation]
+    size: Annotated[int | None, Field(ge=1), Neutral(None)] = None  # pixels; null: any size, as the images are
+    interpolation: Annotated[Interpolation, Neutral("bilinear")] = "bilinear"  # of images of another size
 
     def __str__(self) -> str:
         mean, std = ("/".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
-        return f"mean {mean}, std {std}"
+        return f"mean {mean}, std {std}" + (f", {self.size} pixels" if self.size else "")
 
 
 @dataclass(frozen=True)
@@ -304,16 +226,21 @@ class Stage(Frozen):
     guide: "Source | None" = None
     others: Annotated["tuple[Source, ...]", Neutral(())] = ()  # further guides, of earlier stages
     weights: Annotated[tuple[float, ...], Neutral(())] = ()  # of `guides`; they sum to 1; empty: equal
+    preprocessing: Annotated[Normalization | None, Neutral(None)] = None  # the network's own; null: the data set's
+    init: Annotated[str | None, Neutral(None)] = None  # sha256 of the file of initial weights; null: drawn by the seed
+    freeze: Annotated[Literal["backbone"] | None, Neutral(None)] = None  # what keeps its initial weights
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Stage":
         who = f"{self.role} {self.model}"
         if self.weights and len(self.weights) != len(self.guides):
             raise ValueError(f"{who}: {len(self.guides)} guides need as many weights (got {len(self.weights)})")
-        if problem := split_problem(self.train, self.dataset.val_fraction):
+        if problem := split_problem(self.train, self.dataset.validated):
             raise ValueError(f"{who}: {problem}")
         if (self.guide is not None) != self.loss.guided:
             raise ValueError(f"{who}: {self.loss.name} {'reads no' if self.guide else 'needs a'} guide")
+        if self.freeze and not self.init:
+            raise ValueError(f"{who}: freeze={self.freeze} needs initial weights: init=<file> or init=pretrained")
         return self
 
     @cached_property
@@ -344,7 +271,7 @@ class Stage(Frozen):
     @property
     def normalize(self) -> Normalization:
         """The normalisation of the network's images."""
-        return Normalization(mean=self.dataset.mean, std=self.dataset.std)
+        return self.preprocessing or Normalization(mean=self.dataset.mean, std=self.dataset.std)
 
 
 class Given(Frozen):
@@ -371,9 +298,9 @@ class Given(Frozen):
 Source = Stage | Given  # a network of a chain: trained here, or given
 
 
-def split_problem(train: TrainSpec, val_fraction: float) -> str | None:
+def split_problem(train: TrainSpec, validated: bool) -> str | None:
     """The problem, if an epoch is to be chosen on an empty validation split; otherwise None."""
-    if train.select == "best_val" and val_fraction == 0:
+    if train.select == "best_val" and not validated:
         return "train.select=best_val needs dataset.val_fraction above 0; or use train.select=last"
     return None
 

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from kd.core.stage import Given, Normalization, Select, Source, Stage, TrainSpec
+from kd.core.settings import Select, TrainSpec
+from kd.core.stage import Given, Normalization, Source, Stage
 from kd.reporting.results import Outcome, ReplicatedResult, RunResult
 from kd.store import Metrics, Store
 

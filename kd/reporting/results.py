@@ -11,8 +11,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from kd.core import files
+from kd.core.settings import Select
 from kd.core.spec import Frozen, KnownError, tilde
-from kd.core.stage import Normalization, Role, Select
+from kd.core.stage import Normalization, Role
 from kd.losses import Loss
 
 # Each of these files marks its folder as a job's.

@@ -21,8 +21,9 @@ from pydantic import AfterValidator, Field
 
 from kd.core import hardware
 from kd.core.files import commit
+from kd.core.settings import OnNaN
 from kd.core.spec import Frozen, KnownError, NonFiniteError, PathText
-from kd.core.stage import Given, OnNaN, Source, Stage
+from kd.core.stage import Given, Source, Stage
 from kd.core.statistics import spread
 from kd.datasets import load_data
 from kd.reporting.console import StageProgress, Unwatched

@@ -12,18 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from kd.core.hardware import autocast, bring
+from kd.core.settings import TrainSpec
 from kd.core.spec import KnownError
-from kd.core.stage import (
-    INIT,
-    LOSS,
-    Batch,
-    Formula,
-    LossContext,
-    Outputs,
-    Stage,
-    TrainSpec,
-    random_stream,
-)
+from kd.core.stage import INIT, LOSS, Batch, Formula, LossContext, Outputs, Stage, random_stream
 from kd.datasets.data import Data
 from kd.models import build
 from kd.models.normalization import Normalized

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kd.core.settings import Select
 from kd.core.spec import Frozen
-from kd.core.stage import Role, Select
+from kd.core.stage import Role
 from kd.core.statistics import Paired, Spread, spread
 from kd.tools.inspection.measures import Calibration, Confusion, Fidelity
 from kd.tools.paper.tables import Published
