@@ -1,4 +1,4 @@
-"""The networks: a table of plain data, and build(), which imports torch only when one is made."""
+"""The networks: a table of plain data, and those of timm and torchvision by name; build() makes one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator
 
-from kd.core.spec import Registry, load_attribute
+from kd.core.spec import KnownError, Registry, load_attribute
+from kd.core.stage import Normalization
+from kd.models.libraries import LIBRARIES, depth_of, library_name, library_network
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +27,54 @@ class ModelEntry(NamedTuple):
     family: str
     depth: int
     recipe: Mapping[str, Any] | None = None  # in mode=paper
+
+    def __call__(self, num_classes: int, image_size: int = 32, in_channels: int = 3) -> nn.Module:
+        """A freshly initialised network, as build() gives it."""
+        network: nn.Module = load_attribute(self.path)(self.depth, num_classes, image_size, in_channels)
+        return network
+
+    def preprocessing(self) -> Normalization | None:
+        """How the network prepares its images; None for the data set's mean and std."""
+        return None
+
+    def own_size(self) -> int | None:
+        """The size of the images that it is made for, in pixels; None for any."""
+        return None
+
+
+class LibraryEntry(ModelEntry):
+    """A network of timm or torchvision. Its path is its name."""
+
+    def __call__(self, num_classes: int, image_size: int = 32, in_channels: int = 3) -> nn.Module:
+        return library_network(self.path, num_classes, image_size, in_channels)
+
+    def preprocessing(self) -> Normalization:
+        name = library_name(self.path)
+        return LIBRARIES[name.library].preprocessing(name)
+
+    def own_size(self) -> int:
+        name = library_name(self.path)
+        return LIBRARIES[name.library].own_size(name)
+
+
+class Networks(Registry[ModelEntry]):
+    """The table, and by `timm/<arch>` and `torchvision/<arch>` each network of a library.
+
+    Keyword arguments of a library's network follow as `?key=value&key=value`. Iteration is over the table alone.
+    """
+
+    def __getitem__(self, name: str) -> ModelEntry:
+        if "/" not in name:
+            return super().__getitem__(name)
+        try:
+            found = library_name(name)
+        except ValueError as error:
+            raise KnownError(str(error)) from error
+        return LibraryEntry(str(found), found.library, depth_of(found.arch), recipe={})
+
+    def canonical(self, name: str) -> str:
+        """The one spelling of a name. Raises ValueError with the nearest names where it stands for nothing."""
+        return str(library_name(name)) if "/" in name else self.known(name)
 
 
 _OWN: dict[str, ModelEntry] = {
@@ -51,16 +101,30 @@ _OWN: dict[str, ModelEntry] = {
 }
 
 
-MODELS: Registry[ModelEntry] = Registry("kd.models", _OWN, ModelEntry)
-NetworkName = Annotated[str, AfterValidator(MODELS.known)]
+MODELS = Networks("kd.models", _OWN, ModelEntry)
+NetworkName = Annotated[str, AfterValidator(MODELS.canonical)]
 
 
 def build(name: str, *, num_classes: int, image_size: int = 32, in_channels: int = 3) -> nn.Module:
-    """A freshly initialised network of the table, from torch's global generator.
+    """A freshly initialised network, from torch's global generator.
 
     It takes images [batch, in_channels, image_size, image_size], normalised, and gives logits
-    [batch, num_classes]. Raises KnownError where the network cannot take such images.
+    [batch, num_classes]. A network that takes one size only gets it, whatever `image_size` is: Normalized resizes.
+    Raises KnownError where the network cannot take such images.
     """
-    entry = MODELS[name]
-    network: nn.Module = load_attribute(entry.path)(entry.depth, num_classes, image_size, in_channels)
-    return network
+    return MODELS[name](num_classes, image_size, in_channels)
+
+
+def canonical(name: str) -> str:
+    """The one spelling of a network's name, with sorted options. Raises ValueError for a name of nothing."""
+    return MODELS.canonical(name)
+
+
+def preprocessing_of(name: str) -> Normalization | None:
+    """How a network of a library prepares its images; None for others, which have the data set's mean and std."""
+    return MODELS[name].preprocessing()
+
+
+def own_size(name: str) -> int | None:
+    """The size of the images on which a library trained its network, in pixels; None for other networks."""
+    return MODELS[name].own_size()

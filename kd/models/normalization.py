@@ -1,7 +1,12 @@
 """A network with its normalisation inside, so that it takes images as they are stored."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from kd.core.stage import Interpolation, Normalization
 
 
 class Normalized(nn.Module):
@@ -9,18 +14,33 @@ class Normalized(nn.Module):
 
     Raises ValueError for another number of dimensions or channels, and for integer types other than uint8.
 
-    Each network of a chain has its own normalisation, so a guide gets images normalised as in its own training.
+    Each network of a chain has its own normalisation, so a guide gets images normalised as in its own training. With
+    `size` images of another height or width are first resized to [size, size], by `interpolation`, with antialiasing.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        size: int | None = None,
+        interpolation: Interpolation = "bilinear",
+    ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.size, self.interpolation = network, size, interpolation
         # Not saved with the weights, because they belong to the data set.
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    @classmethod
+    def of(cls, network: nn.Module, normalization: Normalization) -> Normalized:
+        """A network that prepares its images in this way."""
+        how = normalization
+        return cls(network, how.mean, how.std, size=how.size, interpolation=how.interpolation)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dim() != 4 or images.shape[1] != self.mean.shape[1]:
@@ -32,6 +52,9 @@ class Normalized(nn.Module):
         x = images.to(self.mean.dtype)
         if images.dtype == torch.uint8:
             x = x / 255
+        if self.size is not None and x.shape[2:] != (self.size, self.size):
+            x = interpolate(x, (self.size, self.size), mode=self.interpolation, antialias=True)
+            x = x.clamp(0, 1)  # bicubic overshoots at edges
         # Expanded to the image's size first: in channels_last, broadcasting three values is three times as slow.
         shape, order = (1, *x.shape[1:]), torch.channels_last
         mean, std = (each.expand(shape).contiguous(memory_format=order) for each in (self.mean, self.std))

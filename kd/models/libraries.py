@@ -1,0 +1,301 @@
+"""The networks of timm and torchvision: their names, how they are made, and how they prepare their images."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+from kd.core.spec import KnownError
+from kd.core.stage import Normalization
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class LibraryName(NamedTuple):
+    """A name such as `timm/resnet18?drop_rate=0.1`, in its parts."""
+
+    library: str
+    arch: str
+    options: Mapping[str, Any]  # keyword arguments of the network
+
+    @classmethod
+    def parse(cls, text: str) -> LibraryName:
+        """Raises ValueError for options that are not written as key=value, joined by &."""
+        head, _, query = text.partition("?")
+        library, _, arch = head.partition("/")
+        options: dict[str, Any] = {}
+        for pair in filter(None, query.split("&")):
+            key, equals, value = pair.partition("=")
+            if not equals or not key.isidentifier():
+                raise ValueError(f"options should be key=value, joined by & (got {pair})")
+            if key in options:
+                raise ValueError(f"the option {key} is given twice")
+            options[key] = _value(value)
+        return cls(library, arch, options)
+
+    def __str__(self) -> str:
+        """The same network always has the same text: options are sorted, and their values are JSON or plain words."""
+        query = "&".join(f"{key}={_written(self.options[key])}" for key in sorted(self.options))
+        return f"{self.library}/{self.arch}" + (f"?{query}" if query else "")
+
+
+def _value(text: str) -> Any:
+    """A value as JSON has it; a number such as .1 and the words of YAML, too. Anything else is a text."""
+    words = {"true": True, "false": False, "null": None, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return json.loads(text)
+    except ValueError:
+        return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE) else text
+
+
+def _written(value: Any) -> str:
+    """The shortest text that _value() reads back; & is escaped as JSON allows it."""
+    if isinstance(value, str) and _value(value) == value and "&" not in value:
+        return value
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).replace("&", "\\u0026")
+
+
+class Library(ABC):
+    """A library that brings networks."""
+
+    name: ClassVar[str]
+    reserved: ClassVar[frozenset[str]]  # options that this project sets, or that read files
+
+    def check(self, name: LibraryName) -> LibraryName:
+        """The name as it is written here. Raises ValueError if the library or the network is not there."""
+        if find_spec(self.name) is None:
+            raise ValueError(f"{name} needs the package {self.name}: pip install 'kd[{self.name}]'")
+        if taken := sorted(self.reserved & name.options.keys()):
+            raise ValueError(f"{name}: {', '.join(taken)} cannot be an option of a network here")
+        return self._named(name)
+
+    def unknown(self, name: LibraryName) -> ValueError:
+        """The error for a network that the library does not have, with the nearest names."""
+        names = self.names()
+        near = get_close_matches(name.arch, names, n=3)
+        hint = f"did you mean {' or '.join(f'{self.name}/{each}' for each in near)}? " if near else ""
+        return ValueError(f"{hint}{self.name} has {len(names):,} networks, and no {name.arch!r}")
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The networks that classify images."""
+
+    @abstractmethod
+    def make(self, name: LibraryName, num_classes: int, in_channels: int) -> nn.Module:
+        """A freshly initialised network."""
+
+    @abstractmethod
+    def preprocessing(self, name: LibraryName) -> Normalization:
+        """How the network's published weights see images; `size` only where the network takes no other."""
+
+    @abstractmethod
+    def own_size(self, name: LibraryName) -> int:
+        """The size of the images on which the published weights were trained, in pixels."""
+
+    @abstractmethod
+    def pretrained(self, name: LibraryName) -> nn.Module:
+        """The network with its published weights, which are downloaded. May raise any exception."""
+
+    def _named(self, name: LibraryName) -> LibraryName:
+        if name.arch not in self.names():
+            raise self.unknown(name)
+        return name
+
+
+class Timm(Library):
+    """PyTorch Image Models."""
+
+    name = "timm"
+    reserved = frozenset(
+        {"num_classes", "in_chans", "model_name", "features_only"}
+        | {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+    )
+
+    def names(self) -> list[str]:
+        import timm
+
+        return timm.list_models()
+
+    def make(self, name: LibraryName, num_classes: int, in_channels: int) -> nn.Module:
+        import timm
+
+        return timm.create_model(name.arch, num_classes=num_classes, in_chans=in_channels, **name.options)
+
+    def preprocessing(self, name: LibraryName) -> Normalization:
+        config = self._config(name)
+        return Normalization(
+            mean=config.mean,
+            std=config.std,
+            size=self.own_size(name) if config.fixed_input_size else None,
+            interpolation="bilinear" if config.interpolation == "bilinear" else "bicubic",
+        )
+
+    def own_size(self, name: LibraryName) -> int:
+        return _side(name.options.get("img_size") or self._config(name).input_size[1:])
+
+    def pretrained(self, name: LibraryName) -> nn.Module:
+        import timm
+
+        return timm.create_model(name.arch, pretrained=True)
+
+    def _config(self, name: LibraryName) -> Any:
+        import timm
+
+        return timm.get_pretrained_cfg(name.arch)
+
+    def _named(self, name: LibraryName) -> LibraryName:
+        """A network may have several published weights, `resnet18.a1_in1k`: the default's tag is left out."""
+        import timm
+
+        arch, _, tag = name.arch.partition(".")
+        super()._named(name._replace(arch=arch))
+        if not tag:
+            return name
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{arch}.*")]
+        if tag not in tags:
+            raise ValueError(f"timm has no {name.arch}: weights of {arch} are called {', '.join(tags) or 'nothing'}")
+        return name._replace(arch=arch) if self._config(name._replace(arch=arch)).tag == tag else name
+
+
+class Torchvision(Library):
+    """torchvision's networks for classification."""
+
+    name = "torchvision"
+    reserved = frozenset({"num_classes", "weights", "weights_backbone", "progress", "name"})
+
+    def names(self) -> list[str]:
+        import torchvision.models
+
+        return list(torchvision.models.list_models(module=torchvision.models))
+
+    def make(self, name: LibraryName, num_classes: int, in_channels: int) -> nn.Module:
+        import torchvision.models
+
+        if in_channels != 3:
+            raise ValueError(f"networks of torchvision take images of 3 channels (got {in_channels})")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of another initialisation in some later version
+            network: nn.Module = torchvision.models.get_model(name.arch, num_classes=num_classes, **name.options)
+        return network
+
+    def preprocessing(self, name: LibraryName) -> Normalization:
+        shown, size = self._weights(name).transforms(), self.own_size(name)
+        fixed = self._weights(name).meta["min_size"][0] == shown.crop_size[0]  # as its documentation has it
+        bilinear = shown.interpolation.value == "bilinear"
+        return Normalization(
+            mean=tuple(shown.mean),
+            std=tuple(shown.std),
+            size=size if fixed else None,
+            interpolation="bilinear" if bilinear else "bicubic",
+        )
+
+    def own_size(self, name: LibraryName) -> int:
+        asked = name.options.get("image_size") or name.options.get("input_size")
+        return _side(asked or self._weights(name).transforms().crop_size)
+
+    def pretrained(self, name: LibraryName) -> nn.Module:
+        import torchvision.models
+
+        network: nn.Module = torchvision.models.get_model(name.arch, weights="DEFAULT", progress=False)
+        return network
+
+    def _weights(self, name: LibraryName) -> Any:
+        import torchvision.models
+
+        return torchvision.models.get_model_weights(name.arch).DEFAULT
+
+
+def _side(size: Any) -> int:
+    return int(size[0] if isinstance(size, (list, tuple)) else size)
+
+
+LIBRARIES: Mapping[str, Library] = {library.name: library for library in (Timm(), Torchvision())}
+
+
+@cache
+def library_name(text: str) -> LibraryName:
+    """The parts of the name of a library's network. Raises ValueError if it is written wrongly or is not there."""
+    name = LibraryName.parse(text)
+    if name.library not in LIBRARIES:
+        raise ValueError(f"there is no library {name.library!r}: {' and '.join(LIBRARIES)} bring networks")
+    return LIBRARIES[name.library].check(name)
+
+
+def depth_of(arch: str) -> int:
+    """The depth that a name begins with, as in resnet50 and vgg16_bn; 0 where it has none."""
+    found = re.match(r"[a-z]+(?<!v)([1-9]\d+)", arch)
+    return int(found[1]) if found else 0
+
+
+def library_network(text: str, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
+    """A freshly initialised network of a library.
+
+    Raises KnownError if it does not take its options, or images of this size, or gives anything but logits.
+    """
+    import torch
+
+    name = library_name(text)
+    size = LIBRARIES[name.library].preprocessing(name).size or image_size
+    _check(text, num_classes, size, in_channels)
+    if torch.get_default_device().type == "meta":
+        return _blank(text, num_classes, in_channels)
+    return _made(text, partial(LIBRARIES[name.library].make, name, num_classes, in_channels))
+
+
+@cache
+def _check(text: str, num_classes: int, size: int, in_channels: int) -> None:
+    """Run the network once without memory, in training and not."""
+    import torch
+
+    network = _blank(text, num_classes, in_channels)
+    with torch.device("meta"), torch.no_grad():
+        images = torch.zeros(2, in_channels, size, size)
+        found = [_made(f"{text}: {size}×{size} images", partial(network.train(mode), images)) for mode in (False, True)]
+    for given in found:
+        if not isinstance(given, torch.Tensor) or given.shape != (2, num_classes):
+            raise KnownError(
+                f"{text} gives {type(given).__name__} and not only logits [image, class]: an option such as "
+                f"{text}{'&' if '?' in text else '?'}aux_logits=false may help"
+            )
+
+
+def _blank(text: str, num_classes: int, in_channels: int) -> nn.Module:
+    """The network without memory. torch's random numbers go on as if it had not been made."""
+    import torch
+
+    name = library_name(text)
+    make = partial(LIBRARIES[name.library].make, name, num_classes, in_channels)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return make()
+        except NotImplementedError:  # torchvision's RegNets compute their sizes by tensors
+            with torch.device("cpu"):
+                return _made(text, make).to("meta")
+        except Exception as error:
+            raise _refused(text, error) from error
+
+
+T = TypeVar("T")
+
+
+def _made(what: str, make: Callable[[], T]) -> T:
+    """What make() returns. Whatever a library raises becomes one line."""
+    try:
+        return make()
+    except Exception as error:
+        raise _refused(what, error) from error
+
+
+def _refused(what: str, error: Exception) -> KnownError:
+    return KnownError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}")
