@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from kd.core.spec import Frozen, KnownError, PathText, Registry, Text, load_attribute
-from kd.core.stage import Augment, Channels, DatasetSpec, Seed
+from kd.core.stage import Augment, Channels, DatasetSpec, Resize, Seed
 
 if TYPE_CHECKING:
     from kd.datasets.data import Data
+
+Background = Literal["white", "black"]
 
 
 class DatasetConfig(Frozen):
@@ -24,10 +26,16 @@ class DatasetConfig(Frozen):
     name: str
     root: PathText | None = None  # where images that are decoded once lie
     skip_unreadable: bool = False  # leave out files that are not images; the content hash is then of the rest
-    augment: Augment | None  # null: the released code's, in mode=reference
+    image_size: int | None = Field(None, ge=8, le=4096)  # null: squares of one size keep it; else the network's own
+    resize: Resize = "short_side"  # how pictures of other shapes become squares
+    background: Background = "white"  # behind what is transparent
+    decode: Literal["auto", "array", "stream"] = "auto"  # once, or in every epoch
+    array_budget: float = Field(20, gt=0)  # GB: decode=auto streams what would take more
+    test_fraction: float = Field(0.2, gt=0, lt=1)  # of each class, where there is no test set
+    augment: Augment | Literal["auto"] | None  # null: the released code's, in mode=reference; auto: by the size
     val_fraction: float = Field(ge=0, lt=1)
     split_seed: Seed
-    views: int | None = Field(None, ge=1)
+    views: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     label: Text | None = None  # its name in tables; null is `name`
 
     @property
@@ -46,6 +54,19 @@ class Facts:
     std: Channels
     content: str | None = None
     images: tuple[int, int] | None = None  # for training (validation included) and for testing
+    classes: tuple[str, ...] = ()  # the labels' names; empty: not known
+    val_images: int = 0  # the last so many training images are the data set's own validation split
+    resize: Resize | None = None  # photographs; None: squares of one size, as they are
+    streamed: bool = False  # decoded in every epoch
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the pictures of a data set are read: the settings, the network's own input size, and threads."""
+
+    config: DatasetConfig
+    image_size: int = 224
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -62,7 +83,7 @@ class Arrays:
 class DatasetEntry:
     """A data set of the table: the dotted path of its `read(data_root, content) -> Arrays`, and its facts.
 
-    A data set whose facts are not known beforehand has `prepare` instead: (root, data root, threads, skip) -> Facts.
+    A data set whose facts are not known beforehand has `prepare` instead: (root, data root, Reading) -> Facts.
     Its root is `home` below the data root unless dataset.root names another; without a home it has to.
     """
 
@@ -74,14 +95,19 @@ class DatasetEntry:
 
 
 def statistics(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
-    """Mean and standard deviation of each channel of images [sample, height, width, 3], in [0, 1], to 5 digits.
-
-    The deviation of a channel that never changes is given as 1, so that one can divide by it.
-    """
+    """Mean and standard deviation of each channel of images [sample, height, width, 3], in [0, 1], to 5 digits."""
     counts = np.zeros((3, 256), np.int64)
     for start in range(0, len(images), 1024):  # in parts, because bincount needs eight bytes for each pixel
         for c in range(3):
             counts[c] += np.bincount(images[start : start + 1024, ..., c].ravel(), minlength=256)
+    return statistics_of(counts)
+
+
+def statistics_of(counts: NDArray[np.int64]) -> tuple[Channels, Channels]:
+    """The same, from how often each value occurs in each channel [channel, 256].
+
+    The deviation of a channel that never changes is given as 1, so that one can divide by it.
+    """
     values = np.arange(256) / 255
     means = [float(np.average(values, weights=n)) for n in counts]
     stds = [float(np.average((values - m) ** 2, weights=n)) ** 0.5 for n, m in zip(counts, means, strict=True)]
@@ -121,31 +147,68 @@ _OWN: dict[str, DatasetEntry] = {
         prepare="kd.datasets.tiny_imagenet.prepare",
         home="tiny-imagenet-200",
     ),
+    "imagenet": DatasetEntry(
+        read="kd.datasets.folder.read_imagenet",
+        prepare="kd.datasets.folder.prepare_imagenet",
+        home="imagenet",
+        recipe="imagenet",
+    ),
 }
 DATASETS: Registry[DatasetEntry] = Registry("kd.datasets", _OWN, DatasetEntry)
 
 
-def resolve(config: DatasetConfig, data_root: Path, threads: int = 1) -> DatasetSpec:
+_LARGE = 64  # pixels: larger images are photographs
+_VIEWS = 16  # of a photograph: a teacher's outputs are cached for each
+
+
+def resolve(config: DatasetConfig, data_root: Path, threads: int = 1, image_size: int = 224) -> DatasetSpec:
     """What a stage will see of the configured data set.
 
     Images are opened only of data sets that are decoded once, the first time that they are seen; `threads` decode
-    them. Raises KnownError where such a data set is absent or not what it should be.
+    them. Photographs become images of dataset.image_size, or else of the network's own `image_size`. Raises KnownError
+    where such a data set is absent or not what it should be.
     """
     entry = DATASETS[config.name]
     if entry.facts is not None:
+        _refuse_unused(config)
         return specify(config, entry.facts)
     root = data_root / str(entry.home) if config.root is None else Path(os.path.expanduser(config.root))
     try:
-        facts = load_attribute(str(entry.prepare))(root, data_root, threads, config.skip_unreadable)
+        facts = load_attribute(str(entry.prepare))(root, data_root, Reading(config, image_size, threads))
     except OSError as error:
         raise KnownError(
             f"dataset.root: {error.filename or root} cannot be read or written ({error.strerror})"
         ) from error
-    return specify(config, facts)
+    spec = specify(config, facts)
+    _say_choices(config, spec)
+    return spec
+
+
+def _refuse_unused(config: DatasetConfig) -> None:
+    """Raise KnownError for settings of how pictures are read, where no pictures are read."""
+    names = ("image_size", "resize", "background", "decode", "array_budget", "test_fraction")
+    for name in names:
+        if getattr(config, name) != DatasetConfig.model_fields[name].default:
+            raise KnownError(f"dataset.{name}: {config.name} is no folder of images: leave this setting out")
+
+
+def _say_choices(config: DatasetConfig, spec: DatasetSpec) -> None:
+    """A line for each choice that the configuration left to us."""
+    if spec.val_images and config.val_fraction:
+        print(f"{config.title}: its own {spec.val_images:,} validation images validate, not dataset.val_fraction")
+    if spec.image_size > _LARGE and "auto" in (config.augment, config.views):
+        size, views = spec.image_size, "all" if spec.views is None else spec.views
+        print(f"{config.title}: images of {size}×{size}: augment={spec.augment}, views={views}", flush=True)
 
 
 def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
     """The spec of a data set whose facts are known."""
+    augment = config.augment or "none"  # null: the released code decides, when the stages are planned
+    if augment == "auto":
+        augment = "resized_crop_flip" if facts.image_size > _LARGE else "crop_flip"
+    views = config.views
+    if views == "auto":
+        views = _VIEWS if augment == "resized_crop_flip" and not facts.streamed else None
     return DatasetSpec(
         name=config.name,
         content=facts.content,
@@ -153,10 +216,14 @@ def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
         image_size=facts.image_size,
         mean=facts.mean,
         std=facts.std,
-        augment=config.augment or "none",  # null: the released code decides, when the stages are planned
-        views=config.views,
-        val_fraction=config.val_fraction,
+        augment=augment,
+        views=views,
+        val_fraction=0 if facts.val_images else config.val_fraction,
         split_seed=config.split_seed,
+        classes=facts.classes,
+        val_images=facts.val_images,
+        resize=facts.resize,
+        streamed=facts.streamed,
     )
 
 

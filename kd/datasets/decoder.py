@@ -1,223 +1,394 @@
-"""Image files, decoded once into arrays. Later runs recognise the files by their names, sizes and times."""
+"""Picture files as a data set: whether they become an array, and of which size; what is known of them is kept.
+
+Later runs recognise the files by their names, sizes and times.
+"""
 
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kd.core import files
 from kd.core.spec import KnownError, printable, tilde
-from kd.datasets import Arrays, Facts, statistics
+from kd.core.stage import Channels, Resize
+from kd.datasets import Background, Facts, Reading, statistics_of
+from kd.datasets.layouts import File, Listing, raise_for
+from kd.datasets.pictures import PictureError, margin, measure, open_picture, read_square
+from kd.datasets.resized import Colours, Failure, counted, in_order, pixels_of, read_arrays, stored, write_pictures
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-_SHOWN = 5  # files that a message names
-_PIXELS = 1 << 24  # 4096×4096: larger images are mistakes or decompression bombs
+__all__ = ["Listing", "decode", "listing", "read_arrays", "stored"]
 
-File = tuple[str, int]  # path below the root, label
+_READER = 2  # raise it when the same files become other pixels
+_SAMPLE = 2_000  # training pictures from which mean and deviation of a stream are computed
 
 
 @dataclass(frozen=True)
-class Listing:
-    """The image files below `root`. `classes` are the labels' names; `tables` are other files that decide labels."""
+class Geometry:
+    """How pictures are shown (`image_size`), and the squares that are made of them (`side`).
 
-    root: Path
-    classes: list[str]
-    train: list[File]
-    test: list[File]
-    tables: tuple[str, ...] = ()
-
-
-def decode(listing: Listing, place: Path, threads: int, skip: bool = False) -> Facts:
-    """The facts of the listed images. They are decoded into `place`/<content> if that was not done before.
-
-    `content` is the hash of the decoded arrays, so copies of a folder have the same keys. Raises KnownError, with the
-    names of files, if images are not square, not of one size, or cannot be read. With `skip`, those that cannot be read
-    are left out.
+    Without `resize` they are squares of one size already, and stay as they are.
     """
-    manifest = place / f"{_fingerprint(listing)}{'-readable' if skip else ''}.json"
-    known = _known(manifest)
+
+    image_size: int
+    side: int
+    resize: Resize | None
+    streamed: bool
+
+
+def decode(listing: Listing, place: Path, reading: Reading, *, one_size: bool = False) -> Facts:
+    """The facts of the listed pictures.
+
+    Squares of one size become an array as they are, others an array of squares with a margin: `place`/<content>, made
+    once. `content` is the hash of the array, so copies of a folder have the same keys. Pictures that are streamed are
+    listed in `place`/<content>.files. Raises KnownError, with the names of files, if some cannot be read (unless
+    dataset.skip_unreadable), if they are not of one size where they should be, and if the disk has no room.
+    """
+    for line in listing.choices:
+        _say(line)
+    place.mkdir(parents=True, exist_ok=True)
+    fingerprint = _fingerprint(listing)
+    geometry = _geometry(listing, place / f"{fingerprint}.size", reading, one_size)
+    mark = _hash([fingerprint, asdict(geometry), reading.config.background, _READER])
+    manifest = place / f"{mark}{'-readable' if reading.config.skip_unreadable else ''}.json"
+    known = _known(manifest, geometry)
     if known is None:
-        print(tilde(f"decoding {len(listing.train) + len(listing.test):,} images of {listing.root}, once"), flush=True)
-        place.mkdir(parents=True, exist_ok=True)
-        arrays, skipped = _decode(listing, threads, manifest.with_suffix(".txt"), skip)
-        facts = _facts(arrays, listing.classes)
-        _keep(arrays, place / str(facts.content))
-        known = facts, skipped
-        files.write(manifest, json.dumps({**asdict(facts), "skipped": skipped}))
+        with files.hold_lock(manifest.with_suffix(".lock"), f"{listing.root} is decoded by"):
+            known = _known(manifest, geometry) or _make(listing, manifest, geometry, reading)
     facts, skipped = known
+    if facts.streamed:
+        _keep_root(place / f"{facts.content}.root", listing.root)
     if skipped:
-        listed = manifest.with_suffix(".txt")
-        print(tilde(f"{skipped:,} images of {listing.root} are left out: they cannot be read ({listed})"), flush=True)
+        _say(f"{skipped:,} images of {listing.root} are left out: they cannot be read ({manifest.with_suffix('.txt')})")
     return facts
 
 
-def _known(manifest: Path) -> tuple[Facts, int] | None:
+def listing(place: Path, content: str) -> Listing:
+    """The files of streamed pictures, as decode() listed them. Raises KnownError if its file is missing or damaged."""
+    path = place / f"{content}.files"
+    try:
+        root, tree = json.loads((place / f"{content}.root").read_text()), json.loads(path.read_text())
+        train, test = ([(name, label) for name, label in tree[part]] for part in ("train", "test"))
+        return Listing(Path(root), tree["classes"], train, test, tree["val_images"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise KnownError(f"{path} is damaged or missing ({error}); start again to make it again") from error
+
+
+def _keep_root(path: Path, root: Path) -> None:
+    """Write where streamed pictures lie, if a copy of them was elsewhere before."""
+    told = json.dumps(str(root.absolute()))
+    if not path.is_file() or path.read_text() != told:
+        files.write(path, told)
+
+
+def _say(line: str) -> None:
+    print(printable(tilde(line)), flush=True)
+
+
+def _hash(tree: object) -> str:
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()[:16]
+
+
+def _fingerprint(listing: Listing) -> str:
+    """A hash of the files' paths, sizes, times and labels."""
+
+    def row(name: str, label: int, part: str) -> str:
+        try:
+            status = os.stat(f"{listing.root}/{name}")
+        except OSError:  # a broken or circular link: the decoder reports it
+            return f"{part} {label} {name} absent"
+        return f"{part} {label} {name} {status.st_size} {status.st_mtime_ns}"
+
+    rows = [row(*file, part) for part, listed in (("train", listing.train), ("test", listing.test)) for file in listed]
+    rows += [*listing.classes, str(listing.val_images)]
+    return hashlib.sha256("\n".join(rows).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _geometry(listing: Listing, cache: Path, reading: Reading, one_size: bool) -> Geometry:
+    config, count = reading.config, len(listing.train) + len(listing.test)
+    own = _own_size(listing, cache)
+    if own is None and one_size and config.image_size is None:
+        _refuse_sizes(listing)
+    size = config.image_size or own or reading.image_size
+    keeps = own == size
+    if keeps and config.image_size is None and size > reading.image_size:
+        _say(f"{listing.root}: the images keep their {size}×{size} pixels; dataset.image_size=… makes them smaller")
+    side = size if keeps else margin(size)
+    total = count * side * side * 3
+    streamed = config.decode == "stream" or (config.decode == "auto" and total > config.array_budget * 1e9)
+    if streamed and config.decode == "auto":
+        _say(
+            f"{listing.root}: as an array the images would take {_bytes(total)}, more than "
+            f"dataset.array_budget={config.array_budget:g}: they are decoded in every epoch"
+        )
+    if streamed:
+        return Geometry(size, margin(size), config.resize, True)
+    return Geometry(size, side, None if keeps else config.resize, False)
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _own_size(listing: Listing, cache: Path) -> int | None:
+    """The size of the pictures, if all that can be read are squares of one size; otherwise None."""
+    try:
+        told = json.loads(cache.read_text())
+        if told is None or isinstance(told, int):
+            return told
+    except (OSError, ValueError):
+        pass
+    found = next(_sizes_found(listing), None)
+    files.write(cache, json.dumps(found))
+    return found
+
+
+def _sizes_found(listing: Listing) -> Iterator[int]:
+    """The size of squares of one size, at once; nothing if there are others."""
+    first = None
+    for path, size in _sizes(listing):
+        first = first or size
+        if size != first or size[0] != size[1]:
+            _say(f"{listing.root}: images have different sizes and shapes ({path.name} is {size[0]}×{size[1]})")
+            return
+    yield first[0] if first else 1  # the decoder reports that none can be read
+
+
+def _sizes(listing: Listing) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """Path, width and height of all pictures that can be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, _ in listing.train + listing.test:
+            path = listing.root / name
+            try:
+                size = measure(path)
+            except PictureError:  # the decoder reports it
+                continue
+            yield path, size
+
+
+def _refuse_sizes(listing: Listing) -> None:
+    """Raise KnownError with the names of the files that are not like the first."""
+    sizes = list(_sizes(listing))
+    first, (width, height) = sizes[0]
+    if width != height:
+        raise KnownError(f"dataset.root: images should be square ({first} is {width}×{height})")
+    odd = (f"{path}: {size[0]}×{size[1]}" for path, size in sizes if size != (width, height))
+    raise_for(f"are not {width}×{height} pixels like the first image; dataset.image_size={width} resizes them", odd)
+
+
+def _known(manifest: Path, geometry: Geometry) -> tuple[Facts, int] | None:
     """The facts of an earlier decoding, and how many images it left out; None if it is missing or damaged."""
     if not manifest.exists():
         return None
     try:
-        told = json.loads(manifest.read_text())
-        skipped = int(told.pop("skipped", 0))
-        facts = Facts(**told)
-        if (folder := manifest.parent / str(facts.content)).is_dir():
-            if read_arrays(folder).images.shape[1:] == (facts.image_size, facts.image_size, 3):
-                return facts, skipped
+        told: dict[str, Any] = json.loads(manifest.read_text())
+        skipped = int(told.pop("skipped"))
+        facts = Facts(**{name: _as_tuple(value) for name, value in told.items()})
+        if (facts.image_size, facts.resize, facts.streamed) != (
+            geometry.image_size,
+            geometry.resize,
+            geometry.streamed,
+        ):
             raise ValueError("images of another size")
-    except (OSError, ValueError, TypeError, AttributeError, KnownError):
-        print(tilde(f"{manifest} or its arrays are damaged: the images are decoded again"), flush=True)
+        if facts.streamed:
+            return (facts, skipped) if (manifest.parent / f"{facts.content}.files").is_file() else None
+        if (folder := manifest.parent / str(facts.content)).is_dir():
+            arrays = read_arrays(folder)
+            shape = (geometry.side, geometry.side, 3)
+            if arrays.images.shape[1:] == shape and facts.images == (len(arrays.labels), len(arrays.test_labels)):
+                return facts, skipped
+            raise ValueError("arrays of another shape")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, KnownError):
+        _say(f"{manifest} or its arrays are damaged: the images are decoded again")
     return None
 
 
-def read_arrays(folder: Path) -> Arrays:
-    """The arrays that decode() wrote into a folder, as memory maps. Raises KnownError if they are damaged."""
-    try:
-        arrays = Arrays(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in Arrays.__dataclass_fields__))
-        images, labels = arrays.images, arrays.labels
-        fits = images.ndim == 4 and labels.shape == images.shape[:1] and images.dtype == np.uint8
-        test_fits = arrays.test_labels.shape == arrays.test_images.shape[:1] and arrays.test_images.dtype == np.uint8
-        if fits and test_fits and arrays.test_images.shape[1:] == images.shape[1:]:
-            return arrays
-        reason = "their shapes do not fit together"
-    except (OSError, ValueError, EOFError) as error:
-        reason = str(error)
-    raise KnownError(f"{folder}: decoded images are damaged or missing ({reason}); start again to decode them again")
+def _as_tuple(value: Any) -> Any:
+    """A list of JSON as a tuple."""
+    return tuple(value) if isinstance(value, list) else value
 
 
-def image_names(folder: Path) -> list[str]:
-    """The names of a folder's images, sorted. Raises KnownError if it has none."""
-    found = sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(ENDINGS))
-    if not found:
-        raise KnownError(f"dataset.root: {printable(str(folder))} has no images ({', '.join(ENDINGS)})")
-    return found
-
-
-def raise_for(what: str, found: Iterable[str], kind: str = "files", listed: Path | None = None) -> None:
-    """Raise KnownError if any names were found. It shows the first few; the file `listed` gets all of them."""
-    names = list(map(printable, found))
-    if names:
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        if listed is not None and more:
-            listed.write_text("".join(f"{name}\n" for name in names))
-            more += f" ({listed})"
-        raise KnownError(f"dataset.root: {len(names)} {kind} {what}: {'; '.join(names[:_SHOWN])}{more}")
-
-
-def _fingerprint(listing: Listing) -> str:
-    def row(name: str) -> str:
-        try:
-            status = (listing.root / name).stat()
-        except OSError:  # a broken or circular link: the decoder reports it
-            return f"{name} absent"
-        return f"{name} {status.st_size} {status.st_mtime_ns}"
-
-    names = [*listing.tables, *(name for name, _ in listing.train + listing.test)]
-    return hashlib.sha256("\n".join(sorted(map(row, names))).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-def _open(path: Path) -> NDArray[np.uint8] | str:
-    """An image's pixels [height, width, 3], or the reason why it cannot be read."""
-    from PIL import Image
-
-    try:
-        if not path.is_file():  # opening a pipe can wait for ever
-            return f"{path}: not a file"
-        with Image.open(path) as image:
-            if image.width * image.height > _PIXELS:
-                return f"{path}: {image.width}×{image.height} are more than {_PIXELS:,} pixels"
-            if image.mode.startswith(("I", "F")):
-                return f"{path}: pixels have more than 8 bits ({image.mode}); converting them loses values"
-            return np.asarray(image.convert("RGB"))
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files raise many types of exceptions in PIL
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # an error of the system, e.g. too many open files, and not of the image
-        return f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-
-
-def _decode(listing: Listing, threads: int, listed: Path, skip: bool) -> tuple[Arrays, int]:
-    """The images, and the number of images that were left out."""
-    files = listing.train + listing.test
-    paths = [listing.root / name for name, _ in files]
+def _make(listing: Listing, manifest: Path, geometry: Geometry, reading: Reading) -> tuple[Facts, int]:
+    for line in listing.remarks:
+        _say(line)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns about large images and unusual palettes
-        opened = zip(paths, map(_open, paths), strict=True)
-        shapes = ((path, image.shape) for path, image in opened if not isinstance(image, str))
-        first, (height, width, _) = next(shapes, (paths[0], (1, 1, 3)))
-        try:
-            pixels = np.empty((len(paths), height, width, 3), np.uint8)  # filled in place: a list takes twice as much
-        except MemoryError as error:
-            raise KnownError(f"dataset.root: {len(paths):,} images of {width}×{height} do not fit in memory") from error
-
-        def fill(index: int) -> tuple[bool, str] | None:
-            image = _open(paths[index])
-            if isinstance(image, str):
-                return False, image
-            if image.shape != pixels.shape[1:]:
-                return True, f"{paths[index]}: {image.shape[1]}×{image.shape[0]}"
-            pixels[index] = image
-            return None
-
-        with ThreadPoolExecutor(threads) as pool:
-            problems = list(pool.map(fill, range(len(paths))))
-    unreadable = [problem[1] for problem in problems if problem and not problem[0]]
-    if not skip:
-        raise_for("cannot be read as images; dataset.skip_unreadable=true leaves them out", unreadable, listed=listed)
-    if height != width:
-        raise KnownError(f"dataset.root: images should be square ({printable(str(first))} is {width}×{height})")
-    odd = [problem[1] for problem in problems if problem and problem[0]]
-    raise_for(f"are not {width}×{height} pixels like the first image", odd, listed=listed)
-    if unreadable:
-        listed.write_text("".join(f"{printable(name)}\n" for name in unreadable))
-    return _sorted_out(listing, pixels, np.array([problem is None for problem in problems])), len(unreadable)
+        facts, failed = (_stream if geometry.streamed else _array)(listing, manifest, geometry, reading)
+    if failed:
+        lines = (f"{printable(str(path))}: {reason}\n" for path, reason in failed)
+        files.write(manifest.with_suffix(".txt"), "".join(lines))
+    files.write(manifest, json.dumps({**asdict(facts), "skipped": len(failed)}))
+    return facts, len(failed)
 
 
-def _sorted_out(listing: Listing, pixels: NDArray[np.uint8], kept: NDArray[np.bool_]) -> Arrays:
-    """The images that are kept, with their labels. Raises KnownError if a class has none left."""
+def _array(listing: Listing, manifest: Path, geometry: Geometry, reading: Reading) -> tuple[Facts, list[Failure]]:
+    """Make the array of the listed pictures, and publish it under its content."""
+    place, count = manifest.parent, len(listing.train) + len(listing.test)
+    size = count * geometry.side**2 * 3
+    if geometry.resize is None:
+        _say(f"decoding {count:,} images of {listing.root}, once")
+    else:
+        shape = f"{geometry.side}×{geometry.side} ({geometry.resize})"
+        _say(f"resizing {count:,} photographs of {listing.root} to {shape}, once: {_bytes(size)} in {place}")
+    if (free := shutil.disk_usage(place).free) < size + (1 << 20):
+        raise KnownError(
+            f"dataset.root: an array of {_bytes(size)} has no room in {place} ({_bytes(free)} free): choose another "
+            "place by runtime.data=<path>, a smaller dataset.image_size, or dataset.decode=stream"
+        )
+    for old in files.temporaries(place, manifest.stem):
+        if files.abandoned(old):
+            shutil.rmtree(old, ignore_errors=True)
+    made = files.temporary(place / manifest.stem)
+    try:
+        made.mkdir()
+        facts, failed = _filled(made, listing, manifest, geometry, reading)
+        _publish(made, place / str(facts.content))
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return facts, failed
 
-    def part(files: list[File], of: slice) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        labels = np.array([label for _, label in files], np.int64)[kept[of]]
-        left = set(labels.tolist())
-        bare = (name for label, name in enumerate(listing.classes) if label not in left)
+
+def _filled(
+    folder: Path, listing: Listing, manifest: Path, geometry: Geometry, reading: Reading
+) -> tuple[Facts, list[Failure]]:
+    """Write the files of an array into a folder."""
+    background, side = reading.config.background, geometry.side
+    read = partial(read_square, side=side, resize=geometry.resize or "short_side", background=background)
+    if geometry.resize is None:
+        read = partial(_as_it_is, side=side, background=background)
+    parts = {"": listing.train, "test_": listing.test}
+    failed: list[Failure] = []
+    kept, colours = {}, {}
+    with counted("decoding", len(listing.train) + len(listing.test)) as advance:
+        for prefix, listed in parts.items():
+            paths = [listing.root / name for name, _ in listed]
+            place = folder / f"{prefix}images.npy"
+            colours[prefix], kept[prefix], lost = write_pictures(place, paths, read, side, reading.threads, advance)
+            failed += lost
+    _refuse_failures(failed, manifest, reading)
+    left = _left(listing, kept[""], kept["test_"])
+    for prefix, listed in (("", left.train), ("test_", left.test)):
+        np.save(folder / f"{prefix}labels.npy", np.array([label for _, label in listed], np.int64))
+    content = _content(folder, left, side)
+    return _facts_of(left, geometry, statistics_of(colours[""].counts), content), failed
+
+
+def _facts_of(listing: Listing, geometry: Geometry, statistics: tuple[Channels, Channels], content: str) -> Facts:
+    return Facts(
+        len(listing.classes),
+        geometry.image_size,
+        *statistics,
+        content,
+        images=(len(listing.train), len(listing.test)),
+        classes=tuple(listing.classes),
+        val_images=listing.val_images,
+        resize=geometry.resize,
+        streamed=geometry.streamed,
+    )
+
+
+def _as_it_is(path: Path, side: int, background: Background) -> NDArray[np.uint8]:
+    pixels = np.asarray(open_picture(path, background))
+    if pixels.shape != (side, side, 3):
+        raise PictureError(f"{pixels.shape[1]}×{pixels.shape[0]} pixels, not the {side}×{side} of its first bytes")
+    return pixels
+
+
+def _refuse_failures(failed: list[Failure], manifest: Path, reading: Reading) -> None:
+    if not reading.config.skip_unreadable:
+        lines = (f"{path}: {reason}" for path, reason in failed)
+        what = "cannot be read as images; dataset.skip_unreadable=true leaves them out"
+        raise_for(what, lines, listed=manifest.with_suffix(".txt"))
+
+
+def _left(listing: Listing, train: list[int], test: list[int]) -> Listing:
+    """The listing of the files that could be read, by their positions. Raises KnownError if a class has none left."""
+    first_val = len(listing.train) - listing.val_images
+    parts: list[list[File]] = [
+        [listing.train[i] for i in train if i < first_val],
+        [listing.train[i] for i in train if i >= first_val],
+        [listing.test[i] for i in test],
+    ]
+    for part in (parts[0], parts[2], *([parts[1]] if listing.val_images else [])):
+        labels = {label for _, label in part}
+        bare = (name for label, name in enumerate(listing.classes) if label not in labels)
         raise_for("have no image left that can be read", bare, "classes")
-        return pixels[of] if kept[of].all() else pixels[of][kept[of]], labels
-
-    split = len(listing.train)
-    return Arrays(*part(listing.train, slice(split)), *part(listing.test, slice(split, None)))
+    return Listing(listing.root, listing.classes, parts[0] + parts[1], parts[2], len(parts[1]))
 
 
-def _facts(arrays: Arrays, classes: list[str]) -> Facts:
-    content = hashlib.sha256(json.dumps(classes).encode())
-    for array in (arrays.images, arrays.labels, arrays.test_images, arrays.test_labels):
-        content.update(str(array.shape).encode())
-        content.update(np.ascontiguousarray(array).data.cast("B"))  # tobytes() makes a copy
-    mean, std = statistics(arrays.images)
-    return Facts(len(classes), arrays.images.shape[1], mean, std, content.hexdigest()[:16])
+def _content(folder: Path, listing: Listing, side: int) -> str:
+    """The hash of class names, pictures and labels."""
+    content = hashlib.sha256(json.dumps(listing.classes).encode())
+    for prefix, listed in (("", listing.train), ("test_", listing.test)):
+        content.update(str((len(listed), side, side, 3)).encode())
+        for part in pixels_of(folder / f"{prefix}images.npy"):
+            content.update(part)
+        labels = np.array([label for _, label in listed], np.int64)
+        content.update(str(labels.shape).encode())
+        content.update(labels.tobytes())
+    return content.hexdigest()[:16]
 
 
-def _keep(arrays: Arrays, folder: Path) -> None:
-    """Write the arrays under a temporary name first, so that a folder is complete or absent."""
+def _publish(made: Path, folder: Path) -> None:
+    """Give a complete folder its final name, unless the same array is there."""
     try:
         read_arrays(folder)
         return
     except KnownError:
         shutil.rmtree(folder, ignore_errors=True)
-    partial = files.temporary(folder)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        for name, array in vars(arrays).items():
-            np.save(partial / f"{name}.npy", array)
-        files.publish(partial, folder)
+        files.publish(made, folder)
     except OSError:
         if not folder.is_dir():  # otherwise another process has published the same content first
             raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+# streams ----------------------------------------------------------------------------------------------------------
+
+
+def _stream(listing: Listing, manifest: Path, geometry: Geometry, reading: Reading) -> tuple[Facts, list[Failure]]:
+    """List the pictures that can be read, as far as their first bytes and a sample tell."""
+    config, count = reading.config, len(listing.train) + len(listing.test)
+    _say(f"looking at {count:,} images of {listing.root}, once")
+    sample = np.linspace(0, len(listing.train) - 1, min(_SAMPLE, len(listing.train))).astype(np.int64).tolist()
+    read = partial(read_square, side=geometry.side, resize=config.resize, background=config.background)
+    colours, failed = Colours(), []
+    with counted("looking at images", count + len(sample)) as advance:
+        for paths, work in (
+            ([listing.root / name for name, _ in listing.train + listing.test], measure),
+            ([listing.root / listing.train[index][0] for index in sample], read),
+        ):
+            for path, found in zip(paths, in_order(paths, work, reading.threads), strict=True):
+                if isinstance(found, str):
+                    failed.append((path, found))
+                elif isinstance(found, np.ndarray):
+                    colours.add(found)
+                advance()
+    failed = [*dict(failed).items()]  # a file can fail in both
+    _refuse_failures(failed, manifest, reading)
+    lost = {path for path, _ in failed}
+    train, test = (
+        [i for i, (name, _) in enumerate(part) if not lost or listing.root / name not in lost]
+        for part in (listing.train, listing.test)
+    )
+    left = _left(listing, train, test)
+    content = _listed(left, manifest.parent, config.background)
+    return _facts_of(left, geometry, statistics_of(colours.counts), content), failed
+
+
+def _listed(listing: Listing, place: Path, background: Background) -> str:
+    """Write the listing of streamed pictures. Returns its content: a hash of paths, sizes and labels."""
+    tree = {name: getattr(listing, name) for name in ("classes", "train", "test", "val_images")}
+    sizes = [os.stat(f"{listing.root}/{name}").st_size for name, _ in listing.train + listing.test]
+    content = _hash([tree, sizes, background])
+    files.write(place / f"{content}.files", json.dumps(tree))
+    return content

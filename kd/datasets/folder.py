@@ -1,18 +1,17 @@
-"""folder: any images as root/{train,test}/<class>/*.{png,jpg,…}, decoded once into arrays."""
+"""folder and imagenet: any pictures, in any layout that people have, of which arrays are made once."""
 
-import os
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from kd.core.spec import KnownError, printable
-from kd.datasets import Arrays, Facts, decoder
+from kd.core.spec import KnownError
+from kd.datasets import Arrays, Facts, Reading, decoder, label_file, layouts
+
+_INSIDE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # where ImageNet's archives have train/ and val/
 
 
-def prepare(root: Path, data_root: Path, threads: int, skip: bool = False) -> Facts:
-    """The facts of a folder, whose images are decoded. Raises KnownError, with the names of files, for bad input."""
-    classes = _classes(root)
-    train, test = (list(_files(root, split, classes)) for split in ("train", "test"))
-    return decoder.decode(decoder.Listing(root, classes, train, test), data_root / "folder", threads, skip)
+def prepare(root: Path, data_root: Path, reading: Reading) -> Facts:
+    """The facts of pictures in folders, or of a CSV file. Raises KnownError, with the names of files, for bad input."""
+    return decoder.decode(_listing(root, reading.config.test_fraction), data_root / "folder", reading)
 
 
 def read(data_root: Path, content: str | None) -> Arrays:
@@ -20,20 +19,27 @@ def read(data_root: Path, content: str | None) -> Arrays:
     return decoder.read_arrays(data_root / "folder" / str(content))
 
 
-def _classes(root: Path) -> list[str]:
-    for split in ("train", "test"):
-        if not (root / split).is_dir():
-            place = f"{root}/{{train,test}}/<class>/"
-            raise KnownError(f"dataset.root: {root / split} is not a folder; images should be in {place}")
-    train, test = ({e.name for e in os.scandir(root / s) if e.is_dir()} for s in ("train", "test"))
-    if len(train) < 2:
-        raise KnownError(f"dataset.root: {root / 'train'} should have two or more class folders (got {len(train)})")
-    if train != test:
-        odd = ", ".join(map(printable, sorted(train ^ test)))
-        raise KnownError(f"dataset.root: these classes of {root} are not in both train and test: {odd}")
-    return sorted(train)
+def prepare_imagenet(root: Path, data_root: Path, reading: Reading) -> Facts:
+    """The facts of ImageNet's photographs, in train/<wnid>/ and val/<wnid>/. Raises KnownError for another layout."""
+    if not root.is_dir():
+        raise KnownError(
+            f"dataset.root: imagenet is not in {root}: set dataset.root=<path> to the folder that has "
+            "train/<wnid>/ and val/<wnid>/"
+        )
+    root = next((root / inside for inside in _INSIDE if (root / inside / "train").is_dir()), root)
+    return decoder.decode(_listing(root, reading.config.test_fraction), data_root / "imagenet", reading)
 
 
-def _files(root: Path, split: str, classes: list[str]) -> Iterator[decoder.File]:
-    for label, name in enumerate(classes):
-        yield from ((f"{split}/{name}/{file}", label) for file in decoder.image_names(root / split / name))
+def read_imagenet(data_root: Path, content: str | None) -> Arrays:
+    """The arrays that prepare_imagenet() wrote."""
+    return decoder.read_arrays(data_root / "imagenet" / str(content))
+
+
+def _listing(root: Path, test_fraction: float) -> layouts.Listing:
+    if root.is_file():
+        return label_file.read_table(root, test_fraction)
+    if (root / label_file.ANNOTATIONS).is_file():
+        passed = layouts.PassedOver()
+        listing = label_file.annotated(root, passed)
+        return replace(listing, remarks=(*layouts.described(listing), *passed.lines(root)))
+    return layouts.find(root, test_fraction)

@@ -5,7 +5,6 @@ val/val_annotations.txt. val/ is the test set here, as in the papers, because th
 Classes are numbered in the order of their names, as in torchvision; wnids.txt has another order.
 """
 
-import os
 import re
 import shutil
 import stat
@@ -16,33 +15,30 @@ from pathlib import Path
 from filelock import FileLock
 
 from kd.core.spec import KnownError, tilde
-from kd.datasets import Arrays, Facts, decoder
+from kd.datasets import Arrays, Facts, Reading, decoder, label_file, layouts
 
 _NAME = "tiny-imagenet-200"
 _URL = f"http://cs231n.stanford.edu/{_NAME}.zip"
 # Limits for an archive: twice the files of the real one (110,000 images and 400 tables), and several times its bytes.
 _MOST_FILES = 250_000
 _MOST_BYTES = 2_000_000_000
-_ANNOTATIONS = "val/val_annotations.txt"
 
 
-def prepare(root: Path, data_root: Path, threads: int, skip: bool = False) -> Facts:
+def prepare(root: Path, data_root: Path, reading: Reading) -> Facts:
     """The facts of the images in `root`, which are decoded. If `root` is missing, the zip beside it is unpacked first.
 
-    Raises KnownError, with the names of files, if both are missing or the folder has another layout than the archive.
+    val/ may also have a folder for each class, as many people have sorted it. Raises KnownError, with the names of
+    files, if both are missing or the folder has another layout.
     """
     if root.suffix == ".zip":
         root = root.with_suffix("")
     if not root.is_dir():
         _unpack(root.with_name(f"{root.name}.zip"), root)
-    classes = _classes(root)
-    train = [
-        (f"train/{name}/images/{file}", label)
-        for label, name in enumerate(classes)
-        for file in decoder.image_names(root / "train" / name / "images")
-    ]
-    listing = decoder.Listing(root, classes, train, _test(root, classes), (_ANNOTATIONS,))
-    return decoder.decode(listing, data_root / "tiny_imagenet", threads, skip)
+    if _in_class_folders(root):
+        listing = layouts.find(root, reading.config.test_fraction)
+    else:
+        listing = label_file.annotated(root, layouts.PassedOver())
+    return decoder.decode(listing, data_root / "tiny_imagenet", reading, one_size=True)
 
 
 def read(data_root: Path, content: str | None) -> Arrays:
@@ -88,36 +84,7 @@ def _check(packed: zipfile.ZipFile) -> None:
             raise zipfile.BadZipFile(f"{member.filename!r} would be unpacked outside of the folder")
 
 
-def _classes(root: Path) -> list[str]:
-    for folder in (root / "train", root / "val" / "images"):
-        if not folder.is_dir():
-            raise KnownError(f"dataset.root: {folder} is not a folder; {root} should be the unpacked {_URL}")
-    classes = sorted(e.name for e in os.scandir(root / "train") if e.is_dir())
-    if len(classes) < 2:
-        raise KnownError(f"dataset.root: {root / 'train'} should have two classes or more (got {len(classes)})")
-    bare = (name for name in classes if not (root / "train" / name / "images").is_dir())
-    decoder.raise_for(f"of {root / 'train'} have no folder images/", bare, "classes")
-    return classes
-
-
-def _test(root: Path, classes: list[str]) -> list[decoder.File]:
-    """The images of val/ with their labels, sorted by name."""
-    path = root / _ANNOTATIONS
-    if not path.is_file():
-        raise KnownError(f"dataset.root: {path} is missing: it has the labels of val/images")
-    rows = [line.split("\t") for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    decoder.raise_for(
-        f"of {path} are not <file>, <wnid> and box, separated by tabs",
-        (repr("\t".join(row)) for row in rows if len(row) < 2 or not all(row[:2])),
-        "lines",
-    )
-    wnids = {row[0]: row[1] for row in rows}
-    present = set(decoder.image_names(root / "val" / "images"))
-    if len(wnids) < len(rows):
-        raise KnownError(f"dataset.root: {path} names files more than once ({len(rows)} lines, {len(wnids)} files)")
-    decoder.raise_for(f"that {path} names are not in val/images", sorted(wnids.keys() - present))
-    decoder.raise_for(f"of val/images have no line in {path}", sorted(present - wnids.keys()))
-    decoder.raise_for(f"of {path} are not in train/", sorted(set(wnids.values()) - set(classes)), "classes")
-    decoder.raise_for(f"of train/ have no image in {path}", sorted(set(classes) - set(wnids.values())), "classes")
-    labels = {name: label for label, name in enumerate(classes)}
-    return [(f"val/images/{file}", labels[wnid]) for file, wnid in sorted(wnids.items())]
+def _in_class_folders(root: Path) -> bool:
+    """Whether val/ has a folder for each class."""
+    archived = (root / label_file.ANNOTATIONS).exists() or not (root / "train").is_dir() or not (root / "val").is_dir()
+    return not archived and any(name != "images" for name in layouts.folders_in(root / "val"))
