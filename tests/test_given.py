@@ -22,7 +22,7 @@ from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec, Given, Normalization
 from kd.datasets import digits
 from kd.models import build
-from kd.store.foreign import allowed_globals, fingerprint, load_network
+from kd.store.foreign import allowed_globals, fingerprint, initial_weights, load_network
 from tests.conftest import QUICK, run_py
 from tests.test_stage import DATASET
 
@@ -336,6 +336,87 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, content: Any, message: st
     (tmp_path / "file.safetensors").write_bytes(b"no header")
     with pytest.raises(KnownError, match="cannot be read"):
         load(tmp_path / "file.safetensors")
+
+
+# initial weights --------------------------------------------------------------------------------------------------
+
+
+def begun(file: Path, model: str = "resnet8", classes: int = 10) -> tuple[nn.Module, str | None]:
+    return initial_weights(file, fingerprint(file), model, num_classes=classes, image_size=16, key="teacher.init")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_initial_weights_of_every_layout(tmp_path: Path, layout: str) -> None:
+    name, content = LAYOUTS[layout]
+    network = network_of()
+    torch.save(content(network), tmp_path / name)
+    begins, line = begun(tmp_path / name)
+    assert line is None
+    same_logits(begins.eval().state_dict(), network)
+
+
+def test_a_classifier_of_other_classes_is_made_anew(tmp_path: Path) -> None:
+    network = network_of(classes=1000)
+    torch.save(prefixed("module.", network.state_dict()), tmp_path / "net.pt")
+    torch.manual_seed(1)
+    begins, line = begun(tmp_path / "net.pt", classes=3)
+    assert line == "resnet8: its classifier of 1,000 classes is made anew for 3"
+    torch.manual_seed(1)
+    fresh, before = build("resnet8", num_classes=3, image_size=16).state_dict(), network.state_dict()
+    for name, tensor in begins.state_dict().items():
+        assert torch.equal(tensor, (fresh if name.startswith("fc.") else before)[name]), name
+
+
+def test_a_file_without_a_classifier(tmp_path: Path) -> None:
+    state = {name: tensor for name, tensor in network_of().state_dict().items() if not name.startswith("fc.")}
+    torch.save(state, tmp_path / "body.pt")
+    _, line = begun(tmp_path / "body.pt")
+    assert line == "resnet8: its file has no classifier; one is made anew for 10"
+
+
+def test_everything_but_the_classifier_has_to_fit(tmp_path: Path) -> None:
+    file = tmp_path / "net.pt"
+    torch.save(network_of("resnet14", classes=5).state_dict(), file)
+    with pytest.raises(KnownError) as caught:
+        begun(file, classes=3)
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith(
+        f"teacher.init: {file} is not a resnet8 of 3 classes for 16×16 images; it is a resnet14 of 5"
+    )
+    assert len(lines) == 1  # the classes are no reason
+    assert "36 unexpected: layer1.1.conv1.weight" in lines[0]
+    state = network_of(classes=5).state_dict()
+    torch.save({**state, "fc.weight": state["fc.weight"][:, 1:]}, file)
+    with pytest.raises(KnownError, match=r"2 of another shape: fc\.weight \[5, 63\] instead of \[3, 64\]"):
+        begun(file, classes=3)
+    torch.save({**state, "conv1.weight": state["conv1.weight"] * float("nan")}, file)
+    with pytest.raises(KnownError, match=r"^teacher\.init: .* not finite in fp32: conv1\.weight"):
+        begun(file, classes=3)
+    with pytest.raises(KnownError, match=r"^model\.init: .* has changed since this run began"):
+        initial_weights(file, "0", "resnet8", num_classes=3, image_size=16, key="model.init")
+    file.write_bytes(b"half of a")
+    with pytest.raises(KnownError, match=r"^teacher\.init: .* cannot be loaded as weights and plain data alone"):
+        begun(file)
+    with pytest.raises(KnownError, match=r"^teacher\.init: .* cannot be read"):
+        fingerprint(tmp_path / "nowhere", "teacher.init")
+
+
+def test_of_two_networks_that_could_begin_none_is_taken(tmp_path: Path) -> None:
+    state = {**prefixed("student.", network_of(seed=1).state_dict()), **prefixed("teacher.", network_of().state_dict())}
+    torch.save(state, tmp_path / "both.pt")
+    with pytest.raises(KnownError, match=r"^teacher\.init: .* holds student and teacher, and both fit; save one"):
+        begun(tmp_path / "both.pt", classes=7)
+
+
+def test_a_given_teacher_of_other_classes_says_what_helps(tmp_path: Path) -> None:
+    file = tmp_path / "net.pt"
+    torch.save(network_of(classes=100).state_dict(), file)
+    first, shapes, help_ = refused(file).splitlines()
+    assert first.endswith("it is a resnet8 of 100 classes")
+    assert "2 of another shape: fc.weight [100, 64] instead of [10, 64]" in shapes
+    assert f"everything but the classifier fits: teacher.init={file} makes a new one for 10 classes" in help_
+    torch.save(network_of("resnet14", classes=100).state_dict(), file)
+    assert "teacher.init" not in refused(file)
 
 
 # keys -------------------------------------------------------------------------------------------------------------

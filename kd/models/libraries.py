@@ -2,67 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from kd.core.spec import KnownError
 from kd.core.stage import Normalization
+from kd.models.spelling import LibraryName
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-class LibraryName(NamedTuple):
-    """A name such as `timm/resnet18?drop_rate=0.1`, in its parts."""
-
-    library: str
-    arch: str
-    options: Mapping[str, Any]  # keyword arguments of the network
-
-    @classmethod
-    def parse(cls, text: str) -> LibraryName:
-        """Raises ValueError for options that are not written as key=value, joined by &."""
-        head, _, query = text.partition("?")
-        library, _, arch = head.partition("/")
-        options: dict[str, Any] = {}
-        for pair in filter(None, query.split("&")):
-            key, equals, value = pair.partition("=")
-            if not equals or not key.isidentifier():
-                raise ValueError(f"options should be key=value, joined by & (got {pair})")
-            if key in options:
-                raise ValueError(f"the option {key} is given twice")
-            options[key] = _value(value)
-        return cls(library, arch, options)
-
-    def __str__(self) -> str:
-        """The same network always has the same text: options are sorted, and their values are JSON or plain words."""
-        query = "&".join(f"{key}={_written(self.options[key])}" for key in sorted(self.options))
-        return f"{self.library}/{self.arch}" + (f"?{query}" if query else "")
-
-
-def _value(text: str) -> Any:
-    """A value as JSON has it; a number such as .1 and the words of YAML, too. Anything else is a text."""
-    words = {"true": True, "false": False, "null": None, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return json.loads(text)
-    except ValueError:
-        return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text, re.IGNORECASE) else text
-
-
-def _written(value: Any) -> str:
-    """The shortest text that _value() reads back; & is escaped as JSON allows it."""
-    if isinstance(value, str) and _value(value) == value and "&" not in value:
-        return value
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).replace("&", "\\u0026")
 
 
 class Library(ABC):
@@ -103,8 +60,20 @@ class Library(ABC):
         """The size of the images on which the published weights were trained, in pixels."""
 
     @abstractmethod
+    def stage_ends(self, name: LibraryName, network: nn.Module) -> list[str]:
+        """The paths of the modules that end the network's stages, first to last. The network has no memory."""
+
+    def classifiers(self, network: nn.Module) -> tuple[str, ...]:
+        """The paths of the layers that give the logits; empty if the library does not say."""
+        return ()
+
+    @abstractmethod
     def pretrained(self, name: LibraryName) -> nn.Module:
         """The network with its published weights, which are downloaded. May raise any exception."""
+
+    @abstractmethod
+    def published(self, name: LibraryName) -> bool:
+        """Whether the library publishes weights of the network."""
 
     def _named(self, name: LibraryName) -> LibraryName:
         if name.arch not in self.names():
@@ -143,10 +112,28 @@ class Timm(Library):
     def own_size(self, name: LibraryName) -> int:
         return _side(name.options.get("img_size") or self._config(name).input_size[1:])
 
+    def stage_ends(self, name: LibraryName, network: nn.Module) -> list[str]:
+        ends = [each["module"] for each in getattr(network, "feature_info", None) or []]
+        known = [path for path, _ in network.named_modules()]
+        outputs = _outputs(network, [path for path in ends if path in known], self.own_size(name))
+        return _from_a_quarter(self.own_size(name), outputs)
+
+    def classifiers(self, network: nn.Module) -> tuple[str, ...]:
+        declared: Any = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
+        paths = (declared,) if isinstance(declared, str) else tuple(declared)
+        known = [path for path, _ in network.named_modules()]
+        return paths if all(path in known for path in paths) else ()
+
     def pretrained(self, name: LibraryName) -> nn.Module:
         import timm
+        from huggingface_hub import constants
 
+        if self._config(name).hf_hub_id and not constants.HF_HUB_OFFLINE:
+            _reach(constants.ENDPOINT)  # otherwise each of its files is tried six times, which takes a minute
         return timm.create_model(name.arch, pretrained=True)
+
+    def published(self, name: LibraryName) -> bool:
+        return bool(self._config(name).has_weights)
 
     def _config(self, name: LibraryName) -> Any:
         import timm
@@ -203,11 +190,31 @@ class Torchvision(Library):
         asked = name.options.get("image_size") or name.options.get("input_size")
         return _side(asked or self._weights(name).transforms().crop_size)
 
+    def stage_ends(self, name: LibraryName, network: nn.Module) -> list[str]:
+        """The last module before each change of the maps' size, of the network's parts and the parts of these."""
+        from torch import nn
+
+        from kd.models.taps import last_layers
+
+        (classifier,) = last_layers(network)
+        parts = []
+        for path, part in network.named_children():
+            inner = [f"{path}.{each}" for each, _ in part.named_children()]
+            if path != classifier.partition(".")[0]:
+                parts += inner if isinstance(part, (nn.Sequential, nn.ModuleList)) else [path]
+        outputs = _outputs(network, parts, self.own_size(name))
+        lasts = {shape[-1]: path for path, shape in outputs.items()}
+        ends = _from_a_quarter(self.own_size(name), {path: outputs[path] for path in lasts.values()})
+        return ends if len(ends) > 1 else []  # a transformer's one map is that of its patches
+
     def pretrained(self, name: LibraryName) -> nn.Module:
         import torchvision.models
 
         network: nn.Module = torchvision.models.get_model(name.arch, weights="DEFAULT", progress=False)
         return network
+
+    def published(self, name: LibraryName) -> bool:
+        return True
 
     def _weights(self, name: LibraryName) -> Any:
         import torchvision.models
@@ -217,6 +224,35 @@ class Torchvision(Library):
 
 def _side(size: Any) -> int:
     return int(size[0] if isinstance(size, (list, tuple)) else size)
+
+
+def _outputs(network: nn.Module, paths: list[str], size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the square maps that modules give for one image [1, 3, size, size], in the order of their calls."""
+    import torch
+
+    found: dict[str, tuple[int, ...]] = {}
+
+    def keep(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.dim() == 4 and output.shape[2] == output.shape[3]:
+            found[path] = tuple(output.shape)
+
+    hooks = [network.get_submodule(path).register_forward_hook(partial(keep, path)) for path in paths]
+    with torch.device("meta"), torch.no_grad():
+        network.eval()(torch.zeros(1, 3, size, size))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _from_a_quarter(size: int, outputs: dict[str, tuple[int, ...]]) -> list[str]:
+    """The paths of maps with at most a quarter of the image's height, and more than one pixel: larger is the stem."""
+    return [path for path, shape in outputs.items() if 1 < shape[-1] <= -(-size // 4)]
+
+
+def _reach(address: str) -> None:
+    """Raise OSError if nothing answers at an address within ten seconds."""
+    with suppress(HTTPError):  # it answers
+        urlopen(Request(address, method="HEAD"), timeout=10).close()
 
 
 LIBRARIES: Mapping[str, Library] = {library.name: library for library in (Timm(), Torchvision())}
@@ -248,8 +284,35 @@ def library_network(text: str, num_classes: int, image_size: int, in_channels: i
     size = LIBRARIES[name.library].preprocessing(name).size or image_size
     _check(text, num_classes, size, in_channels)
     if torch.get_default_device().type == "meta":
-        return _blank(text, num_classes, in_channels)
-    return _made(text, partial(LIBRARIES[name.library].make, name, num_classes, in_channels))
+        network = _blank(text, num_classes, in_channels)
+    else:
+        network = _made(text, partial(LIBRARIES[name.library].make, name, num_classes, in_channels))
+    vars(network)["library_name"] = text  # not assigned: the type of nn.Module allows tensors and modules only
+    return network
+
+
+@cache
+def stage_ends(text: str) -> tuple[str, ...]:
+    """The paths of the modules at the ends of a network's stages, first to last; empty if it has no maps."""
+    name = library_name(text)
+    return tuple(LIBRARIES[name.library].stage_ends(name, _blank(text, 2, 3)))
+
+
+def classifiers(text: str, network: nn.Module) -> tuple[str, ...]:
+    """The paths of the layers that give a network's logits, as its library has them; empty if it does not say."""
+    return LIBRARIES[library_name(text).library].classifiers(network)
+
+
+def published_weights(text: str) -> nn.Module:
+    """A library's network with the weights that it publishes, which are downloaded.
+
+    Raises KnownError if there are none, or if they cannot be had.
+    """
+    name = library_name(text)
+    library, arch = LIBRARIES[name.library], f"{name.library}/{name.arch}"
+    if not library.published(name):
+        raise KnownError(f"{name.library} publishes no weights of {name.arch}")
+    return _made(f"the weights of {arch} cannot be fetched", partial(library.pretrained, name))
 
 
 @cache

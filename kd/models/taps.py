@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kd.core.spec import KnownError
+from kd.models.libraries import classifiers, stage_ends
 
 
 class Tap(NamedTuple):
@@ -83,6 +84,9 @@ def _maps(network: nn.Module, stages: bool, pre: bool) -> dict[str, Tap]:
     """The taps of feature maps that are asked for."""
     kind = type(network).__name__
     taps: Callable[[], dict[str, Tap]] | None = getattr(network, "taps", None)
+    name: str | None = getattr(network, "library_name", None)
+    if taps is None and name is not None:
+        return _library_maps(name, pre)
     if taps is None:
         raise KnownError(f"losses on feature maps need a network with taps: {kind} declares no taps (method taps())")
     declared = taps()
@@ -91,21 +95,48 @@ def _maps(network: nn.Module, stages: bool, pre: bool) -> dict[str, Tap]:
     return {name: tap for name, tap in declared.items() if (pre if name.endswith("_pre") else stages)}
 
 
+def _library_maps(name: str, pre: bool) -> dict[str, Tap]:
+    """The taps of a network of timm or torchvision."""
+    works = "losses that read logits or pooled features alone work with it"
+    if pre:
+        raise KnownError(
+            f"losses on maps before their activation need other networks: {name} has no such taps; {works}"
+        )
+    ends = stage_ends(name)
+    if not ends:
+        raise KnownError(f"losses on feature maps need a network with maps: no stage of {name} ends in one; {works}")
+    return named_taps(map(Tap, ends), ())
+
+
 def head(network: nn.Module) -> str:
     """The path of the last layer: as declared, or else that of the last linear layer or 1×1 convolution.
 
-    Raises KnownError if there is neither.
+    Raises KnownError if there is neither, or if the logits are the mean of two layers.
     """
-    declared = getattr(network, "head", None)
-    if isinstance(declared, str):
-        return declared
+    paths = last_layers(network)
+    if len(paths) > 1:
+        raise KnownError(
+            f"losses on pooled features need one last layer: {type(network).__name__} has {' and '.join(paths)}"
+        )
+    return paths[0]
+
+
+def last_layers(network: nn.Module) -> tuple[str, ...]:
+    """The paths of the layers that give the logits: one, or two in networks that were distilled by a token.
+
+    Raises KnownError if there is none.
+    """
+    if isinstance(declared := getattr(network, "head", None), str):
+        return (declared,)
+    if (name := getattr(network, "library_name", None)) and (paths := classifiers(name, network)):
+        return paths
     layers: list[str] = [name for name, module in network.named_modules() if _is_linear(module)]
     if not layers:
         raise KnownError(
             f"losses on pooled features need a last layer: {type(network).__name__} has no nn.Linear and declares none "
             "(class attribute head)"
         )
-    return layers[-1]
+    return (layers[-1],)
 
 
 def _is_linear(module: nn.Module) -> bool:

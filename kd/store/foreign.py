@@ -9,11 +9,13 @@ import zipfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kd.core.files import replacing
 from kd.core.spec import KnownError
 from kd.core.stage import Given
-from kd.models import MODELS, build
+from kd.models import MODELS, LibraryEntry, build
+from kd.models.libraries import library_name, published_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,15 +29,37 @@ _PARTS = ("student", "teacher")  # mdistiller's files hold both
 _SHOWN = 20  # names in a line
 
 
-def fingerprint(path: Path) -> str:
-    """The sha256 of a file, in hex. Raises KnownError if the file cannot be read."""
+class _Wanted(NamedTuple):
+    """The network that a file should hold."""
+
+    model: str
+    classes: int
+    image_size: int
+
+    def build(self) -> nn.Module:
+        return build(self.model, num_classes=self.classes, image_size=self.image_size)
+
+
+class _File(NamedTuple):
+    """A file of weights, and the key that names it in messages."""
+
+    path: Path
+    key: str
+
+    def error(self, text: str) -> KnownError:
+        return KnownError(f"{self.key}: {self.path} {text}")
+
+
+def fingerprint(path: Path, key: str = "teacher.checkpoint") -> str:
+    """The sha256 of a file, in hex. Raises KnownError, which begins with `key`, if the file cannot be read."""
+    file = _File(path, key)
     try:
         status = path.stat()
         if not (path.is_file() or path.is_dir()):  # reading a pipe or a device might never end
-            raise KnownError(f"teacher.checkpoint: {path} cannot be read (it is not a file)")
+            raise file.error("cannot be read (it is not a file)")
         return _digest(path, status.st_size, status.st_mtime_ns)
     except OSError as error:
-        raise KnownError(f"teacher.checkpoint: {path} cannot be read ({error.strerror})") from error
+        raise file.error(f"cannot be read ({error.strerror})") from error
 
 
 @cache
@@ -53,27 +77,69 @@ def load_network(path: Path, given: Given) -> nn.Module:
     Raises KnownError if the file has no weights, needs to run code, or has changed since the run was planned. Raises it
     too if the weights do not fit `given.model`, with all names that are missing, unexpected or of another shape.
     """
-    if fingerprint(path) != given.sha256:
-        raise KnownError(f"teacher.checkpoint: {path} has changed since this run began")
-    network = build(given.model, num_classes=given.dataset.num_classes, image_size=given.dataset.image_size)
-    expected = network.state_dict()
-    found = _networks(_read(path), path)
+    file = _File(path, "teacher.checkpoint")
+    found = _contents(file, given.sha256)
+    wanted = _Wanted(given.model, given.dataset.num_classes, given.dataset.image_size)
+    network = wanted.build()
     if given.part is not None:
         if given.part not in found:
             raise KnownError(f"teacher.part: {path} has no {given.part}.*; it holds {' and '.join(found)}")
         found = {given.part: found[given.part]}
-    fitting = {part: state for part, state in found.items() if not any(_mismatches(state, expected))}
+    fitting = _fitting(found, network)
     if len(fitting) > 1:
         raise KnownError(f"teacher.part: {path} holds {' and '.join(fitting)}, and both fit; choose one of them")
     if not fitting:
-        raise KnownError("\n".join(_explain(path, given, found, expected)))
-    (state,) = fitting.values()
-    network.load_state_dict(state, strict=False)  # old files have no num_batches_tracked
-    # The weights are in fp32 now; large float64 values have become infinite.
-    broken = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
-    if broken:
-        raise KnownError(f"teacher.checkpoint: {path} holds weights that are not finite in fp32: {_some(broken)}")
-    return network
+        raise KnownError("\n".join(_explain(file, wanted, found, network)))
+    return _filled(network, found[fitting[0]], file)
+
+
+def initial_weights(
+    path: Path, sha256: str, model: str, *, num_classes: int, image_size: int, key: str = "init"
+) -> tuple[nn.Module, str | None]:
+    """A network that begins with a file's weights; and a line that says so if its classifier is new, or else None.
+
+    The classifier is made anew, from torch's global generator, if the file's has another number of classes, or if the
+    file has none. Everything else has to fit, as in load_network(). Raises KnownError, which begins with `key`.
+    """
+    file, wanted = _File(path, key), _Wanted(model, num_classes, image_size)
+    found = _contents(file, sha256)
+    network = wanted.build()
+    usable = {part: _with_classifier(state, network) for part, state in found.items()}
+    fitting = _fitting(usable, network)
+    if len(fitting) > 1:
+        raise file.error(f"holds {' and '.join(fitting)}, and both fit; save one of them in a file of its own")
+    if not fitting:
+        raise KnownError("\n".join(_explain(file, wanted, found, network, renew=True)))
+    (part,) = fitting
+    line = None
+    if usable[part] is not found[part]:
+        classes = _classes(found[part], network)
+        had = f"its classifier of {classes:,} classes" if classes else "its file has no classifier; one"
+        line = f"{model}: {had} is made anew for {num_classes:,}"
+    return _filled(network, usable[part], file), line
+
+
+def fetched(name: str, data_root: Path, key: str = "init") -> Path:
+    """The file below `data_root` with the weights that a library publishes of its network; downloaded once.
+
+    Raises KnownError, which begins with `key`, if there are none, or if they cannot be downloaded.
+    """
+    from safetensors.torch import save
+
+    if not isinstance(MODELS[name], LibraryEntry):
+        raise KnownError(f"{key}: {name} has no published weights: only networks of timm and torchvision have some")
+    library = library_name(name)
+    place = data_root / "pretrained" / f"{library.library}-{library.arch}.safetensors"
+    if place.exists():
+        return place
+    try:
+        state = published_weights(name).state_dict()
+    except KnownError as error:
+        raise KnownError(f"{key}: {error}; where you have the weights in a file, {key}=<file> takes them") from error
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(place) as opened:
+        opened.write(save({each: tensor.detach().clone().contiguous() for each, tensor in state.items()}))
+    return place
 
 
 def allowed_globals() -> list[Any]:
@@ -93,47 +159,51 @@ def allowed_globals() -> list[Any]:
     ]
 
 
-def _read(path: Path) -> Any:
+def _contents(file: _File, sha256: str) -> dict[str, State]:
+    """The networks in a file that has this hash, by part."""
+    if fingerprint(*file) != sha256:
+        raise file.error("has changed since this run began")
+    return _networks(_read(file), file)
+
+
+def _read(file: _File) -> Any:
     """The content of the file: tensors and plain data only. Nothing in it is executed."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path = file.path
     try:
         if _is_safetensors(path):
             return load_file(path)
-        _refuse_bombs(path)
+        _refuse_bombs(file)
         with torch.serialization.safe_globals(allowed_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's guesses about files of another kind
             return torch.load(path, map_location="cpu", weights_only=True)
     except KnownError:
         raise
     except (OSError, SafetensorError) as error:
-        raise KnownError(f"teacher.checkpoint: {path} cannot be read ({' '.join(str(error).split())})") from error
+        raise file.error(f"cannot be read ({' '.join(str(error).split())})") from error
     except Exception as error:  # damaged files raise many types of exceptions in torch
         asked = re.search(r"GLOBAL (\S+)", str(error))
         reason = "it holds something else, or is damaged"
         if asked:
             reason = f"it needs the Python object {asked[1]}; save it by torch.save(network.state_dict(), …) instead"
-        raise KnownError(
-            f"teacher.checkpoint: {path} cannot be loaded as weights and plain data alone ({reason})"
-        ) from error
+        raise file.error(f"cannot be loaded as weights and plain data alone ({reason})") from error
 
 
-def _refuse_bombs(path: Path) -> None:
+def _refuse_bombs(file: _File) -> None:
     """Raise KnownError for a zip whose content is larger than the file: torch.save never compresses."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # torch recognises a zip by these bytes
+    with file.path.open("rb") as opened:
+        if opened.read(4) != b"PK\x03\x04":  # torch recognises a zip by these bytes
             return
     try:
-        with zipfile.ZipFile(path) as packed:
+        with zipfile.ZipFile(file.path) as packed:
             held = sum(member.file_size for member in packed.infolist())
     except zipfile.BadZipFile as error:  # torch may read it all the same: it searches farther
-        raise KnownError(
-            f"teacher.checkpoint: {path} cannot be loaded as weights and plain data alone (it is damaged: {error})"
-        ) from error
-    if held > path.stat().st_size:
-        raise KnownError(f"teacher.checkpoint: {path} claims {held:,} bytes of content, more than its own size")
+        raise file.error(f"cannot be loaded as weights and plain data alone (it is damaged: {error})") from error
+    if held > file.path.stat().st_size:
+        raise file.error(f"claims {held:,} bytes of content, more than its own size")
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -142,16 +212,15 @@ def _is_safetensors(path: Path) -> bool:
         return path.suffix.lower() == ".safetensors" or file.read(9)[8:] == b"{"
 
 
-def _networks(loaded: Any, path: Path) -> dict[str, State]:
+def _networks(loaded: Any, file: _File) -> dict[str, State]:
     """The networks in a file's content, by part; a single one is called "one network"."""
     tree = loaded if isinstance(loaded, dict) else {}
     held = [tree, *(tree[holder] for holder in _HOLDERS if holder in tree)]
     states = [candidate for candidate in held if _is_state(candidate)]
     if not states:
         keys = f"; its keys are {_some(list(map(str, tree)))}" if tree else ""
-        raise KnownError(
-            f"teacher.checkpoint: {path} holds no weights: neither the file nor its {', '.join(_HOLDERS)} is a "
-            f"dictionary of tensors{keys}"
+        raise file.error(
+            f"holds no weights: neither the file nor its {', '.join(_HOLDERS)} is a dictionary of tensors{keys}"
         )
     state = _unwrapped(states[0])
     parts = {part: {k: v for k, v in state.items() if k.startswith(f"{part}.")} for part in _PARTS}
@@ -177,6 +246,47 @@ def _unwrapped(state: State) -> State:
 
 def _without(state: State, prefix: str) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def _fitting(found: dict[str, State], network: nn.Module) -> list[str]:
+    """The parts whose weights fit a network."""
+    expected = network.state_dict()
+    return [part for part, state in found.items() if not any(_mismatches(state, expected))]
+
+
+def _with_classifier(state: State, network: nn.Module) -> State:
+    """The weights with the network's own classifier, if theirs has another number of classes or is not there."""
+    own = _classifier(network)
+    if not own.keys() & state.keys():
+        return {**state, **own}
+    other = own.keys() <= state.keys() and all(
+        state[name].shape[1:] == tensor.shape[1:] and state[name].dim() and len(state[name]) != len(tensor)
+        for name, tensor in own.items()
+    )
+    return {**state, **own} if other else state
+
+
+def _classes(state: State, network: nn.Module) -> int:
+    """The number of classes of the weights' classifier; 0 if there is none."""
+    return next((len(state[name]) for name in _classifier(network) if name in state), 0)
+
+
+def _classifier(network: nn.Module) -> State:
+    """The weights of the layers that give the logits, by their names in the network."""
+    from kd.models.taps import last_layers
+
+    layers = {path: network.get_submodule(path).state_dict() for path in last_layers(network)}
+    return {f"{path}.{name}": tensor for path, own in layers.items() for name, tensor in own.items()}
+
+
+def _filled(network: nn.Module, state: State, file: _File) -> nn.Module:
+    """The network with these weights, which fit."""
+    network.load_state_dict(state, strict=False)  # old files have no num_batches_tracked
+    # The weights are in fp32 now; large float64 values have become infinite.
+    broken = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise file.error(f"holds weights that are not finite in fp32: {_some(broken)}")
+    return network
 
 
 def _mismatches(state: State, expected: State) -> Iterator[str]:
@@ -207,38 +317,45 @@ def _copies_to(tensor: Tensor, place: Tensor) -> bool:
     return plain and tensor.is_floating_point() >= place.is_floating_point() and not tensor.is_complex()
 
 
-def _explain(path: Path, given: Given, found: dict[str, State], expected: State) -> Iterator[str]:
+def _explain(
+    file: _File, wanted: _Wanted, found: dict[str, State], network: nn.Module, *, renew: bool = False
+) -> Iterator[str]:
+    """Why no part of a file fits. With `renew` another number of classes is no reason."""
+    expected = network.state_dict()
     for part, state in found.items():
         whose = f"'s {part}" if part in _PARTS else ""
-        others = _recognize(state, given.dataset.image_size)
+        others = _recognize(state, wanted)
         hint = f"; it is a {others}" if others else ""
         yield (
-            f"teacher.checkpoint: {path}{whose} is not a {given.model} of {given.dataset.num_classes} classes "
-            f"for {given.dataset.image_size}×{given.dataset.image_size} images{hint}"
+            f"{file.key}: {file.path}{whose} is not a {wanted.model} of {wanted.classes} classes "
+            f"for {wanted.image_size}×{wanted.image_size} images{hint}"
         )
-        yield from (f"  {line}" for line in _mismatches(state, expected))
+        usable = _with_classifier(state, network)
+        yield from (f"  {line}" for line in _mismatches(usable if renew else state, expected))
+        if not any(_mismatches(usable, expected)):
+            yield (
+                f"  everything but the classifier fits: teacher.init={file.path} makes a new one for {wanted.classes} "
+                "classes and trains it; with teacher.freeze=backbone it is trained alone, which is fast"
+            )
 
 
-def _recognize(state: State, image_size: int) -> str:
-    """The network of MODELS that the weights fit; "" if there is none."""
+def _recognize(state: State, wanted: _Wanted) -> str:
+    """The network that the weights fit: the wanted one, or another of the table; "" if there is none."""
     import torch
 
     def names(of: State) -> set[str]:
         return {name for name in of if not name.endswith("num_batches_tracked")}
 
-    def blank(name: str, classes: int) -> State:
-        with torch.device("meta"):
-            return build(name, num_classes=classes, image_size=image_size).state_dict()
-
-    for name in MODELS:
+    for name in dict.fromkeys([wanted.model, *MODELS]):
         try:
-            own = blank(name, 2)
+            with torch.device("meta"):
+                own = build(name, num_classes=2, image_size=wanted.image_size)
         except KnownError:  # it needs larger images
             continue
-        *_, last = own
-        if names(own) == names(state) and state[last].dim():
-            classes = len(state[last])
-            if not any(_mismatches(state, blank(name, classes))):
+        if names(own.state_dict()) == names(state) and (classes := _classes(state, own)):
+            with torch.device("meta"):
+                same = build(name, num_classes=classes, image_size=wanted.image_size)
+            if not any(_mismatches(state, same.state_dict())):
                 return f"{name} of {classes} classes"
     return ""
 
