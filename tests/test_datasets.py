@@ -14,7 +14,9 @@ from torchvision.transforms import functional as tv
 from kd.core.spec import KnownError, load_attribute
 from kd.core.stage import VIEWS
 from kd.datasets import DATASETS, Arrays, DatasetConfig, Facts, load_data, resolve, specify, statistics
-from kd.datasets.data import Data, pad_images, show_views, split
+from kd.datasets.data import Data
+from kd.datasets.images import split
+from kd.datasets.views import pad_images, show_views
 
 
 def config(name: str = "digits", augment: str = "none", **changes: object) -> DatasetConfig:
@@ -176,10 +178,6 @@ def test_a_copy_of_a_folder_is_the_same_data_and_a_change_is_not(tmp_path: Path)
             lambda root: (root / "train" / "cat" / "1.png").write_bytes(b"no image"),
             "1 files cannot be read as images.*skip_unreadable.*1.png",
         ),
-        (
-            lambda root: Image.new("RGB", (8, 9)).save(root / "train" / "dog" / "1.png"),
-            "are not 8×8 pixels .*dog/1.png: 8×9",
-        ),
     ],
 )
 def test_a_folder_that_is_not_as_it_should_be(tmp_path: Path, harm: object, message: str) -> None:
@@ -187,11 +185,6 @@ def test_a_folder_that_is_not_as_it_should_be(tmp_path: Path, harm: object, mess
     harm(root)  # type: ignore[operator]
     with pytest.raises(KnownError, match=message):
         resolve(folder(root), tmp_path / "data")
-
-
-def test_images_should_be_square(tmp_path: Path) -> None:
-    with pytest.raises(KnownError, match=r"should be square .*8×6"):
-        resolve(folder(write_folder(tmp_path / "wide", size=(8, 6))), tmp_path / "data")
 
 
 # torchvision's files ----------------------------------------------------------------------------------------------

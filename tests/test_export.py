@@ -18,7 +18,9 @@ import torch
 
 import kd
 from kd.core.spec import KnownError
-from kd.datasets import digits
+from kd.core.stage import DatasetSpec
+from kd.datasets import Arrays, digits
+from kd.datasets.data import Data
 from kd.models import MODELS, build
 from kd.models.normalization import Normalized
 from kd.reporting.console import in_bytes
@@ -182,6 +184,8 @@ def network_of(name: str) -> Normalized:
 
 
 IMAGES = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+ARRAYS = Arrays(IMAGES.numpy(), np.arange(9) % 10, IMAGES.numpy(), np.zeros(9, np.int64))
+SHOWN = Data.of(DatasetSpec(**{**DATASET.model_dump(), "val_fraction": 0, "augment": "none"}), ARRAYS, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +196,7 @@ def test_every_network(name: str) -> None:
     source = stage(model=name, dataset=DATASET.model_copy(update={"image_size": 32}))
     for form in map(open_format, FORMATS):
         run = form.unpack(form.pack(network, source))
-        assert compare_logits(network, run, IMAGES, torch.zeros(9)).agreement == 100
+        assert compare_logits(network, run, SHOWN).agreement == 100
         assert run((IMAGES[:1].permute(0, 3, 1, 2) / 255).numpy()).shape == (1, 10)
 
 
@@ -201,15 +205,13 @@ def test_float64() -> None:
     source = stage(model="plane2", dataset=DATASET.model_copy(update={"image_size": 32}))
     for name, dtype in (("onnx", "float32"), ("safetensors", "float64")):
         form = open_format(name)
-        assert compare_logits(network, form.unpack(form.pack(network, source)), IMAGES, torch.zeros(9)).dtype == dtype
+        assert compare_logits(network, form.unpack(form.pack(network, source)), SHOWN).dtype == dtype
     assert network.mean.dtype == torch.float64
 
 
 def test_a_network_that_is_not_the_original() -> None:
     network = network_of("plane2")
     with pytest.raises(KnownError, match="differs from the original: logits by"), torch.inference_mode():
-        compare_logits(
-            network, lambda images: network.network(torch.from_numpy(images)).numpy(), IMAGES, torch.zeros(9)
-        )
+        compare_logits(network, lambda images: network.network(torch.from_numpy(images)).numpy(), SHOWN)
     with pytest.raises(KnownError, match="logits by nan"):
-        compare_logits(network, lambda images: np.full((len(images), 10), np.nan, np.float32), IMAGES, torch.zeros(9))
+        compare_logits(network, lambda images: np.full((len(images), 10), np.nan, np.float32), SHOWN)

@@ -280,11 +280,11 @@ def test_the_mean_of_batch_accuracies() -> None:
     labels[:10] = 1  # ten of the first 128 are missed
     labels[-11:] = 1  # and eleven of the last 44
     network = Normalized(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), (0.0,) * 3, (1.0,) * 3)
-    images = torch.zeros(300, 4, 4, 3, dtype=torch.uint8)
-    images[..., 0] = 9
-    mean = evaluate(network, images, labels, "fp32", 128)
+    images = torch.zeros(300, 3, 4, 4, dtype=torch.uint8)
+    images[:, 0] = 9
+    mean = evaluate(network, [images], labels, "fp32", 128)
     assert mean == pytest.approx(100 * (118 / 128 + 1 + 33 / 44) / 3, abs=1e-4)
-    assert evaluate(network, images, labels, "fp32") == pytest.approx(100 * 279 / 300, abs=1e-4)
+    assert evaluate(network, [images], labels, "fp32") == pytest.approx(100 * 279 / 300, abs=1e-4)
 
 
 @pytest.mark.parametrize(("select", "epoch"), [("best_test", 2), ("best_test_batches", 3)])

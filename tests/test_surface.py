@@ -93,10 +93,10 @@ def test_networks_within_see_what_they_would() -> None:
     network = (
         Normalized(build("plane2", num_classes=10, image_size=16), (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)).double().eval()
     )
-    images = torch.from_numpy(TEST.test_images[:5])
+    images = torch.from_numpy(TEST.test_images[:5]).permute(0, 3, 1, 2)
     inputs = normalized(network, images)
     assert inputs.dtype == torch.float64
-    assert torch.equal(network.network(inputs), network(images.permute(0, 3, 1, 2)))
+    assert torch.equal(network.network(inputs), network(images))
 
 
 def test_images_are_spread_over_the_classes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+from collections.abc import Iterator
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -355,8 +356,8 @@ def test_selection(data: Data, monkeypatch: pytest.MonkeyPatch, select: str, sco
 def test_the_test_set_is_read_once(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def counted(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, *how: object) -> float:
-        asked.append(images.data_ptr() == data.test_images.data_ptr())
+    def counted(network: nn.Module, batches: Iterator[torch.Tensor], labels: torch.Tensor, *how: object) -> float:
+        asked.append(next(batches).data_ptr() == data.test_images.data_ptr())
         return 1.0
 
     monkeypatch.setattr(training, "evaluate", counted)
@@ -373,17 +374,17 @@ def test_kept_weights_give_the_recorded_accuracy(data: Data) -> None:
     trained = train(stage, data)
     network = make_network(stage, "cpu")
     network.network.load_state_dict(trained.state)
-    assert evaluate(network, data.val_images, data.val_labels, "fp32") == trained.result.val_acc
-    assert evaluate(network, data.test_images, data.test_labels, "fp32") == trained.result.test_acc
+    assert evaluate(network, data.batches("val"), data.val_labels, "fp32") == trained.result.val_acc
+    assert evaluate(network, data.batches("test"), data.test_labels, "fp32") == trained.result.test_acc
 
 
 def test_accuracy_is_counted_over_samples_not_batches() -> None:
     labels = torch.zeros(1001, dtype=torch.int64)
     labels[-1] = 1  # alone in its batch
     network = Normalized(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), (0.0,) * 3, (1.0,) * 3)
-    images = torch.zeros(1001, 4, 4, 3, dtype=torch.uint8)
-    images[..., 0] = 9
-    assert evaluate(network, images, labels, "fp32") == pytest.approx(100 * 1000 / 1001, abs=1e-4)
+    images = torch.zeros(1001, 3, 4, 4, dtype=torch.uint8)
+    images[:, 0] = 9
+    assert evaluate(network, torch.split(images, 1000), labels, "fp32") == pytest.approx(100 * 1000 / 1001, abs=1e-4)
 
 
 def test_metrics_hold_no_clock_and_add_up(data: Data) -> None:

@@ -95,9 +95,9 @@ def _evaluate(store: Store, key: str, data_root: str | None, device: str) -> Non
     precision = source.train.precision if isinstance(source, Stage) else "fp32"
     data = workplace.data(source)
     network = store.network(key).to(memory_format=channels_last).to(workplace.device)
-    tested = {"test": (data.test_images, data.test_labels, recorded.test_acc)}
+    tested = {"test": (data.batches("test"), data.test_labels, recorded.test_acc)}
     if recorded.val_acc is not None:
-        tested["validation"] = data.val_images, data.val_labels, recorded.val_acc
+        tested["validation"] = data.batches("val"), data.val_labels, recorded.val_acc
     print(f"{source.role} {source.model} on {source.dataset.name}, {precision} on {workplace.device}")
-    for name, (images, labels, before) in tested.items():
-        print(f"{name}: {evaluate(network, images, labels, precision):.4f} % (recorded: {before:.4f} %)")
+    for name, (batches, labels, before) in tested.items():
+        print(f"{name}: {evaluate(network, batches, labels, precision):.4f} % (recorded: {before:.4f} %)")

@@ -23,7 +23,7 @@ from torch.fx.experimental.optimization import fuse
 from kd.core import files
 from kd.core.hardware import autocast, processor
 from kd.core.stage import FORMAT, VIEWS, Learner, Need, Outputs
-from kd.datasets.data import Data
+from kd.datasets.images import Images
 from kd.models.normalization import Normalized
 from kd.models.taps import Tapped, head
 
@@ -143,7 +143,7 @@ class Guide:
     def __init__(
         self,
         network: Normalized,
-        data: Data,
+        data: Images,
         precision: str,
         device: str,
         bank: Bank | None = None,
@@ -229,9 +229,11 @@ class Guide:
         # Allocated outside inference_mode: autograd cannot save an inference tensor for the backward pass.
         found = {name: torch.empty(count, self._width(name), dtype=self._type, device=device) for name in self._names}
         with torch.inference_mode(), autocast(self._precision, device):
-            for start in range(0, count, CHUNK):
+            starts = range(0, count, CHUNK)
+            chunks = self._data.shown(index, view, [slice(start, start + CHUNK) for start in starts])
+            for start, images in zip(starts, chunks, strict=True):
                 end = min(start + CHUNK, count)
-                logits = network(self._data.show(index[start : start + CHUNK], view[start : start + CHUNK]))
+                logits = network(images)
                 said = {"logits": logits} if tapped is None else {"logits": logits, "pooled": tapped.take()[1]}
                 for name, rows in found.items():
                     rows[start:end].copy_(self._rounded(name, said[name])[: end - start])
@@ -275,7 +277,7 @@ class LiveGuide:
     It is in eval mode, without gradients, and as it was trained: nothing is folded or rounded.
     """
 
-    def __init__(self, network: Normalized, data: Data, precision: str, device: str, needs: frozenset[Need]) -> None:
+    def __init__(self, network: Normalized, data: Images, precision: str, device: str, needs: frozenset[Need]) -> None:
         dtype = torch.float64 if precision == "fp64" else torch.float32
         network = network.to(memory_format=torch.channels_last).to(device, dtype).eval().requires_grad_(False)
         self.network, self._precision, self._device = network, precision, device
@@ -331,7 +333,7 @@ def rounded_type(precision: str) -> torch.dtype:
 
 
 def open_bank(
-    place: Path, key: str, weights: str, data: Data, precision: str, device: str, *, features: int | None = None
+    place: Path, key: str, weights: str, data: Images, precision: str, device: str, *, features: int | None = None
 ) -> Bank | None:
     """The bank of the guide `key` on this data, below `place`. If nothing can be cached, print why and return None.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kd.core.spec import NonFiniteError
 from kd.core.stage import DROPOUT, ORDER, VIEW, Stage, random_stream
-from kd.datasets.data import Data
+from kd.datasets.images import Images
 from kd.reporting.console import Watch
 from kd.store import Metrics, StageResult, TrainedStage
 from kd.training.checkpoint import Checkpoint
@@ -52,7 +52,7 @@ class EpochPlan:
     dropout: int  # seed of dropout's generators
 
     @classmethod
-    def of(cls, stage: Stage, data: Data, epoch: int, team: Team) -> EpochPlan:
+    def of(cls, stage: Stage, data: Images, epoch: int, team: Team) -> EpochPlan:
         """The plan of an epoch, counted from 0. Every training sample comes once, except what `batches` leaves out."""
         seed = stage.seed
         whole = batches(len(data.train), stage.train.batch_size, team.size)
@@ -108,7 +108,7 @@ class _Begun:
 def train_stage(
     stage: Stage,
     *,
-    data: Data,
+    data: Images,
     guides: Sequence[Guide | LiveGuide] = (),
     device: str,
     watch: Watch,
@@ -140,7 +140,7 @@ class Loop:
         self,
         step: Step,
         *,
-        data: Data,
+        data: Images,
         guides: Sequence[Guide | LiveGuide],
         watch: Watch,
         checkpoint: Checkpoint | None = None,
@@ -170,12 +170,14 @@ class Loop:
         begun, first, losses = self.begun, self.begun.steps, list[Tensor]()
         begun.sums = {name: total.to(self.device) for name, total in begun.sums.items()}
         with self._dropout(plan.dropout):
-            for share in plan.shares[first:]:
+            shares = plan.shares[first:]
+            batches = self.data.shown(samples, views, [share.where for share in shares])
+            for share, images in zip(shares, batches, strict=True):
                 if self._asked():
                     self._check(losses, epoch, first)
                     begun.generators = self._generators()
                     self._pause()
-                images, right = self.data.show(samples[share.where], views[share.where]), labels[share.where]
+                right = labels[share.where]
                 guided = [guide.outputs(share.where, images) for guide in self.guides]
                 logits, parts = self.step(images, right, numbers[share.where], guided, share.part)
                 losses.append(parts["loss"])
@@ -296,8 +298,8 @@ class Loop:
     def _validate(self) -> float | None:
         if not len(self.data.val):
             return None
-        return evaluate(self.step.network, self.data.val_images, self.data.val_labels, self.train.precision)
+        return evaluate(self.step.network, self.data.batches("val"), self.data.val_labels, self.train.precision)
 
     def _test(self) -> float:
         size = self.train.batch_size if self.train.select == "best_test_batches" else None
-        return evaluate(self.step.network, self.data.test_images, self.data.test_labels, self.train.precision, size)
+        return evaluate(self.step.network, self.data.batches("test"), self.data.test_labels, self.train.precision, size)

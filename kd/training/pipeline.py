@@ -35,7 +35,7 @@ from kd.training.checkpoint import Checkpoint, Deferred
 from kd.training.ranks import ALONE, Team, is_lost, own_device, team, world
 
 if TYPE_CHECKING:
-    from kd.datasets.data import Data
+    from kd.datasets.images import Images
     from kd.training.guide import Guide, LiveGuide
 
 _NEAR_CHANCE = 2  # times chance
@@ -70,7 +70,7 @@ class Workplace:
     store: Store
     data_root: Path
     runtime: RuntimeSpec
-    _loaded: Data | None = field(default=None, init=False)
+    _loaded: Images | None = field(default=None, init=False)
 
     @cached_property
     def device(self) -> str:
@@ -84,7 +84,7 @@ class Workplace:
         """Threads that torch uses; by default this rank's share of the processors."""
         return self.runtime.threads or max(1, hardware.cpu_count() // world().local_size)
 
-    def data(self, source: Source) -> Data:
+    def data(self, source: Source) -> Images:
         """The images of a source. They are loaded once, because the stages of a run share them."""
         if self._loaded is None or self._loaded.spec != source.dataset:
             self._loaded = load_data(source.dataset, self.data_root, self.device)
@@ -219,7 +219,7 @@ class Pipeline(Workplace):
         result = StageResult(
             params=sum(p.numel() for p in network.parameters()),
             val_acc=None,  # it may have been trained on these images
-            test_acc=evaluate(seeing, data.test_images, data.test_labels, "fp32"),
+            test_acc=evaluate(seeing, data.batches("test"), data.test_labels, "fp32"),
             epochs=0,
             selected_epoch=0,
             seconds=round(time.perf_counter() - began, 3),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from math import cos, pi
 from typing import Any, Literal
@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kd.core.hardware import autocast, bring
+from kd.core.hardware import autocast
 from kd.core.settings import TrainSpec
 from kd.core.spec import KnownError
 from kd.core.stage import INIT, LOSS, Batch, Formula, LossContext, Outputs, Stage, random_stream
-from kd.datasets.data import Data
+from kd.datasets.images import Images
 from kd.models import build
 from kd.models.normalization import Normalized
 from kd.training.guide import LOGITS, Guide, LiveGuide, learner, said, tap
@@ -25,7 +25,6 @@ from kd.training.ranks import ALONE, Team
 # bench/README.md). Networks that are not here became no faster, or were not measured.
 PAYS_AFTER = {"preresnet20": 600_000, "resnet8": 1_600_000}
 _PIXELS = 32 * 32
-_EVAL_BATCH = 1000
 
 
 def learning_rate(train: TrainSpec, epoch: int) -> float:
@@ -113,26 +112,22 @@ def _quiet() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
-def predict(network: nn.Module, images: Tensor, device: torch.device, precision: str) -> Tensor:
-    """Logits [sample, class] of uint8 images [sample, height, width, 3], on the device. The network stays in eval mode.
-
-    Images in main memory are copied to the device batch by batch.
-    """
+def predict(network: nn.Module, batches: Iterable[Tensor], device: torch.device, precision: str) -> Tensor:
+    """Logits [sample, class] of batches uint8 [batch, 3, height, width]. The network stays in eval mode."""
     network.eval()
     with torch.inference_mode(), autocast(precision, device.type):
-        batches = (bring(batch, device).permute(0, 3, 1, 2) for batch in torch.split(images, _EVAL_BATCH))
         return torch.cat([network(batch) for batch in batches])
 
 
 def evaluate(
-    network: nn.Module, images: Tensor, labels: Tensor, precision: str, mean_of_batches: int | None = None
+    network: nn.Module, batches: Iterable[Tensor], labels: Tensor, precision: str, mean_of_batches: int | None = None
 ) -> float:
-    """Top-1 accuracy in percent of uint8 images [sample, height, width, 3], on the labels' device.
+    """Top-1 accuracy in percent of batches uint8 [batch, 3, height, width], on the labels' device.
 
     With `mean_of_batches` it is the mean of the accuracies of batches of that size, as in Trained Teacher's code. A
     smaller last batch then counts too much. The network stays in eval mode.
     """
-    hits = (predict(network, images, labels.device, precision).argmax(1) == labels).double()
+    hits = (predict(network, batches, labels.device, precision).argmax(1) == labels).double()
     parts = torch.split(hits, mean_of_batches or len(hits))
     return round(100 * torch.stack([part.mean() for part in parts]).mean().item(), 4)
 
@@ -148,7 +143,7 @@ def make_network(stage: Stage, device: str) -> Normalized:
 
 
 def make_losses(
-    stage: Stage, network: Normalized, guides: Sequence[Guide | LiveGuide], data: Data, device: str
+    stage: Stage, network: Normalized, guides: Sequence[Guide | LiveGuide], data: Images, device: str
 ) -> list[Callable[[Batch], dict[str, Tensor]]]:
     """The functions of the stage's loss, one for each guide. Those with parameters are initialised by the seed."""
     spec = stage.loss
@@ -171,7 +166,7 @@ class Step:
         self,
         stage: Stage,
         *,
-        data: Data,
+        data: Images,
         guides: Sequence[Guide | LiveGuide] = (),
         device: str,
         compiled: bool = False,

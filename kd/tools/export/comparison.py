@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.core.spec import KnownError
+from kd.datasets.images import Images
 from kd.models.normalization import Normalized
-from kd.tools.export.formats import Images, Logits, Run
+from kd.tools.export.formats import Logits, Pixels, Run
 
 # Relative to the largest logit. Fused and reordered sums in float32 differ a hundred times less. A missing
 # normalisation or another epsilon differs more.
@@ -35,13 +36,15 @@ class Comparison:
     exported: float
 
 
-def compare_logits(network: Normalized, run: Run, images: Tensor, labels: Tensor) -> Comparison:
-    """Both networks on test images uint8 [sample, height, width, 3] with labels [sample].
+def compare_logits(network: Normalized, run: Run, data: Images) -> Comparison:
+    """Both networks on the test images of a data set.
 
     Raises KnownError if a logit differs by more than TOLERANCE times the largest.
     """
+    labels = data.test_labels
     chosen = torch.linspace(0, len(labels) - 1, min(len(labels), _SAMPLE)).long()  # folders are sorted by class
-    pairs = [_both(network, run, images[part]) for part in torch.split(chosen, _AT_ONCE)]
+    parts = torch.split(chosen, min(_AT_ONCE, data.eval_batch))
+    pairs = [_both(network, run, data.plain("test", part.numpy())) for part in parts]
     original, exported = (np.concatenate(logits) for logits in zip(*pairs, strict=True))
     truth, ours, theirs = labels[chosen].numpy(), original.argmax(1), exported.argmax(1)
     found = Comparison(
@@ -62,11 +65,10 @@ def compare_logits(network: Normalized, run: Run, images: Tensor, labels: Tensor
     return found
 
 
-def _both(network: Normalized, run: Run, images: Tensor) -> tuple[Logits, Logits]:
-    batch = images.permute(0, 3, 1, 2)
+def _both(network: Normalized, run: Run, batch: Tensor) -> tuple[Logits, Logits]:
     with torch.inference_mode():
         original: Logits = network(batch).numpy()
-    fed: Images = (batch.float() / 255).contiguous().numpy()
+    fed: Pixels = (batch.float() / 255).contiguous().numpy()
     return original, run(fed)
 
 

@@ -49,7 +49,7 @@ def _export(store: Store, source: Source, name: str, data_root: Path) -> dict[st
     network = store.network(source.key)
     data = load_data(source.dataset, data_root, "cpu")
     packed = form.pack(network, source)
-    comparison = compare_logits(network, form.unpack(packed), data.test_images, data.test_labels)
+    comparison = compare_logits(network, form.unpack(packed), data)
     print(
         f"{name} and the original on {comparison.images} of {comparison.of} test images: logits differ by at most "
         f"{comparison.difference:.2g} (the largest logit is {comparison.scale:.3g}), same class for "

@@ -16,9 +16,9 @@ from kd.core.stage import Source
 if TYPE_CHECKING:
     from kd.models.normalization import Normalized
 
-Images = NDArray[np.float32]  # [batch, 3, height, width] in [0, 1]
+Pixels = NDArray[np.float32]  # [batch, 3, height, width] in [0, 1]
 Logits = NDArray[np.float32] | NDArray[np.float64]  # [batch, class]
-Run = Callable[[Images], Logits]
+Run = Callable[[Pixels], Logits]
 
 FORMATS = {
     "onnx": "kd.tools.export.onnx.Onnx",

@@ -11,7 +11,7 @@ import torch
 
 from kd.core.stage import Source
 from kd.models.normalization import Normalized
-from kd.tools.export.formats import Format, Images, Logits, Run
+from kd.tools.export.formats import Format, Logits, Pixels, Run
 
 OPSET = 18  # the newest that torch's exporter writes without a conversion, which may fail
 
@@ -60,7 +60,7 @@ session = onnxruntime.InferenceSession("model.onnx")
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(packed[self.weights], options, providers=["CPUExecutionProvider"])
 
-        def run(images: Images) -> Logits:
+        def run(images: Pixels) -> Logits:
             logits: Logits = session.run(["logits"], {"images": images})[0]
             return logits
 

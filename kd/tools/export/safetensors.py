@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from kd.core.stage import Source
 from kd.models import build
 from kd.models.normalization import Normalized
-from kd.tools.export.formats import Format, Images, Logits, Run
+from kd.tools.export.formats import Format, Logits, Pixels, Run
 
 
 class Safetensors(Format):
@@ -52,7 +52,7 @@ with torch.inference_mode():
         network.load_state_dict(tensors)
         network.eval()
 
-        def run(images: Images) -> Logits:
+        def run(images: Pixels) -> Logits:
             with torch.inference_mode():
                 logits: Logits = network((torch.from_numpy(images) - mean) / std).numpy()
             return logits

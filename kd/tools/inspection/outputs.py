@@ -56,6 +56,6 @@ def _compute(workplace: Workplace, source: Source) -> NDArray[np.float32]:
         if RETRIED not in workplace.store.record(source.key)["made_with"]:
             precision = source.train.precision
     data = workplace.data(source)
-    logits = predict(network.to(workplace.device), data.test_images, data.test_labels.device, precision)
+    logits = predict(network.to(workplace.device), data.batches("test"), data.test_labels.device, precision)
     found: NDArray[np.float32] = logits.float().cpu().numpy()
     return found

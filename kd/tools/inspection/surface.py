@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import track
 
 from kd.core import files
-from kd.core.hardware import bring
 from kd.core.spec import Frozen, KnownError, explain
 from kd.core.stage import DIRECTION, Seed, Source, Stage, random_stream
 from kd.reporting.console import console, duration
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.contour import QuadContourSet
     from matplotlib.figure import Figure
 
-    from kd.datasets.data import Data
+    from kd.datasets.images import Images
 
 _LINE_EVERY = 10.0  # seconds between two plain lines
 _INSIDE = 0.9  # of the span: contours are labelled only inside this
@@ -180,14 +179,14 @@ def spread_over_classes(labels: NDArray[np.int64], images: int) -> NDArray[np.in
 
 
 def _losses(
-    workplace: Workplace, source: Source, data: Data, chosen: NDArray[np.int64], grid: Grid
+    workplace: Workplace, source: Source, data: Images, chosen: NDArray[np.int64], grid: Grid
 ) -> Iterator[list[float]]:
     from torch import channels_last
 
     from kd.tools.inspection.landscape import draw_direction, losses, normalized
 
     network = workplace.store.network(source.key).to(memory_format=channels_last).to(workplace.device)
-    inputs = normalized(network, bring(data.test_images[chosen], data.test_labels.device))
+    inputs = normalized(network, data.plain("test", chosen))
     rng = random_stream(grid.seed, 0, DIRECTION)
     first, second = (draw_direction(network.network, rng) for _ in range(2))
     return losses(network.network, (first, second), grid.axis, inputs, data.test_labels[chosen])
