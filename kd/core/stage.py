@@ -26,6 +26,7 @@ Augment = Literal["none", "crop_flip", "rotate_flip", "resized_crop_flip"]
 # or its longer side is resized and the rest is black.
 Resize = Literal["short_side", "squash", "pad"]
 Interpolation = Literal["bilinear", "bicubic"]
+Background = Literal["white", "black"]
 # What a loss can read: the guide's logits; of network and guide: the classifier's input, the maps at the end of each
 # stage, and these maps before their activation.
 Need = Literal["guide", "pooled", "stages", "pre"]
@@ -66,7 +67,17 @@ class DatasetSpec(Frozen):
     classes: Annotated[tuple[str, ...], Unhashed()] = ()  # the labels' names; empty: not recorded
     val_images: Annotated[int, Field(ge=0), Neutral(0)] = 0  # the last so many training images are a validation split
     resize: Annotated[Resize | None, Neutral(None)] = None  # photographs; null: images of one size, in memory
+    background: Annotated[Background, Neutral("white")] = "white"  # of photographs, behind what is transparent
     streamed: Annotated[bool, Neutral(False)] = False  # photographs that are decoded in every epoch
+
+    @property
+    def view_count(self) -> int | None:
+        """The number of different views of a sample; None if there is no limit."""
+        return self.views if self.augment == "resized_crop_flip" else VIEWS[self.augment]
+
+    def training_images(self, images: int) -> int:
+        """How many of this many images train, without those that validate."""
+        return images - self.val_images - round(self.val_fraction * images)
 
     @property
     def validated(self) -> bool:

@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from kd.core.spec import Frozen, KnownError, PathText, Registry, Text, load_attribute
-from kd.core.stage import Augment, Channels, DatasetSpec, Resize, Seed
+from kd.core.stage import Augment, Background, Channels, DatasetSpec, Resize, Seed
 
 if TYPE_CHECKING:
-    from kd.datasets.data import Data
-
-Background = Literal["white", "black"]
+    from kd.datasets.images import Images
 
 
 class DatasetConfig(Frozen):
@@ -223,15 +221,29 @@ def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
         classes=facts.classes,
         val_images=facts.val_images,
         resize=facts.resize,
+        background=config.background if facts.resize else "white",
         streamed=facts.streamed,
     )
 
 
-def load_data(spec: DatasetSpec, data_root: Path, device: str) -> Data:
-    """The images of a spec, as uint8 tensors on the device.
+def load_data(spec: DatasetSpec, data_root: Path, device: str) -> Images:
+    """The images of a spec, which shows them as uint8 tensors on the device.
 
     Raises KnownError where they are absent and cannot be fetched.
     """
     from kd.datasets.data import Data
 
+    if spec.resize is not None:
+        return _photographs(spec, data_root / spec.name, device)
     return Data.of(spec, load_attribute(DATASETS[spec.name].read)(data_root, spec.content), device)
+
+
+def _photographs(spec: DatasetSpec, place: Path, device: str) -> Images:
+    """Photographs that resolve() has put below `place`."""
+    from kd.datasets import decoder, resized
+    from kd.datasets.photos import Photos
+    from kd.datasets.streamed import Streamed
+
+    if spec.streamed:
+        return Streamed.of(spec, decoder.listing(place, str(spec.content)), device)
+    return Photos.of(spec, resized.stored(place, str(spec.content)), device)

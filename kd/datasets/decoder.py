@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from kd.core import files
 from kd.core.spec import KnownError, printable, tilde
-from kd.core.stage import Channels, Resize
-from kd.datasets import Background, Facts, Reading, statistics_of
+from kd.core.stage import Background, Channels, Resize
+from kd.datasets import Facts, Reading, statistics_of
 from kd.datasets.layouts import File, Listing, raise_for
 from kd.datasets.pictures import PictureError, margin, measure, open_picture, read_square
 from kd.datasets.resized import Colours, Failure, counted, in_order, pixels_of, read_arrays, stored, write_pictures

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.core.stage import Resize
-from kd.datasets import Background
+from kd.core.stage import Background, Resize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
