@@ -230,11 +230,8 @@ def _teacher(sections: dict[str, Any]) -> Iterator[str]:
     if {"method", "model"} <= sections.keys():
         method, ends = sections["method"], Ends(sections["model"].name, teacher.name, seed=0, teacher_seed=0)
         teachers = [link for link in method.chain(ends) if link.role == "teacher"]
-        if teachers and method.name == "multi_teacher" and not any(link.replaceable for link in teachers):
-            listed = ",".join(link.model for link in teachers)
-            yield f"teacher.checkpoint: teacher={teacher.name} should be one of method.teachers (got [{listed}])"
-        elif teachers and not any(link.replaceable for link in teachers):
-            yield f"teacher.checkpoint: method={method.name} trains its own teacher; use method=kd with a checkpoint"
+        if teachers and not any(link.replaceable for link in teachers):
+            yield f"teacher.checkpoint: {method.no_use_of_checkpoint(ends)}"
     try:
         fingerprint(teacher.file)
     except KnownError as error:

@@ -92,6 +92,10 @@ class Method(Frozen, ABC):
         """The configured teacher, trained by cross-entropy. A given checkpoint replaces it."""
         return Link("teacher", ends.teacher, CrossEntropy(), ends.teacher_seed, replaceable=True)
 
+    def no_use_of_checkpoint(self, ends: Ends) -> str:
+        """Why teacher.checkpoint replaces no teacher of this chain, where it replaces none."""
+        return f"method={self.name} trains its own teacher; use method=kd with a checkpoint"
+
 
 class DistillingMethod(Method):
     """A method with a distilled student. T and λ apply to the student's stage only."""
