@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def _job(cfg: DictConfig, folder: Path) -> float | None:
-    config = parse(cfg)
+    config = parse(cfg, jobs.typed())
     dataset = resolve(config.dataset, config.data_root, config.workers)
     students = plan(config, dataset)
     for line in jobs.without_effect(config):

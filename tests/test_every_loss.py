@@ -220,6 +220,10 @@ def test_a_loss_trains_in_every_place(
         (("loss=dkd", "method.lambda=1"), "method.lambda has no effect: loss=dkd does not read it"),
         (("loss=label_smoothing",), "loss=label_smoothing needs no guide: no network teaches the student"),
         (
+            ("method=scratch", "loss=kd"),
+            "loss=kd has no effect: it needs a guide, and method=scratch gives the student none",
+        ),
+        (
             ("method=scratch", "loss=dkd"),
             "loss=dkd has no effect: it needs a guide, and method=scratch gives the student none",
         ),
@@ -236,6 +240,14 @@ def test_what_has_no_effect_is_said(
     with pytest.raises(FileNotFoundError):  # a dry run has no result
         job(*overrides, "dry_run=true")
     assert line in capsys.readouterr().out.splitlines()
+
+
+def test_a_plan_names_a_loss_as_it_is_chosen(job: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FileNotFoundError):
+        job("loss=kd", "dry_run=true")
+    said = capsys.readouterr().out
+    assert " kd T=4 lambda=0.5 " in said
+    assert "distill" not in said
 
 
 def test_a_loss_that_is_read_says_nothing(job: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,7 +281,7 @@ def test_a_loss_takes_temperature_and_lambda_from_the_method_alone(overrides: tu
 
 
 def test_the_released_code_has_one_loss() -> None:
-    with pytest.raises(KnownError, match=r"loss.name: should be distill without options in mode=reference"):
+    with pytest.raises(KnownError, match=r"loss: should be kd with its own values in mode=reference \(got 'dkd'\)"):
         planned("mode=reference", "dataset=cifar10", "loss=dkd")
 
 

@@ -79,6 +79,12 @@ def known_reason(error: Exception) -> str | None:
     return None
 
 
+def typed() -> list[str]:
+    """This job's overrides, as they were typed: their interpolations may have no value."""
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
+    return list(overrides)
+
+
 def group() -> str | None:
     """The W&B group of this job's multirun; None for a single run."""
     hydra = HydraConfig.get()
@@ -113,14 +119,14 @@ def processors_of_a_job(launcher: DictConfig, processors: int) -> int:
 
 def without_effect(config: Config) -> Iterator[str]:
     """A line for each part of the losses that the command line sets and that has no effect."""
-    asked = {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
+    asked = {override.partition("=")[0].lstrip("+") for override in typed()}
     links, method = chain(config, config.seed), f"method={config.method.name}"
     learning: dict[str, Link] = {link.role: link for link in links}  # assistants learn by the same loss
     for key, role, section, choice in (
         ("loss", "student", "method", config.loss),
         ("assistant_loss", "assistant", "method.assistant", config.assistant_loss),
     ):
-        link, called = learning.get(role), f"{key}={choice.name}"
+        link, called = learning.get(role), f"{key}={choice.option}"
         if link is None:
             if _is_set(key, asked):
                 yield f"{called} has no effect: {method} has no {role}"

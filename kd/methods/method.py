@@ -35,6 +35,11 @@ class LossChoice(Frozen):
         return LOSSES[self.name]
 
     @property
+    def option(self) -> str:
+        """What is chosen on the command line: `loss=kd` is the loss `distill`."""
+        return self.kind.option or self.name
+
+    @property
     def needs(self) -> frozenset[Need]:
         """What the loss reads of its guide and network; empty: it needs no guide."""
         return self.kind.needs

@@ -325,7 +325,8 @@ def _check_loss(stage: Stage) -> None:
             for guide in found[1:]:
                 stage.loss.build(LossContext(found[0], guide, classes, classes))
         except KnownError as error:
-            raise KnownError(f"{stage.role} {stage.model}: loss={stage.loss.name}: {error}") from error
+            loss = stage.loss.option or stage.loss.name
+            raise KnownError(f"{stage.role} {stage.model}: loss={loss}: {error}") from error
 
 
 def run_students(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -> RunResult:
