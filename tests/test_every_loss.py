@@ -250,6 +250,23 @@ def test_a_plan_names_a_loss_as_it_is_chosen(job: Callable[..., Any], capsys: py
     assert "distill" not in said
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].growth])
+def test_a_weight_that_grows_until_training_ends_is_said(
+    name: str, job: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*overrides: str) -> list[str]:
+        with pytest.raises(FileNotFoundError):
+            job("method=ta", *overrides, "method.assistants=[plane4,resnet14]", "dry_run=true")
+        return [line for line in capsys.readouterr().out.splitlines() if "its weight grows" in line]
+
+    for option, key in (("loss", "loss"), ("loss@assistant_loss", "assistant_loss")):
+        line = f"{key}={name}: its weight grows until training ends: {key}.warmup=20, train.epochs="
+        assert said(f"{option}={name}", "train.epochs=20") == [f"{line}20"]
+        assert said(f"{option}={name}", "train.epochs=9") == [f"{line}9"]
+        assert said(f"{option}={name}", "train.epochs=21") == []
+    assert said() == []
+
+
 def test_a_loss_that_is_read_says_nothing(job: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FileNotFoundError):
         job("loss=dkd", "method.T=2", "loss.beta=2", "dry_run=true")
@@ -300,7 +317,8 @@ def test_the_released_code_has_one_loss() -> None:
 def test_a_loss_that_cannot_be_built_is_refused_before_anything_is_trained(
     overrides: tuple[str, ...], line: str, job: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job(*overrides, code=2)
-    told = capsys.readouterr()
-    assert line in told.err
-    assert "epoch" not in told.out
+    for asked in ((), ("dry_run=true",)):
+        job(*overrides, *asked, code=2)
+        told = capsys.readouterr()
+        assert line in told.err
+        assert "epoch" not in told.out

@@ -143,6 +143,18 @@ def without_effect(config: Config) -> Iterator[str]:
                 yield f"{called} needs no guide: no network teaches the {role}"
 
 
+def still_growing(student: Stage) -> Iterator[str]:
+    """A line for each loss whose weight grows until its network's training ends."""
+    keys, lines = {"student": "loss", "assistant": "assistant_loss"}, list[str]()
+    for stage in student.chain:
+        if isinstance(stage, Stage) and stage.role in keys and (grows := stage.loss.growth):
+            key, epochs, growing = keys[stage.role], stage.train.epochs, getattr(stage.loss, grows)
+            if epochs <= growing:
+                called, said = stage.loss.option or stage.loss.name, f"{key}.{grows}={growing}, train.epochs={epochs}"
+                lines.append(f"{key}={called}: its weight grows until training ends: {said}")
+    yield from dict.fromkeys(lines)
+
+
 def _is_set(key: str, asked: set[str]) -> bool:
     return any(each in (key, f"loss@{key}") or each.startswith(f"{key}.") for each in asked)
 
