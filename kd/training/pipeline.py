@@ -187,6 +187,7 @@ class Pipeline(Workplace):
             key=source.key,
             seed=stage.seed if stage else None,
             loss=stage.loss if stage else None,
+            guides=tuple(guide.key for guide in stage.guides) if stage else (),
             select=stage.train.select if stage else None,
             normalize=None if stage else source.normalize,
             reused=reused,
