@@ -19,7 +19,7 @@ from kd.reporting.results import Pruned, record_pruned, write_result
 from kd.reporting.tracking import track
 from kd.store import Store
 from kd.training.checkpoint import exit_code, ignore, raise_on_sigterm
-from kd.training.pipeline import Pipeline, follow, run_students
+from kd.training.pipeline import Pipeline, check_losses, follow, run_students
 from kd.training.ranks import team, world
 
 
@@ -32,13 +32,14 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def _job(cfg: DictConfig, folder: Path) -> float | None:
-    config = parse(cfg)
+    config = parse(cfg, jobs.typed())
     dataset = resolve(config.dataset, config.data_root, config.workers)
     students = plan(config, dataset)
-    for line in jobs.without_effect(config):
+    for line in (*jobs.without_effect(config), *jobs.still_growing(students[0])):
         print(line, flush=True)
     store = Store(config.store_root)
     if config.dry_run:
+        check_losses(students[0])  # the others differ in their seeds alone
         console.print_plan(config.mode, students, store, config.runtime.retrain)
         return None
     runtime = jobs.with_share(config.runtime)

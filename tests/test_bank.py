@@ -157,6 +157,22 @@ def test_without_room_or_right_nothing_is_kept(
     assert "1 GB to spare" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("features", [None, 512])
+def test_a_new_bank_that_may_become_large_is_announced_once(
+    data: Data,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    features: int | None,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for _ in range(2):
+        bank = open_bank(tmp_path / "bank", KEY, "w", data, "bf16", "cpu", features=features)
+    assert bank is not None
+    line = f"caches the guide's pooled features: up to 238 MB in ~/bank/{bank.folder.name}\n"  # 1437·162·512·2
+    assert capsys.readouterr().out == (line if features else "")  # the logits' takes 4.7 MB
+
+
 # runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +207,26 @@ def test_a_sweep_over_temperatures_sees_each_view_once(
     student(job, monkeypatch, tmp_path / "store")
     monkeypatch.setattr(Guide, "_compute", lambda *arguments: pytest.fail("the bank is warm"))
     student(job, monkeypatch, tmp_path / "store", "method.T=2", "method.lambda=0.9", "model=plane4")
+
+
+def test_losses_on_logits_and_on_pooled_features_run_the_guide_once_each(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the estimate of a plan has it."""
+    computed: list[int] = []
+    original = Guide._compute
+
+    def counted(guide: Guide, samples: Any, views: Any, advance: Any) -> Any:
+        computed[-1] += len(samples)
+        return original(guide, samples, views, advance)
+
+    monkeypatch.setattr(Guide, "_compute", counted)
+    for loss in ("kd", "rkd", "dkd", "pkt"):
+        computed.append(0)
+        student(job, monkeypatch, tmp_path / "store", f"loss={loss}")
+    assert computed[0] == computed[1] > 0
+    assert computed[2:] == [0, 0]
+    assert len([*(tmp_path / "store" / "bank").iterdir()]) == 2
 
 
 def test_restricted_views_are_computed_once_for_all_seeds(

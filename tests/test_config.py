@@ -1,5 +1,8 @@
 """The configuration: every option can be used, and all bad values are reported at once, one line each."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import yaml
 from hydra import initialize_config_dir
@@ -145,6 +148,32 @@ def test_bad_values(override: str, message: str) -> None:
     assert any(message in line for line in lines), lines
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("loss.name=dkd", "loss.name: is chosen by loss=dkd"),
+        ("loss.name=distill", "loss.name: is chosen by loss=kd"),
+        ("loss.name=kd", "loss.name: is chosen by loss=kd"),
+        ("++assistant_loss.name=dkd", "assistant_loss.name: is chosen by loss@assistant_loss=dkd"),
+        ("method.name=ta", "method.name: is chosen by method=ta"),
+        ("dataset.name=cifar100", "dataset.name: is chosen by dataset=cifar100"),  # the rest would be the digits'
+    ],
+)
+def test_a_name_without_its_options_other_keys(override: str, line: str) -> None:
+    with pytest.raises(KnownError) as caught:
+        parse(composed(override), [override])
+    assert str(caught.value) == line
+
+
+def test_a_run_and_a_search_say_how_an_option_is_chosen(
+    job: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job("loss.name=dkd", code=2)
+    assert capsys.readouterr().err == "loss.name: is chosen by loss=dkd\n"
+    job("sweep=tpe", "loss.name=dkd", multirun=True, code=2)
+    assert capsys.readouterr().err == "loss.name: is chosen by loss=dkd\n"
+
+
 def test_all_problems_at_once() -> None:
     bad = (
         "method.lambda=2",
@@ -214,3 +243,10 @@ def test_parse_changes_nothing() -> None:
 def test_unknown_groups_and_keys_are_hydras_to_refuse(override: str) -> None:
     with pytest.raises(ConfigCompositionException):
         composed(override)
+
+
+def test_the_help_says_how_the_loss_of_assistants_is_chosen() -> None:
+    text = yaml.safe_load((CONF / "config.yaml").read_text())["hydra"]["help"]["footer"]
+    (command,) = [line for line in text.splitlines() if "loss@assistant_loss=" in line]
+    overrides = command.partition("   ")[0].removeprefix("python run.py ").split()
+    assert parse(composed(*overrides)).assistant_loss.name == "dkd"

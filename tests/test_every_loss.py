@@ -221,6 +221,10 @@ def test_a_loss_trains_in_every_place(
         (("loss=dkd", "method.lambda=1"), "method.lambda has no effect: loss=dkd does not read it"),
         (("loss=label_smoothing",), "loss=label_smoothing needs no guide: no network teaches the student"),
         (
+            ("method=scratch", "loss=kd"),
+            "loss=kd has no effect: it needs a guide, and method=scratch gives the student none",
+        ),
+        (
             ("method=scratch", "loss=dkd"),
             "loss=dkd has no effect: it needs a guide, and method=scratch gives the student none",
         ),
@@ -237,6 +241,31 @@ def test_what_has_no_effect_is_said(
     with pytest.raises(FileNotFoundError):  # a dry run has no result
         job(*overrides, "dry_run=true")
     assert line in capsys.readouterr().out.splitlines()
+
+
+def test_a_plan_names_a_loss_as_it_is_chosen(job: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FileNotFoundError):
+        job("loss=kd", "dry_run=true")
+    said = capsys.readouterr().out
+    assert " kd T=4 lambda=0.5 " in said
+    assert "distill" not in said
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].growth])
+def test_a_weight_that_grows_until_training_ends_is_said(
+    name: str, job: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*overrides: str) -> list[str]:
+        with pytest.raises(FileNotFoundError):
+            job("method=ta", *overrides, "method.assistants=[plane4,resnet14]", "dry_run=true")
+        return [line for line in capsys.readouterr().out.splitlines() if "its weight grows" in line]
+
+    for option, key in (("loss", "loss"), ("loss@assistant_loss", "assistant_loss")):
+        line = f"{key}={name}: its weight grows until training ends: {key}.warmup=20, train.epochs="
+        assert said(f"{option}={name}", "train.epochs=20") == [f"{line}20"]
+        assert said(f"{option}={name}", "train.epochs=9") == [f"{line}9"]
+        assert said(f"{option}={name}", "train.epochs=21") == []
+    assert said() == []
 
 
 def test_a_loss_that_is_read_says_nothing(job: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,7 +299,7 @@ def test_a_loss_takes_temperature_and_lambda_from_the_method_alone(overrides: tu
 
 
 def test_the_released_code_has_one_loss() -> None:
-    with pytest.raises(KnownError, match=r"loss.name: should be distill without options in mode=reference"):
+    with pytest.raises(KnownError, match=r"loss: should be kd with its own values in mode=reference \(got 'dkd'\)"):
         planned("mode=reference", "dataset=cifar10", "loss=dkd")
 
 
@@ -289,7 +318,8 @@ def test_the_released_code_has_one_loss() -> None:
 def test_a_loss_that_cannot_be_built_is_refused_before_anything_is_trained(
     overrides: tuple[str, ...], line: str, job: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job(*overrides, code=2)
-    told = capsys.readouterr()
-    assert line in told.err
-    assert "epoch" not in told.out
+    for asked in ((), ("dry_run=true",)):
+        job(*overrides, *asked, code=2)
+        told = capsys.readouterr()
+        assert line in told.err
+        assert "epoch" not in told.out

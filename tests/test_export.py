@@ -102,7 +102,7 @@ def test_safetensors(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert f"| {each['params']:,} | {in_bytes(weights_of(each['key']).stat().st_size)} |" in line
         assert f"| {each['val_acc']:.2f} | {each['test_acc']:.2f} |" in line
     size = in_bytes((out / "model.safetensors").stat().st_size)
-    for part in ("distill T=4 lambda=0.5", "epoch chosen on validation accuracy", f"`model.safetensors`: {size}."):
+    for part in ("kd T=4 lambda=0.5", "epoch chosen on validation accuracy", f"`model.safetensors`: {size}."):
         assert part in card
 
     with pytest.raises(KnownError, match="exists already; --force replaces it"):

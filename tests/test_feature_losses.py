@@ -15,6 +15,7 @@ from torch.nn.functional import mse_loss, smooth_l1_loss
 
 from kd.core.spec import KnownError
 from kd.core.stage import Batch, Formula, Learner, LossContext, LossSpec, Outputs
+from kd.datasets.data import Data
 from kd.losses import LOSSES
 from kd.losses.at import AT, attention_distance
 from kd.losses.crd import CRD
@@ -29,7 +30,11 @@ from kd.losses.sp import SP, similarity_distance
 from kd.losses.vid import VID, gaussian_distance
 from kd.models import build
 from kd.models.taps import Tapped, head
+from kd.training.step import Step, evaluate
 from tests.conftest import ROOT
+from tests.test_every_loss import few, guides_of, stage_of
+
+__all__ = ["few"]  # the fixture
 
 NAMES = ["fitnet", "at", "sp", "vid", "rkd", "pkt", "crd", "reviewkd", "ofd", "simkd"]
 # Of net and guide: the same shapes but depths; other widths and raw maps; other numbers of stages and sizes of maps.
@@ -639,3 +644,21 @@ def test_simkd_without_a_linear_layer_at_the_end() -> None:
 def test_the_base_of_these_losses_is_not_a_loss() -> None:
     assert FeatureSpec not in [LOSSES[name] for name in NAMES]
     assert all(issubclass(LOSSES[name], FeatureSpec) for name in NAMES)
+
+
+@pytest.mark.parametrize("name", ["fitnet", "ofd", "rkd", "reviewkd"])
+def test_a_student_keeps_nothing_for_its_loss_while_it_is_evaluated(name: str, few: Data) -> None:
+    stage = stage_of(name, few)
+    step = Step(stage, data=few, guides=guides_of(stage, few), device="cpu")
+    tapped = step._tapped
+    assert tapped is not None
+    step.begin_epoch(0)
+    shown = few.show(torch.arange(4), torch.zeros(4, dtype=torch.int64))
+    step.network(shown)
+    kept = tapped.take()
+    assert kept[0] or kept[1] is not None
+    accuracy = evaluate(step.network, few.test_images[:8], few.test_labels[:8], "fp32")
+    assert not step.network.training
+    assert tapped._kept == {}
+    tapped.close()
+    assert evaluate(step.network, few.test_images[:8], few.test_labels[:8], "fp32") == accuracy

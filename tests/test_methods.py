@@ -1,14 +1,22 @@
 """Each method's chain, and the stages that methods share."""
 
+from pathlib import Path
+
 import pytest
 
 from kd.app.config import plan
 from kd.app.parsing import parse
+from kd.core.spec import KnownError
 from kd.core.stage import Stage
 from kd.datasets import resolve
 from kd.losses import Distill, TeachableTeacher
 from kd.methods import METHODS
+from kd.methods.multi_teacher import MultiTeacher
 from tests.conftest import composed
+
+
+class Committee(MultiTeacher):
+    """A method of another package that is built on one of ours."""
 
 
 def planned(*overrides: str) -> Stage:
@@ -100,3 +108,20 @@ def test_every_student_is_last_and_ours(method: str) -> None:
 def test_students_of_the_papers_methods_are_distilled_but_for_scratch() -> None:
     losses = {name: planned(f"method={name}").loss.name for name in ("scratch", "kd", "ta", "trained_teacher")}
     assert losses == {"scratch": "cross_entropy", "kd": "distill", "ta": "distill", "trained_teacher": "distill"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("method=trained_teacher",), "method=trained_teacher trains its own teacher; use method=kd with a checkpoint"),
+        (
+            ("method=multi_teacher", "method.name=tests.test_methods.Committee", "method.teachers=[resnet14,resnet26]"),
+            "teacher=resnet20 should be one of method.teachers (got [resnet14,resnet26])",
+        ),
+    ],
+)
+def test_a_method_says_why_it_takes_no_checkpoint(overrides: tuple[str, ...], line: str, tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").touch()
+    with pytest.raises(KnownError) as refused:
+        parse(composed(f"teacher.checkpoint={tmp_path / 'weights.pt'}", *overrides))
+    assert str(refused.value) == f"teacher.checkpoint: {line}"

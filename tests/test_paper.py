@@ -16,7 +16,9 @@ from kd.losses.dkd import DKD
 from kd.tools.paper.graph import Graph, graph
 from kd.tools.paper.request import Copy, Request, profiles
 from kd.tools.paper.tables import Row, papers, parse_paper
+from kd.tools.paper.trainer import stage_line
 from tests.test_datasets import write_folder
+from tests.test_methods import planned as run_planned
 
 ROWS: dict[tuple[str, str], Row] = {
     (table.id, row.id): row for paper in papers() for table in paper.tables for row in table.expanded
@@ -95,6 +97,24 @@ def test_the_benchmark_has_every_pair_and_every_loss() -> None:
         assert stage.train.lr == (0.01 if mobile else 0.05)
     betas = [[stage.loss.beta for stage in stages if isinstance(stage.loss, DKD)] for stages in students]
     assert betas == [[2, 36], [6, 18]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("method=kd",), "student plane2 from plane10, seed 0 (KEY)"),
+        (("method=scratch",), "student plane2, seed 0 (KEY)"),
+        (("method=kd", "loss=dkd"), "student plane2 by dkd from plane10, seed 0 (KEY)"),
+        (("method=scratch", "loss=tf_kd"), "student plane2 by tf_kd, seed 0 (KEY)"),
+        (
+            ("method=dgkd", "method.assistants=[plane4]", "loss=rkd"),
+            "student plane2 by rkd from plane10 + plane4, seed 0 (KEY)",
+        ),
+    ],
+)
+def test_a_line_about_a_stage_names_guides_and_a_loss_that_is_not_usual(overrides: tuple[str, ...], line: str) -> None:
+    student = run_planned("model=plane2", "teacher=plane10", *overrides)
+    assert stage_line(student).replace(student.key, "KEY") == line
 
 
 def test_tables_that_run_by_name_only() -> None:

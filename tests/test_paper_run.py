@@ -17,6 +17,8 @@ from kd.core.spec import KnownError
 from kd.core.stage import VIEWS, Stage
 from kd.datasets import DatasetConfig, load_data, resolve
 from kd.datasets import data as memory
+from kd.datasets.data import Data
+from kd.losses import LOSSES
 from kd.store import Store
 from kd.tools.paper import cost, page, report
 from kd.tools.paper.cost import Cost, Estimator, forward_flops
@@ -27,6 +29,9 @@ from kd.tools.paper.request import Copy, Request, profiles
 from kd.training.pipeline import RuntimeSpec, Workplace
 from tests.conftest import ROOT
 from tests.test_datasets import write_folder
+from tests.test_every_loss import few, stage_of
+
+__all__ = ["few"]  # the fixture
 
 ROW = ("--table", "takd_cifar10", "--row", "plane")
 TINY = (*ROW, "teacher=plane6", "train.epochs=1", "train.precision=fp32", "runtime.threads=1")
@@ -222,6 +227,61 @@ def test_what_is_stored_costs_nothing_and_leaves_its_views(estimate: Callable[..
     assert [cost.flops for cost in costs] == [cost.flops for cost in estimate()]
     assert costs[3].guided == 0
     assert estimate(bank=False)[3].guided == 160 * 45_000
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path, a_millisecond_an_image: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, Cost]:
+    """Costs of a benchmark's row by the student's loss, the first of each. A loss on features takes 64 ms a batch."""
+    monkeypatch.setattr("kd.tools.paper.cost._loss_step", lambda stage, device, samples: 0.064)
+    request = Request("full", profiles()["full"], ("benchmark",), ("resnet56_resnet20",), (0,))
+    place = Workplace(Store(tmp_path), tmp_path, RuntimeSpec(device="cpu", threads=1))
+    costs = Estimator(place).estimate([stage for stage, _ in graph(request).stages.values()], set())
+    return {cost.stage.loss.name: cost for cost in costs[::-1]}
+
+
+def test_logits_and_pooled_features_are_computed_once_each(benchmark: dict[str, Cost]) -> None:
+    all_views = 45_000 * 162 * (1 - (161 / 162) ** 240)
+    guided = {name: cost.guided for name, cost in benchmark.items() if cost.guided}
+    assert guided.pop("distill") == guided.pop("rkd") == pytest.approx(all_views)
+    assert guided == dict.fromkeys(("fitnet", "at", "sp", "vid", "reviewkd", "ofd"), 45_000 * 240)  # never cached
+
+
+def test_a_loss_on_features_has_a_time_of_its_own(benchmark: dict[str, Cost]) -> None:
+    plain = benchmark["dist"].seconds  # no view is new, and a loss on logits is not measured
+    assert benchmark["pkt"].seconds - plain == pytest.approx(45_000 * 240 / 1000)
+    assert benchmark["at"].seconds - plain == pytest.approx(45_000 * 240 * (1 + 1 / 3) / 1000)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].needs - {"guide"}])
+def test_the_time_of_every_loss_on_features(name: str, few: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd.tools.paper.cost._TIMED", 0.0)
+    stage = stage_of(name, few)
+    assert 0 < cost._loss_step(stage, "cpu", 1000) < 5
+    if name != "simkd":
+        assert cost._loss_step(stage_of(name, few, guides=2, precision="fp64"), "cpu", 1000) > 0
+
+
+def test_a_loss_that_cannot_be_built_has_no_time(few: Data) -> None:
+    stage = stage_of("ofd", few)
+    assert stage.guide is not None
+    guide = stage.guide.model_copy(update={"model": "plane2"})
+    assert cost._loss_step(stage.model_copy(update={"guide": guide}), "cpu", 1000) == 0
+
+
+@pytest.mark.parametrize(
+    ("taken", "fastest"),
+    [
+        ([0.5, 0.5, 0.2, 1, 0.1], 0.1),  # two busy moments
+        ([0, 0, *[0.01] * 30], 0.01),  # until they add up
+        ([2, 2, 2], 2),  # one of a long step is enough
+    ],
+)
+def test_a_time_is_that_of_the_fastest_call(
+    taken: list[float], fastest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([moment for took in taken for moment in (0, took)])
+    monkeypatch.setattr("kd.tools.paper.cost._now", lambda device: next(clock))
+    assert cost._fastest(lambda: None, "cpu") == fastest
 
 
 def test_the_makefile_hands_everything_on() -> None:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from kd.app.parsing import parse
 from kd.core.settings import descriptions
+from kd.methods import METHODS
 from tests.conftest import ROOT, composed, run_py
 from tests.test_architecture import ROWS
 from tests.test_datasets import write_folder
@@ -126,7 +127,7 @@ def keys() -> set[str]:
             yield f"{prefix}{name}"
             yield from below(value, f"{prefix}{name}.")
 
-    trees = [OmegaConf.to_container(composed(f"method={method}")) for method in ("ta", "trained_teacher")]
+    trees = [OmegaConf.to_container(composed(f"method={method}")) for method in METHODS]
     return {key for tree in trees for key in below(tree, "")}
 
 
@@ -240,6 +241,13 @@ def test_the_rules_are_few_and_have_the_order_of_the_test() -> None:
 def test_the_table_of_settings_is_the_programs() -> None:
     rows = re.findall(r"^\| `train\.(\w+)` \| (.*) \|$", (ROOT / "docs" / "running.md").read_text(), re.MULTILINE)
     assert dict(rows) == descriptions()
+
+
+def test_the_keys_of_every_method_are_in_the_table() -> None:
+    table = re.findall(r"^\| (`[^|]*) \|", section("running.md", "Keys"), re.MULTILINE)
+    named = {key for row in table for key in re.findall(r"`([\w.]+)`", row)}
+    own = {key for key in keys() if key.startswith("method.")} - {"method.name", "method.assistant", "method.teacher"}
+    assert own - named == set()
 
 
 def test_the_tree_names_what_exists() -> None:

@@ -35,7 +35,7 @@ def test_result_json(job: Job) -> None:
     assert set(result) == {"chain", "objective", "mode", "method", "dataset"}
     teacher, student = result["chain"]
     promised = {"role", "model", "key", "params", "val_acc", "test_acc", "epochs", "seconds", "reused"}
-    assert set(student) == promised | {"select", "seed", "loss", "normalize"}
+    assert set(student) == promised | {"select", "seed", "loss", "guides", "normalize"}
     usual = {"reduction": "batchmean", "weight": 1.0, "standardize": False}
     assert student["loss"] == {"name": "distill", "T": 4.0, "lambda": 0.5, **usual}
     assert (teacher["role"], student["role"]) == ("teacher", "student")
@@ -266,9 +266,7 @@ def test_tables_fit_80_columns(job: Job, monkeypatch: pytest.MonkeyPatch) -> Non
         f"{chain[0]['test_acc']:.2f}",
         *row.split()[-3:],
     ]
-    assert f"assistant resnet110    0 cross_entropy               2 {planned[0].key} to train" in " ".join(
-        shown.split("\n")
-    )
+    assert f"assistant resnet110 0 cross_entropy 2 {planned[0].key} to train" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("layout", ["hydra.sweep.subdir=deep/${hydra.job.num}", "hydra.output_subdir=null"])

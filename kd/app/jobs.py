@@ -79,6 +79,12 @@ def known_reason(error: Exception) -> str | None:
     return None
 
 
+def typed() -> list[str]:
+    """This job's overrides, as they were typed: their interpolations may have no value."""
+    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
+    return list(overrides)
+
+
 def group() -> str | None:
     """The W&B group of this job's multirun; None for a single run."""
     hydra = HydraConfig.get()
@@ -113,14 +119,14 @@ def processors_of_a_job(launcher: DictConfig, processors: int) -> int:
 
 def without_effect(config: Config) -> Iterator[str]:
     """A line for each part of the losses that the command line sets and that has no effect."""
-    asked = {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
+    asked = {override.partition("=")[0].lstrip("+") for override in typed()}
     links, method = chain(config, config.seed), f"method={config.method.name}"
     learning: dict[str, Link] = {link.role: link for link in links}  # assistants learn by the same loss
     for key, role, section, choice in (
         ("loss", "student", "method", config.loss),
         ("assistant_loss", "assistant", "method.assistant", config.assistant_loss),
     ):
-        link, called = learning.get(role), f"{key}={choice.name}"
+        link, called = learning.get(role), f"{key}={choice.option}"
         if link is None:
             if _is_set(key, asked):
                 yield f"{called} has no effect: {method} has no {role}"
@@ -135,6 +141,18 @@ def without_effect(config: Config) -> Iterator[str]:
             )
             if link is not links[0] and not link.loss.guided:
                 yield f"{called} needs no guide: no network teaches the {role}"
+
+
+def still_growing(student: Stage) -> Iterator[str]:
+    """A line for each loss whose weight grows until its network's training ends."""
+    keys, lines = {"student": "loss", "assistant": "assistant_loss"}, list[str]()
+    for stage in student.chain:
+        if isinstance(stage, Stage) and stage.role in keys and (grows := stage.loss.growth):
+            key, epochs, growing = keys[stage.role], stage.train.epochs, getattr(stage.loss, grows)
+            if epochs <= growing:
+                called, said = stage.loss.option or stage.loss.name, f"{key}.{grows}={growing}, train.epochs={epochs}"
+                lines.append(f"{key}={called}: its weight grows until training ends: {said}")
+    yield from dict.fromkeys(lines)
 
 
 def _is_set(key: str, asked: set[str]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -13,10 +13,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from kd.app.config import Config, TeacherConfig, check_system, recipe_name, train_spec, trained_networks
-from kd.app.experiments import experiments
+from kd.app.experiments import CONF, experiments
 from kd.core.recipes import RECIPES, released
 from kd.core.settings import TrainOverrides
-from kd.core.spec import KnownError, explain, printable, tilde
+from kd.core.spec import KnownError, Registry, explain, printable, tilde
 from kd.core.stage import Role, split_problem
 from kd.datasets import DATASETS, DatasetConfig
 from kd.losses import LOSSES
@@ -26,6 +26,12 @@ from kd.models import MODELS
 from kd.store.foreign import fingerprint
 
 _SHOWN = 100  # characters that are shown of a wrong value
+_GROUPS: dict[str, tuple[str, Registry[Any]]] = {  # sections of more than a name: their group and its table
+    "loss": ("loss", LOSSES),
+    "assistant_loss": ("loss@assistant_loss", LOSSES),
+    "method": ("method", METHODS),
+    "dataset": ("dataset", DATASETS),
+}
 _TELLING = 3  # values of environment variables up to this length are not hidden: they occur in ordinary words
 
 
@@ -64,13 +70,15 @@ def register() -> None:
     store.repo = _Shared(store.repo)
 
 
-def parse(cfg: DictConfig) -> Config:
-    """The validated configuration; no value is changed.
+def parse(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
+    """The validated configuration; no value is changed. `overrides` are the command line's, for what to type instead.
 
     Raises KnownError with all problems, one per line.
     """
     tree, problems = _resolved(cfg)
-    unread = {str(name) for name in cfg if str(name) not in tree}
+    misnamed = dict(_misnamed(tree, overrides))
+    problems += misnamed.values()
+    unread = {*misnamed, *(str(name) for name in cfg if str(name) not in tree)}
     sections: dict[str, Any] = {}
     problems += [f"{name}: unknown key" for name in tree if name not in Config.model_fields]
     for name, kind in get_type_hints(Config, include_extras=True).items():
@@ -92,6 +100,20 @@ def parse(cfg: DictConfig) -> Config:
     if problems:
         raise KnownError("\n".join(_discreet(problems, cfg)))
     return Config(**sections)
+
+
+def _misnamed(tree: dict[str, Any], overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The sections of which the name alone is set, to that of an option, with a line: the rest is not that option's."""
+    typed = {override.lstrip("+").partition("=")[0] for override in overrides}
+    for section, (group, table) in _GROUPS.items():
+        content = tree.get(section)
+        name = content.get("name") if isinstance(content, dict) else None
+        if f"{section}.name" not in typed or not isinstance(name, str):
+            continue
+        options = {*table.installed, *(path.stem for path in (CONF / group.partition("@")[0]).glob("*.yaml"))}
+        ours = name in [*table] and name not in table.installed
+        called = {name, getattr(table[name], "option", name)} if ours else {name}
+        yield from ((section, f"{section}.name: is chosen by {group}={option}") for option in called & options)
 
 
 def _told(problems: Iterator[str]) -> Iterator[str]:
@@ -231,11 +253,8 @@ def _teacher(sections: dict[str, Any]) -> Iterator[str]:
     if {"method", "model"} <= sections.keys():
         method, ends = sections["method"], Ends(sections["model"].name, teacher.name, seed=0, teacher_seed=0)
         teachers = [link for link in method.chain(ends) if link.role == "teacher"]
-        if teachers and method.name == "multi_teacher" and not any(link.replaceable for link in teachers):
-            listed = ",".join(link.model for link in teachers)
-            yield f"teacher.checkpoint: teacher={teacher.name} should be one of method.teachers (got [{listed}])"
-        elif teachers and not any(link.replaceable for link in teachers):
-            yield f"teacher.checkpoint: method={method.name} trains its own teacher; use method=kd with a checkpoint"
+        if teachers and not any(link.replaceable for link in teachers):
+            yield f"teacher.checkpoint: {method.no_use_of_checkpoint(ends)}"
     try:
         fingerprint(teacher.file)
     except KnownError as error:
@@ -255,7 +274,7 @@ def _reference(sections: dict[str, Any]) -> Iterator[str]:
             yield f"dataset.{key}: should be {shown} in mode=reference, which follows the released code"
     for key in sections.keys() & {"loss", "assistant_loss"}:
         if (choice := sections[key]).spec(T=1, **{"lambda": 1}) != DISTILL.spec(T=1, **{"lambda": 1}):
-            yield f"{key}.name: should be distill without options in mode=reference (got {choice.name!r})"
+            yield f"{key}: should be {DISTILL.option} with its own values in mode=reference (got {choice.option!r})"
     if {"method", "train", "model"} <= sections.keys():
         code = released("reference", sections["train"].recipe, MODELS[sections["model"].name].family)
         if code is not None and sections["method"].name not in code.methods:

@@ -171,6 +171,8 @@ class LossSpec(Frozen, ABC):
 
     name: str
     needs: ClassVar[frozenset[Need]] = frozenset({"guide"})  # empty: the loss needs no guide
+    option: ClassVar[str] = ""  # its option of `loss`; empty: called like the loss
+    growth: ClassVar[str] = ""  # the field that says in how many epochs its weight grows
     usual: ClassVar[bool] = False  # a loss of the two papers: tables and names of runs do without its name
 
     @abstractmethod
@@ -200,8 +202,8 @@ class LossSpec(Frozen, ABC):
 
     @property
     def described(self) -> str:
-        """The loss and its hyperparameters: "dkd T=4 alpha=1 beta=8"."""
-        return f"{self.name} {self.settings}".strip()
+        """The loss by its option, and its hyperparameters: "dkd T=4 alpha=1 beta=8"."""
+        return f"{self.option or self.name} {self.settings}".strip()
 
     @property
     def shown(self) -> str:

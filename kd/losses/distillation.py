@@ -42,6 +42,7 @@ class Distill(Formula):
     """
 
     name: Literal["distill"] = "distill"
+    option: ClassVar[str] = "kd"
     usual: ClassVar[bool] = True
     T: float = Field(gt=0)
     lam: float = Field(ge=0, le=1, validation_alias="lambda", serialization_alias="lambda")

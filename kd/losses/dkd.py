@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -34,6 +34,7 @@ class DKD(Formula):
     """
 
     name: Literal["dkd"] = "dkd"
+    growth: ClassVar[str] = "warmup"
     T: float = Field(gt=0)
     alpha: float = Field(1.0, ge=0)
     beta: float = Field(8.0, ge=0)

@@ -36,6 +36,7 @@ class ReviewKD(FeatureSpec):
 
     name: Literal["reviewkd"] = "reviewkd"
     needs: ClassVar[frozenset[Need]] = frozenset({"stages", "pre", "pooled"})
+    growth: ClassVar[str] = "warmup"
     weight: float = Field(5.0, gt=0)
     warmup: int = Field(20, ge=0)  # epochs; 0: none
     width: int = Field(512, ge=1)  # at most, of the fused maps; the net's pooled features if they are fewer

@@ -35,6 +35,11 @@ class LossChoice(Frozen):
         return LOSSES[self.name]
 
     @property
+    def option(self) -> str:
+        """What is chosen on the command line: `loss=kd` is the loss `distill`."""
+        return self.kind.option or self.name
+
+    @property
     def needs(self) -> frozenset[Need]:
         """What the loss reads of its guide and network; empty: it needs no guide."""
         return self.kind.needs
@@ -91,6 +96,10 @@ class Method(Frozen, ABC):
     def teacher_of(self, ends: Ends) -> Link:
         """The configured teacher, trained by cross-entropy. A given checkpoint replaces it."""
         return Link("teacher", ends.teacher, CrossEntropy(), ends.teacher_seed, replaceable=True)
+
+    def no_use_of_checkpoint(self, ends: Ends) -> str:
+        """Why teacher.checkpoint replaces no teacher of this chain, where it replaces none."""
+        return f"method={self.name} trains its own teacher; use method=kd with a checkpoint"
 
 
 class DistillingMethod(Method):

@@ -32,3 +32,6 @@ class MultiTeacher(DistillingMethod):
             first = model == ends.teacher and not again
             teachers.append(Link("teacher", model, CrossEntropy(), ends.teacher_seed + again, replaceable=first))
         return [*teachers, self.student_of(ends, tuple(teachers), self.weights or ())]
+
+    def no_use_of_checkpoint(self, ends: Ends) -> str:
+        return f"teacher={ends.teacher} should be one of method.teachers (got [{','.join(self.teachers)}])"

@@ -38,12 +38,21 @@ class Tapped:
     `stages` are the maps at the ends of the stages, after the last activation. `pre` are the same before it. `pooled`
     is the flattened input of the last layer. Gradients flow through all of them. `of` is the network that declares the
     paths, if it is not `network` itself: a network whose BatchNorm torch.fx has folded declares none, and of it only
-    `pooled` can be read. Raises KnownError if maps are asked of a network that declares none.
+    `pooled` can be read. With `training_only` nothing is kept in eval mode. Raises KnownError if maps are asked of a
+    network that declares none.
     """
 
     def __init__(
-        self, network: nn.Module, stages: bool, pre: bool, pooled: bool, *, of: nn.Module | None = None
+        self,
+        network: nn.Module,
+        stages: bool,
+        pre: bool,
+        pooled: bool,
+        *,
+        of: nn.Module | None = None,
+        training_only: bool = False,
     ) -> None:
+        self._network, self._training_only = network, training_only
         declaring = network if of is None else of
         wanted = _maps(declaring, stages, pre) if stages or pre else {}
         self._names = [*wanted]
@@ -73,6 +82,8 @@ class Tapped:
         """A function that keeps a tensor under this name and returns the one that the network goes on with."""
 
         def keep(tensor: Tensor) -> Tensor:
+            if self._training_only and not self._network.training:
+                return tensor
             self._kept[name] = tensor.flatten(1) if name == "pooled" else tensor
             # The activation after it may be in place, and would change what is kept.
             return tensor.clone() if name.endswith("_pre") else tensor

@@ -57,10 +57,25 @@ def print_run(result: RunResult) -> None:
         if outcome.select != student.select:
             images = f", teacher.normalize is {outcome.normalize}" if outcome.normalize else ""
             out.print(f"{outcome.role} {outcome.model}: {SELECTED[outcome.select]}{images}", highlight=False)
+    for line in _lessons(result.chain):
+        out.print(line, highlight=False, markup=False)
     if isinstance(result, ReplicatedResult):
         for line in _replicate_lines(result):
             out.print(line, highlight=False)
     out.print(f'the student: kd.load("{student.key}")', highlight=False)
+
+
+def _lessons(chain: Sequence[Outcome]) -> list[str]:
+    """How networks learn that have several guides, or a loss of other authors than the two papers'."""
+    models = {outcome.key: outcome.model for outcome in chain}
+    lines = []
+    for outcome in chain:
+        several = len(outcome.guides) > 1
+        above = f" from {' + '.join(models[key] for key in outcome.guides)}" if several else ""
+        by = f" by {outcome.loss.described}" if outcome.loss and not outcome.loss.usual else ""
+        if above or by:
+            lines.append(f"{outcome.role} {outcome.model} learns{above}{by}")
+    return lines
 
 
 def _replicate_lines(result: ReplicatedResult) -> tuple[str, str]:
@@ -151,10 +166,7 @@ def _plan_lines(sources: Sequence[Source]) -> list[str]:
     unread = "given (a dry run does not load its file); teacher.normalize is"
     lines = [f"{source.role} {source.model}: {unread} {source.normalize}" for source in given]
     several = [source for source in sources if isinstance(source, Stage) and len(source.guides) > 1]
-    lines += dict.fromkeys(
-        f"{stage.role} {stage.model} learns from {' and '.join(f'{g.role} {g.model}' for g in stage.guides)}"
-        for stage in several
-    )
+    lines += dict.fromkeys(_several_guides(stage) for stage in several)
     trainings: dict[str, dict[str, None]] = {}
     for source in sources:
         if isinstance(source, Stage):
@@ -164,6 +176,13 @@ def _plan_lines(sources: Sequence[Source]) -> list[str]:
     images = f"images: augment {data.augment}, {Normalization(mean=data.mean, std=data.std)}"
     split = f"{100 * data.val_fraction:g} % of them are for validation" if data.val_fraction else "all of them train"
     return [*lines, f"{images}; {split}"]
+
+
+def _several_guides(stage: Stage) -> str:
+    """The guides of a stage, and their weights if these are not equal."""
+    guides = " and ".join(f"{guide.role} {guide.model}" for guide in stage.guides)
+    weights = " and ".join(f"{weight:.3g}" for weight in stage.weights)
+    return f"{stage.role} {stage.model} learns from {guides}" + (f", with weights {weights}" if weights else "")
 
 
 def _planned(source: Source) -> tuple[str, ...]:

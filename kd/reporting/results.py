@@ -30,6 +30,7 @@ class Outcome(Frozen):
     key: str
     seed: int | None
     loss: Loss | None
+    guides: tuple[str, ...] = ()  # their keys
     params: int
     val_acc: float | None
     test_acc: float

@@ -22,10 +22,12 @@ from torch.fx.experimental.optimization import fuse
 
 from kd.core import files
 from kd.core.hardware import autocast, processor
+from kd.core.spec import tilde
 from kd.core.stage import FORMAT, VIEWS, Learner, Need, Outputs
 from kd.datasets.images import Images
 from kd.models.normalization import Normalized
 from kd.models.taps import Tapped, head
+from kd.reporting.console import in_bytes
 
 # Images in each forward pass; the last chunk is padded. With one shape, a row does not depend on the other rows or on
 # its position. So logits can be cached, and computed in any order. 128 was the fastest of 64…1,000 (bench/README.md).
@@ -35,6 +37,7 @@ _BLOCK = 128 * CHUNK
 
 
 _SPARE = 1 << 30  # bytes that a new bank leaves free on the disk
+_LARGE = 100_000_000  # bytes; a new bank that may become larger is announced
 _SAID = {"logits": "logits", "pooled": "pooled features"}
 LOGITS: frozenset[Need] = frozenset({"guide"})
 PLAIN: frozenset[Need] = frozenset({"guide", "pooled"})  # what can be cached
@@ -128,6 +131,10 @@ class Bank:
         except OSError:
             if not (self.folder / "header.json").exists():
                 raise
+        else:
+            if size > _LARGE:
+                what = _SAID[self.file.removesuffix(".bin")]
+                print(f"caches the guide's {what}: up to {in_bytes(size)} in {tilde(str(self.folder))}", flush=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -294,11 +301,15 @@ class LiveGuide:
         return said(logits, self._tapped)
 
 
-def tap(network: Normalized, needs: frozenset[Need]) -> Tapped | None:
-    """The hooks that a loss with these needs asks of a network; None if it reads logits only."""
+def tap(network: Normalized, needs: frozenset[Need], *, training_only: bool = False) -> Tapped | None:
+    """The hooks that a loss with these needs asks of a network; None if it reads logits only.
+
+    Those of a network in training are `training_only`: they keep nothing while it is evaluated.
+    """
     if needs <= LOGITS:
         return None
-    return Tapped(network.network, "stages" in needs, "pre" in needs, "pooled" in needs)
+    asked = "stages" in needs, "pre" in needs, "pooled" in needs
+    return Tapped(network.network, *asked, training_only=training_only)
 
 
 def said(logits: Tensor, tapped: Tapped | None) -> Outputs:

@@ -188,6 +188,7 @@ class Pipeline(Workplace):
             key=source.key,
             seed=stage.seed if stage else None,
             loss=stage.loss if stage else None,
+            guides=tuple(guide.key for guide in stage.guides) if stage else (),
             select=stage.train.select if stage else None,
             normalize=None if stage else source.normalize,
             reused=reused,
@@ -293,9 +294,7 @@ class Pipeline(Workplace):
                 data = stage.dataset
                 networks[stage.key] = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
         sizes = {key: sum(each.numel() for each in network.parameters()) for key, network in networks.items()}
-        for stage in last.chain:
-            if isinstance(stage, Stage) and stage.loss.needs - {"guide"}:
-                _check_loss(stage)
+        check_losses(last)
         for guide, stage in pairwise(last.chain):
             if stage.role == "assistant" and sizes[stage.key] > sizes[guide.key]:
                 told = f"{stage.model} ({sizes[stage.key]:,} parameters)", f"{guide.model} ({sizes[guide.key]:,})"
@@ -306,6 +305,13 @@ class Pipeline(Workplace):
         kind = self.device.partition(":")[0]  # without the number of the GPU
         processor = hardware.processor(self.device)
         return {"torch": version("torch"), "device": kind, "processor": processor, "threads": self.threads}
+
+
+def check_losses(last: Stage) -> None:
+    """Build the losses of a chain that read features. Raises KnownError for one that does not fit its networks."""
+    for stage in last.chain:
+        if isinstance(stage, Stage) and stage.loss.needs - {"guide"}:
+            _check_loss(stage)
 
 
 def _check_loss(stage: Stage) -> None:
@@ -326,7 +332,8 @@ def _check_loss(stage: Stage) -> None:
             for guide in found[1:]:
                 stage.loss.build(LossContext(found[0], guide, classes, classes))
         except KnownError as error:
-            raise KnownError(f"{stage.role} {stage.model}: loss={stage.loss.name}: {error}") from error
+            loss = stage.loss.option or stage.loss.name
+            raise KnownError(f"{stage.role} {stage.model}: loss={loss}: {error}") from error
 
 
 def run_students(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -> RunResult:

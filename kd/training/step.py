@@ -174,7 +174,7 @@ class Step:
     ) -> None:
         self.stage, self.device, self.team = stage, device, team
         self.network = make_network(stage, device)
-        self._tapped = tap(self.network, stage.loss.needs)
+        self._tapped = tap(self.network, stage.loss.needs, training_only=True)
         losses = make_losses(stage, self.network, guides, data, device)
         self._modules = nn.ModuleList(each for each in losses if isinstance(each, nn.Module))
         # Each rank has the same buffers: what a loss puts into them, it gathers from all ranks.

@@ -103,7 +103,7 @@ def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]
     composed = loader.load_configuration(config_name, fixed, run_mode=RunMode.RUN)
     with open_dict(composed):
         del composed["hydra"]
-    base = parse(composed)
+    base = parse(composed, fixed)
     swept = dict(str(each.input_line).split("=", 1) for each in overrides if each.is_sweep_override())
     given = {each.get_key_element() for each in overrides if not each.is_sweep_override()}
     space = {**{str(name): str(values) for name, values in (config.hydra.sweeper.params or {}).items()}, **swept}

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
-from statistics import median
 
-from kd.core.stage import VIEWS, DatasetSpec, Source, Stage
+from kd.core.spec import KnownError
+from kd.core.stage import VIEWS, Batch, DatasetSpec, LossContext, LossSpec, Need, Outputs, Source, Stage
 from kd.datasets import DATASETS
 from kd.training.pipeline import Workplace
 
 _BACKWARD = 2  # times the forward pass: the gradients of activations and of weights
-_TIMED = 0.3  # seconds of measured steps, at least one step, after two warm-up steps
+_WARM = 2  # calls that are not timed
+_LEAST, _TIMED = 3, 0.3  # calls and seconds that are timed at least
+_LONG = 3.0  # seconds after which one timed call is enough
 _PROBE = 1e10  # operations of a measured step on a CPU at most: a fraction of a second
 
 
@@ -60,7 +62,7 @@ def count_images(spec: DatasetSpec, data_root: Path) -> tuple[int, int]:
 
 @dataclass
 class _Seen:
-    """The number of epochs of views that a guide has computed, by seed: equal seeds draw equal views."""
+    """The number of epochs of views that a guide's cache has, by seed: equal seeds draw equal views."""
 
     epochs: dict[int, int] = field(default_factory=dict)
 
@@ -74,26 +76,33 @@ class _Seen:
 
 
 class Estimator:
-    """Counts operations and measures steps, once per network, on the device and with the threads of the training."""
+    """Counts operations and measures steps, once per network, on the device and with the threads of the training.
+
+    A loss on features is measured apart from its networks. Its operations are not counted. Losses on logits cost next
+    to nothing, and are not measured.
+    """
 
     def __init__(self, place: Workplace) -> None:
         self._place = place
         self._flops = cache(forward_flops)
         self._measured: dict[tuple[str, DatasetSpec, int, str], float] = {}
+        self._losses: dict[tuple[LossSpec, tuple[str, ...], DatasetSpec, int, str], float] = {}
         self._images = cache(lambda spec: count_images(spec, place.data_root))
 
     def estimate(self, stages: Sequence[Stage], stored: set[str]) -> list[Cost]:
         """The cost of each stage, in order. Stages in `stored` need no seconds and are not measured."""
-        asked: dict[tuple[str, str], _Seen] = {}
+        asked: dict[tuple[str, str, Need], _Seen] = {}
         costs = []
         for stage in stages:
             training, testing = self._images(stage.dataset)
             samples, epochs = training * (1 - stage.dataset.val_fraction), stage.train.epochs
             guided = {guide.key: samples * epochs for guide in stage.guides}
             if self._place.runtime.bank and not stage.loss.live:
-                for guide in stage.guides:
-                    seen = asked.setdefault((guide.key, stage.train.precision), _Seen())
-                    guided[guide.key] = seen.more(stage, samples)
+                for guide in stage.guides:  # logits and pooled features have a cache each
+                    caches = [
+                        asked.setdefault((guide.key, stage.train.precision, need), _Seen()) for need in stage.loss.needs
+                    ]
+                    guided[guide.key] = max(seen.more(stage, samples) for seen in caches)
             each_epoch = training - samples + (testing if stage.train.test_curve else 0)
             costs.append(self._sum(stage, stage.key in stored, samples * epochs, each_epoch * epochs + testing, guided))
         return costs
@@ -106,7 +115,7 @@ class Estimator:
         step, forward = 1 + _BACKWARD, 1 / (1 + _BACKWARD)  # a step in forward passes, and a forward pass in steps
         images = trained + tested * forward
         operations = images * step * self._forward(stage, stage)
-        seconds = 0.0 if stored else images * self._seconds(stage)
+        seconds = 0.0 if stored else images * self._seconds(stage) + trained * self._loss_seconds(stage)
         for guide in stage.guides:
             asked = guided[guide.key]
             operations += asked * self._forward(guide, stage)
@@ -129,6 +138,18 @@ class Estimator:
             self._measured[known] = _step(stage, self._place.device, batch) / batch
         return self._measured[known]
 
+    def _loss_seconds(self, stage: Stage) -> float:
+        """Seconds of a loss on features per image, measured once per loss, networks and batch size."""
+        if not stage.loss.needs - {"guide"}:
+            return 0.0
+        train, batch = stage.train, stage.train.batch_size
+        networks = stage.model, *(guide.model for guide in stage.guides)
+        known = stage.loss, networks, stage.dataset, batch, train.precision
+        if known not in self._losses:
+            samples, _ = self._images(stage.dataset)
+            self._losses[known] = _loss_step(stage, self._place.device, samples) / batch
+        return self._losses[known]
+
 
 def _step(stage: Stage, device: str, batch: int) -> float:
     """Seconds of a training step of a new network, not compiled, on random images."""
@@ -144,16 +165,70 @@ def _step(stage: Stage, device: str, batch: int) -> float:
     noise = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
     noise = noise.contiguous(memory_format=torch.channels_last)
-    times = list[float]()
-    while len(times) < 3 or sum(times[2:]) < _TIMED:
-        began = _now(device)
+
+    def step() -> None:
         with autocast(stage.train.precision, device):
             logits = network(noise)
         optimizer.zero_grad()
         cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+
+    return _fastest(step, device)
+
+
+def _loss_step(stage: Stage, device: str, samples: int) -> float:
+    """Seconds of a stage's loss and its gradients for a batch of random features, among so many training samples.
+
+    0 for a loss that cannot be built: the training will say why.
+    """
+    import torch
+
+    from kd.training.guide import learner
+    from kd.training.step import make_network
+
+    size, needs = stage.dataset.image_size, stage.loss.needs
+    numbers = torch.arange(samples, device=device)
+    labels = numbers % stage.dataset.num_classes
+    alike = [stage.model_copy(update={"model": source.model}) for source in (stage, *stage.guides)]
+    try:
+        net, *guides = [learner(make_network(each, device), needs, size) for each in alike]
+        losses = [stage.loss.build(LossContext(net, guide, labels, numbers)) for guide in guides]
+    except KnownError:
+        return 0.0
+    dtype = net.outputs.logits.dtype
+    losses = [each.to(device, dtype) if isinstance(each, torch.nn.Module) else each for each in losses]
+    chosen = numbers[: stage.train.batch_size]
+    own = _features(net.outputs, len(chosen), learning=True)
+    batches = [Batch(labels[chosen], chosen, own, _features(guide.outputs, len(chosen))) for guide in guides]
+
+    def step() -> None:
+        for loss, batch in zip(losses, batches, strict=True):
+            loss(batch)["loss"].backward()  # type: ignore[no-untyped-call]
+
+    return _fastest(step, device)
+
+
+def _features(one: Outputs, batch: int, *, learning: bool = False) -> Outputs:
+    """Random values for a batch, in the shapes and memory formats of one image's."""
+    import torch
+
+    repeated = {name: torch.cat([each] * batch) for name, each in one.tensors.items()}
+    return Outputs({name: torch.rand_like(each, requires_grad=learning) for name, each in repeated.items()})
+
+
+def _fastest(step: Callable[[], None], device: str) -> float:
+    """Seconds of the fastest of several calls. On a busy machine single calls take many times as long."""
+    times = list[float]()
+    while not _enough(times):
+        began = _now(device)
+        step()
         times.append(_now(device) - began)
-    return median(times[2:])
+    return min(times[_WARM:])
+
+
+def _enough(times: list[float]) -> bool:
+    timed = times[_WARM:]
+    return bool(timed) and (sum(times) > _LONG or (len(timed) >= _LEAST and sum(timed) >= _TIMED))
 
 
 def _now(device: str) -> float:

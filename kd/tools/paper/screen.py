@@ -24,7 +24,7 @@ def print_costs(costs: Sequence[Cost], store: Store) -> None:
     alike = dict[tuple[str, ...], list[Cost]]()
     for cost in costs:
         stage = cost.stage
-        guide = stage.guide.model if stage.guide else ""
+        guide = " + ".join(guide.model for guide in stage.guides)
         alike.setdefault((stage.role, stage.model, guide, stage.dataset.name), []).append(cost)
     for kind, members in alike.items():
         table.add_row(*kind, *_sums(members))

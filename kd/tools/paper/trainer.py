@@ -49,9 +49,10 @@ def train(
 
 
 def stage_line(stage: Stage) -> str:
-    """A stage in a few words."""
-    above = f" from {stage.guide.model}" if stage.guide else ""
-    return f"{stage.role} {stage.model}{above}, seed {stage.seed} ({stage.key})"
+    """A stage in a few words: "student resnet20 by dkd from resnet56, seed 0 (<key>)". Usual losses have no name."""
+    by = "" if stage.loss.usual else f" by {stage.loss.name}"
+    above = f" from {' + '.join(guide.model for guide in stage.guides)}" if stage.guides else ""
+    return f"{stage.role} {stage.model}{by}{above}, seed {stage.seed} ({stage.key})"
 
 
 def _train(stage: Stage, job: PlannedJob, store: Store, folder: Path) -> None:
