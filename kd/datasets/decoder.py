@@ -209,6 +209,7 @@ def _known(manifest: Path, geometry: Geometry) -> tuple[Facts, int] | None:
             raise ValueError("arrays of another shape")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, KnownError):
         _say(f"{manifest} or its arrays are damaged: the images are decoded again")
+        manifest.unlink(missing_ok=True)
     return None
 
 

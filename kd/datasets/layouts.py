@@ -222,11 +222,12 @@ def _splits(root: Path) -> dict[str, str]:
     """The folders of `root` by what they are for; empty if its folders are classes."""
     inside = folders_in(root)
     named = [(split, name) for name in inside if (split := split_named(name))]
-    if len(named) < len(inside) and not any(folders_in(root / name) for _, name in named):
+    if not named or (len(named) < len(inside) and not any(folders_in(root / name) for _, name in named)):
         return {}  # folders that hold no folders are classes, also one that is called train among others
-    splits = dict(named)
+    splits = {split: name for split in _SPLITS for other, name in named if other == split}
     if len(splits) < len(named):
-        names = ", ".join(name for _, name in named)
+        times = Counter(split for split, _ in named)
+        names = ", ".join(name for split, name in named if times[split] > 1)
         raise KnownError(f"dataset.root: {root} has several folders for one purpose ({names}): keep one of each")
     for split in {"train", "test"} - splits.keys():
         if split == "train" or "val" not in splits:
