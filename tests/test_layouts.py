@@ -30,7 +30,7 @@ def several(*folders: str, count: int = 2) -> list[str]:
 
 
 def listed(root: Path, test_fraction: float = 0.2) -> layouts.Listing:
-    return folder._listing(root, test_fraction)
+    return folder.listing_in(root, config(root, test_fraction=test_fraction))
 
 
 def names(files: list[layouts.File]) -> list[str]:
@@ -117,6 +117,11 @@ def test_the_split_hardly_changes_when_files_are_added(tmp_path: Path) -> None:
     before = {*names(listed(root).test)}
     make(root, "cat/new.png")
     assert len(before ^ {*names(listed(root).test)}) <= 1
+
+
+def test_a_fraction_that_is_not_used_is_said(tmp_path: Path) -> None:
+    root = make(tmp_path, *several("train/a", "train/b", "test/a", "test/b"))
+    assert listed(root, 0.3).choices == (f"{root} has a test set: dataset.test_fraction=0.3 is not used",)
 
 
 def test_every_class_has_an_image_on_both_sides(tmp_path: Path) -> None:
@@ -258,6 +263,9 @@ def test_a_csv_file_is_reported_with_all_its_problems(tmp_path: Path) -> None:
 def test_a_csv_file_beside_its_pictures_is_named(tmp_path: Path) -> None:
     make(tmp_path, *several("images"))
     table(tmp_path, "file,label", name="train.csv")
+    with pytest.raises(KnownError, match=r"or is it dataset.root=.*train.csv\?"):
+        listed(tmp_path)
+    make(tmp_path, "train/0.png", "test/0.png")
     with pytest.raises(KnownError, match=r"or is it dataset.root=.*train.csv\?"):
         listed(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")

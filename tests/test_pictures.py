@@ -256,6 +256,7 @@ def test_a_large_jpeg_is_opened_smaller_and_looks_the_same(tmp_path: Path) -> No
 
 def test_the_margin_is_the_usual_one() -> None:
     assert [margin(size) for size in (224, 112, 7)] == [256, 128, 8]
+    assert [margin(224, resize) for resize in ("short_side", "squash", "pad")] == [256, 224, 224]  # type: ignore[arg-type]
 
 
 # what cannot be read ----------------------------------------------------------------------------------------------

@@ -164,6 +164,19 @@ def test_the_background_is_a_setting(tmp_path: Path) -> None:
         assert tuple(pixels[0, 16, 16]) == colour
 
 
+@pytest.mark.parametrize("resize", ["squash", "pad"])
+def test_what_is_to_be_seen_as_a_whole_has_no_margin(tmp_path: Path, resize: str) -> None:
+    root = photographs(tmp_path / "photos")
+    image = Image.new("RGB", (60, 20), WHITE)
+    image.paste(RED, (0, 0, 6, 20))
+    image.paste(BLUE, (54, 0, 60, 20))
+    image.save(root / "train" / "cold" / "0.png")
+    spec = resolve(config(root, image_size=64, resize=resize), tmp_path / "data")
+    stored = decoder.stored(tmp_path / "data" / "folder", str(spec.content))
+    row = stored.read("train", np.array([0]))[0, 32]
+    assert (stored.side, tuple(row[1]), tuple(row[-2])) == (64, RED, BLUE)
+
+
 # made once, and whole ---------------------------------------------------------------------------------------------
 
 

@@ -121,7 +121,7 @@ def _geometry(listing: Listing, cache: Path, reading: Reading, one_size: bool) -
     keeps = own == size
     if keeps and config.image_size is None and size > reading.image_size:
         _say(f"{listing.root}: the images keep their {size}×{size} pixels; dataset.image_size=… makes them smaller")
-    side = size if keeps else margin(size)
+    side = size if keeps else margin(size, config.resize)
     total = count * side * side * 3
     streamed = config.decode == "stream" or (config.decode == "auto" and total > config.array_budget * 1e9)
     if streamed and config.decode == "auto":
@@ -130,7 +130,7 @@ def _geometry(listing: Listing, cache: Path, reading: Reading, one_size: bool) -
             f"dataset.array_budget={config.array_budget:g}: they are decoded in every epoch"
         )
     if streamed:
-        return Geometry(size, margin(size), config.resize, True)
+        return Geometry(size, margin(size, config.resize), config.resize, True)
     return Geometry(size, side, None if keeps else config.resize, False)
 
 

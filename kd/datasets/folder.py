@@ -4,14 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from kd.core.spec import KnownError
-from kd.datasets import Arrays, Facts, Reading, decoder, label_file, layouts
+from kd.datasets import Arrays, DatasetConfig, Facts, Reading, decoder, label_file, layouts
 
 _INSIDE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # where ImageNet's archives have train/ and val/
 
 
 def prepare(root: Path, data_root: Path, reading: Reading) -> Facts:
     """The facts of pictures in folders, or of a CSV file. Raises KnownError, with the names of files, for bad input."""
-    return decoder.decode(_listing(root, reading.config.test_fraction), data_root / "folder", reading)
+    return decoder.decode(listing_in(root, reading.config), data_root / "folder", reading)
 
 
 def read(data_root: Path, content: str | None) -> Arrays:
@@ -27,7 +27,7 @@ def prepare_imagenet(root: Path, data_root: Path, reading: Reading) -> Facts:
             "train/<wnid>/ and val/<wnid>/"
         )
     root = next((root / inside for inside in _INSIDE if (root / inside / "train").is_dir()), root)
-    return decoder.decode(_listing(root, reading.config.test_fraction), data_root / "imagenet", reading)
+    return decoder.decode(listing_in(root, reading.config), data_root / "imagenet", reading)
 
 
 def read_imagenet(data_root: Path, content: str | None) -> Arrays:
@@ -35,7 +35,16 @@ def read_imagenet(data_root: Path, content: str | None) -> Arrays:
     return decoder.read_arrays(data_root / "imagenet" / str(content))
 
 
-def _listing(root: Path, test_fraction: float) -> layouts.Listing:
+def listing_in(root: Path, config: DatasetConfig) -> layouts.Listing:
+    """The pictures of a folder or of a CSV file. Raises KnownError where its layout is not understood."""
+    listing = _listed(root, config.test_fraction)
+    if listing.own_test and config.test_fraction != DatasetConfig.model_fields["test_fraction"].default:
+        line = f"{root} has a test set: dataset.test_fraction={config.test_fraction:g} is not used"
+        return replace(listing, choices=(*listing.choices, line))
+    return listing
+
+
+def _listed(root: Path, test_fraction: float) -> layouts.Listing:
     if root.is_file():
         return label_file.read_table(root, test_fraction)
     if (root / label_file.ANNOTATIONS).is_file():

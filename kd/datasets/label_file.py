@@ -6,6 +6,7 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 
 from kd.core.spec import KnownError
@@ -112,9 +113,8 @@ def _rows(path: Path) -> list[tuple[str, str, str | None]]:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise KnownError(f"dataset.root: {path} is no text in UTF-8: it should be a CSV file or a folder") from error
-    lines = text.splitlines()
-    header = lines[0] if lines else ""
-    table = list(csv.reader(lines, delimiter=max(",;\t", key=header.count)))
+    header = text.partition("\n")[0].strip()
+    table = list(csv.reader(StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), skipinitialspace=True))
     names = [name.strip().lower() for name in (table or [[]])[0]]
     file, label, split = (_column(names, known) for known in (_FILE, _LABEL, _SPLIT))
     if file is None or label is None:
@@ -124,7 +124,9 @@ def _rows(path: Path) -> list[tuple[str, str, str | None]]:
         )
     body = [(number, row) for number, row in enumerate(table[1:], 2) if row]
     last = max(column for column in (file, label, split) if column is not None)
-    short = (f"line {number}" for number, row in body if len(row) <= last or not row[file].strip() or not row[label])
+    short = (
+        f"line {number}" for number, row in body if len(row) <= last or not row[file].strip() or not row[label].strip()
+    )
     raise_for(f"of {path} have no file, label or split", short, "lines")
     return [(r[file].strip(), r[label].strip(), None if split is None else r[split]) for _, r in body]
 
@@ -140,6 +142,7 @@ def _parted(path: Path, classes: list[str], rows: list[tuple[str, int, str | Non
         parts[split_named(split or "train") or "train"].append((name, label))
     train, val, test = (sorted(parts[split]) for split in ("train", "val", "test"))
     choices: tuple[str, ...] = ()
+    own_test = bool(test or val)
     if not test and val:
         val, test, choices = [], val, (val_is_test(f"val in {path}"),)
     elif not test:
@@ -151,4 +154,5 @@ def _parted(path: Path, classes: list[str], rows: list[tuple[str, int, str | Non
     if not train:
         raise KnownError(f"dataset.root: {path} has no images for training (split=train)")
     train.sort(key=lambda file: file[1])  # by class, as folders are
-    return Listing(root, classes, train + val, sorted(test, key=lambda file: file[1]), len(val), choices)
+    test.sort(key=lambda file: file[1])
+    return Listing(root, classes, train + val, test, len(val), own_test, choices)

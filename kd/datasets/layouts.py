@@ -36,8 +36,8 @@ File = tuple[str, int]  # path below the root, label
 class Listing:
     """The picture files of a data set, by their paths below `root`. `classes` are the labels' names.
 
-    The last `val_images` of `train` are its own validation split. `choices` are lines that say how the layout was
-    understood, `remarks` what was found and passed over.
+    The last `val_images` of `train` are its own validation split. The test set is its `own_test`, or was split off
+    here. `choices` are lines that say how the layout was understood, `remarks` what was found and passed over.
     """
 
     root: Path
@@ -45,6 +45,7 @@ class Listing:
     train: list[File]
     test: list[File]
     val_images: int = 0
+    own_test: bool = True
     choices: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -222,8 +223,9 @@ def _splits(root: Path) -> dict[str, str]:
     """The folders of `root` by what they are for; empty if its folders are classes."""
     inside = folders_in(root)
     named = [(split, name) for name in inside if (split := split_named(name))]
-    if not named or (len(named) < len(inside) and not any(folders_in(root / name) for _, name in named)):
-        return {}  # folders that hold no folders are classes, also one that is called train among others
+    alone = len(named) == 1 < len(inside) and not folders_in(root / named[0][1])
+    if not named or alone:  # one folder called train or test, beside others and without folders, is a class too
+        return {}
     splits = {split: name for split in _SPLITS for other, name in named if other == split}
     if len(splits) < len(named):
         times = Counter(split for split, _ in named)
@@ -250,7 +252,8 @@ def _of_splits(root: Path, splits: Mapping[str, str], passed: PassedOver) -> Lis
         del folders["test"]
     if len(folders["train"]) < 2:
         got = len(folders["train"])
-        raise KnownError(f"dataset.root: {root / splits['train']} should have two or more class folders (got {got})")
+        where = root / splits["train"]
+        raise KnownError(f"dataset.root: {where} should have two or more class folders (got {got}){_table_hint(root)}")
     lines = [_unlike(root, folders, splits, other) for other in folders if other != "train"]
     if any(lines):
         raise KnownError("\n".join(filter(None, lines)))
@@ -262,7 +265,7 @@ def _of_splits(root: Path, splits: Mapping[str, str], passed: PassedOver) -> Lis
         choices.append(val_is_test(str(root / splits["val"])))
         return Listing(root, classes, listed["train"], listed["val"], choices=tuple(choices))
     val = listed.get("val", [])
-    return Listing(root, classes, listed["train"] + val, listed["test"], len(val), tuple(choices))
+    return Listing(root, classes, listed["train"] + val, listed["test"], len(val), choices=tuple(choices))
 
 
 def _unlike(root: Path, folders: Mapping[str, set[str]], splits: Mapping[str, str], other: str) -> str | None:
@@ -280,13 +283,19 @@ def _pass_loose(root: Path, split: str, passed: PassedOver) -> None:
             passed.add(f"{split}/{entry.name}".lstrip("/"), reason)
 
 
+def _table_hint(root: Path) -> str:
+    """A question, if there is a file that may hold the labels."""
+    tables = sorted(entry.name for entry in os.scandir(root) if entry.name.lower().endswith((".csv", ".tsv")))
+    return f"; or is it dataset.root={root / tables[0]}?" if tables else ""
+
+
 def _of_classes(root: Path, test_fraction: float, passed: PassedOver) -> Listing:
     """One folder of class folders."""
     inside = folders_in(root)
     if len(inside) < 2:
-        tables = [entry.name for entry in os.scandir(root) if entry.name.lower().endswith((".csv", ".tsv"))]
-        hint = f"; or is it dataset.root={root / tables[0]}?" if tables else ""
-        raise KnownError(f"dataset.root: {root} should have two or more class folders (got {len(inside)}){hint}")
+        raise KnownError(
+            f"dataset.root: {root} should have two or more class folders (got {len(inside)}){_table_hint(root)}"
+        )
     inner = (f"{name}/{split}" for name in inside for split in folders_in(root / name) if split_named(split))
     raise_for(f"of {root} are splits in a folder of pictures: put them above the class folders", inner, "folders")
     found = {name: pictures_below(root, name, passed) for name in inside}
@@ -302,4 +311,4 @@ def _of_classes(root: Path, test_fraction: float, passed: PassedOver) -> Listing
     choices = [split_here(root, train, test)]
     if odd := [name for name in classes if split_named(name)]:
         choices.insert(0, f"{root / odd[0]} is taken as a class, because the folders in {root} hold images directly")
-    return Listing(root, classes, train, test, choices=tuple(choices))
+    return Listing(root, classes, train, test, own_test=False, choices=tuple(choices))

@@ -93,9 +93,12 @@ def read_square(path: Path, side: int, resize: Resize, background: Background = 
     return square(open_picture(path, background, least=2 * side), side, resize)
 
 
-def margin(image_size: int) -> int:
-    """The side of the stored square of which a view of `image_size` pixels is cut: 256 for 224."""
-    return round(image_size * 8 / 7)
+def margin(image_size: int, resize: Resize = "short_side") -> int:
+    """The side of the square of which a view of `image_size` pixels is cut: 256 for 224.
+
+    A picture that was squashed or padded to be seen as a whole has no margin that evaluation would cut off.
+    """
+    return round(image_size * 8 / 7) if resize == "short_side" else image_size
 
 
 @contextmanager
