@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from kd.core.spec import KnownError
-from kd.datasets import DatasetConfig, decoder, resolve, specify
+from kd.datasets import DatasetConfig, decoder, resized, resolve, specify
 from kd.datasets.pictures import read_square
 from tests.conftest import ROOT
 
@@ -175,6 +175,14 @@ def test_what_is_to_be_seen_as_a_whole_has_no_margin(tmp_path: Path, resize: str
     stored = decoder.stored(tmp_path / "data" / "folder", str(spec.content))
     row = stored.read("train", np.array([0]))[0, 32]
     assert (stored.side, tuple(row[1]), tuple(row[-2])) == (64, RED, BLUE)
+
+
+def test_progress_is_a_line_now_and_then(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(resized, "_LINE_EVERY", 0)
+    resolve(config(photographs(tmp_path / "photos")), tmp_path / "data")
+    said = capsys.readouterr().out
+    assert "decoding: 8 of 16, about 0 s left" in said
+    assert "\r" not in said
 
 
 # made once, and whole ---------------------------------------------------------------------------------------------

@@ -48,7 +48,5 @@ def _listed(root: Path, test_fraction: float) -> layouts.Listing:
     if root.is_file():
         return label_file.read_table(root, test_fraction)
     if (root / label_file.ANNOTATIONS).is_file():
-        passed = layouts.PassedOver()
-        listing = label_file.annotated(root, passed)
-        return replace(listing, remarks=(*layouts.described(listing), *passed.lines(root)))
+        return label_file.annotated(root)
     return layouts.find(root, test_fraction)

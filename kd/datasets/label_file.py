@@ -6,6 +6,7 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -59,10 +60,10 @@ def read_table(path: Path, test_fraction: float) -> Listing:
         raise KnownError(f"dataset.root: {path} should have two or more labels (got {len(classes)})")
     labels = {name: label for label, name in enumerate(classes)}
     listing = _parted(path, classes, [(name, labels[label], split) for name, label, split in rows], test_fraction)
-    return Listing(**{**vars(listing), "remarks": described(listing)})
+    return replace(listing, remarks=described(listing))
 
 
-def annotated(root: Path, passed: PassedOver) -> Listing:
+def annotated(root: Path) -> Listing:
     """Tiny-ImageNet in the layout of its archive: train/<wnid>/images/, and val/images/ with a file of labels.
 
     val/ is the test set, because the archive's test images have no labels. Raises KnownError for another layout.
@@ -70,7 +71,7 @@ def annotated(root: Path, passed: PassedOver) -> Listing:
     for folder in (root / "train", root / "val" / "images"):
         if not folder.is_dir():
             raise KnownError(f"dataset.root: {folder} is not a folder; {root} should be the unpacked Tiny-ImageNet")
-    classes = folders_in(root / "train")
+    classes, passed = folders_in(root / "train"), PassedOver()
     if len(classes) < 2:
         raise KnownError(f"dataset.root: {root / 'train'} should have two classes or more (got {len(classes)})")
     bare = (name for name in classes if not (root / "train" / name / "images").is_dir())
@@ -81,7 +82,8 @@ def annotated(root: Path, passed: PassedOver) -> Listing:
         if not found:
             raise KnownError(f"dataset.root: {root / 'train' / name / 'images'} has no images")
         train += [(file, label) for file in found]
-    return Listing(root, classes, train, _annotated_test(root, classes, passed))
+    listing = Listing(root, classes, train, _annotated_test(root, classes, passed))
+    return replace(listing, remarks=(*described(listing), *passed.lines(root)))
 
 
 def _annotated_test(root: Path, classes: list[str], passed: PassedOver) -> list[File]:
@@ -149,7 +151,8 @@ def _parted(path: Path, classes: list[str], rows: list[tuple[str, int, str | Non
         train, test = split_off(train, test_fraction)
         choices = (split_here(path, train, test),)
     for name, listed in (("train", train), ("val", val), ("test", test)):
-        bare = (c for label, c in enumerate(classes) if listed and label not in {label for _, label in listed})
+        labels = {label for _, label in listed}
+        bare = (c for label, c in enumerate(classes) if labels and label not in labels)
         raise_for(f"of {path} have no image in {name}", bare, "classes")
     if not train:
         raise KnownError(f"dataset.root: {path} has no images for training (split=train)")

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kd.core.spec import KnownError, printable
@@ -79,7 +79,7 @@ def find(root: Path, test_fraction: float) -> Listing:
     splits = _splits(root)
     listing = _of_splits(root, splits, passed) if splits else _of_classes(root, test_fraction, passed)
     choices = (*entered, *listing.choices)
-    return Listing(**{**vars(listing), "choices": choices, "remarks": (*described(listing), *passed.lines(root))})
+    return replace(listing, choices=choices, remarks=(*described(listing), *passed.lines(root)))
 
 
 def described(listing: Listing) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ def prepare(root: Path, data_root: Path, reading: Reading) -> Facts:
     if _in_class_folders(root):
         listing = layouts.find(root, reading.config.test_fraction)
     else:
-        listing = label_file.annotated(root, layouts.PassedOver())
+        listing = label_file.annotated(root)
     return decoder.decode(listing, data_root / "tiny_imagenet", reading, one_size=True)
 
 
