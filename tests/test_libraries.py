@@ -1,14 +1,26 @@
 """Networks of timm and torchvision: their names, how they are made, and how they prepare their images."""
 
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
 import pytest
 import torch
+import torchvision.models
+from safetensors.torch import load_file
+from torch import nn
 
 from kd.core.spec import KnownError
-from kd.core.stage import Normalization
+from kd.core.stage import DatasetSpec, Given, Normalization
 from kd.models import MODELS, ModelEntry, build, canonical, own_size, preprocessing_of
+from kd.models.folding import fold
 from kd.models.normalization import Normalized
+from kd.models.taps import Tapped, head, last_layers
+from kd.store.foreign import fetched, fingerprint, initial_weights, load_network
+from tests.conftest import ROOT
+from tests.test_stage import DATASET
 
-pytest.importorskip("timm", reason="the extra kd[timm] is not installed")
+timm = pytest.importorskip("timm", reason="the extra kd[timm] is not installed")
 
 SMALL = ["timm/resnet10t", "timm/tf_efficientnet_lite0", "timm/mobilenetv3_small_050", "timm/vit_tiny_patch16_224"]
 SMALL += [
@@ -175,3 +187,213 @@ def test_images_are_resized_before_they_are_normalised() -> None:
     torch.testing.assert_close(network(board)[..., 1:-1] * 0.5 + 0.25, torch.full((1, 3, 4, 2), 0.5), atol=0.1, rtol=0)
     fitting = torch.rand(2, 3, 4, 4)
     assert torch.equal(network(fitting), Normalized(torch.nn.Identity(), (0.25,) * 3, (0.5,) * 3)(fitting))
+
+
+# initial weights --------------------------------------------------------------------------------------------------
+
+LITE = ROOT.parent / "shared" / "data" / "tf_efficientnet_lite0_in1k.safetensors"
+
+
+@pytest.fixture
+def lite() -> Path:
+    """ImageNet's weights of tf_efficientnet_lite0."""
+    if not LITE.exists():
+        pytest.skip(f"{LITE} is not there")
+    return LITE
+
+
+def begun(file: Path, model: str, classes: int, size: int = 64) -> tuple[nn.Module, str | None]:
+    return initial_weights(file, fingerprint(file), model, num_classes=classes, image_size=size, key="teacher.init")
+
+
+def test_imagenets_weights_with_two_classes(lite: Path) -> None:
+    published = load_file(lite)
+    torch.manual_seed(3)
+    network, line = begun(lite, "timm/tf_efficientnet_lite0", 2)
+    assert line == "timm/tf_efficientnet_lite0: its classifier of 1,000 classes is made anew for 2"
+    torch.manual_seed(3)
+    fresh = build("timm/tf_efficientnet_lite0", num_classes=2, image_size=64).state_dict()
+    for name, tensor in network.state_dict().items():
+        kept = not name.startswith("classifier.")
+        assert torch.equal(tensor, published[name] if kept else fresh[name]), name
+    whole, line = begun(lite, "timm/tf_efficientnet_lite0", 1000)
+    assert line is None
+    assert torch.equal(whole.get_parameter("classifier.weight"), published["classifier.weight"])
+
+
+def test_weights_of_another_network(lite: Path) -> None:
+    with pytest.raises(KnownError) as caught:
+        begun(lite, "timm/mobilenetv3_small_050", 2)
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith("teacher.init: ")
+    assert "is not a timm/mobilenetv3_small_050 of 2 classes for 64×64 images" in first
+    assert any("108 unexpected: blocks.3.2.bn1" in line for line in lines)
+    assert any("of another shape: conv_stem.weight [32, 3, 3, 3] instead of [16, 3, 3, 3]" in line for line in lines)
+
+
+def test_a_given_teacher_of_imagenets_classes(lite: Path) -> None:
+    given = Given(
+        role="teacher",
+        model="timm/tf_efficientnet_lite0",
+        sha256=fingerprint(lite),
+        normalize=Normalization(mean=(0.5,) * 3, std=(0.5,) * 3),
+        dataset=DatasetSpec(**{**DATASET.model_dump(), "num_classes": 2, "image_size": 64}),
+    )
+    with pytest.raises(KnownError, match="it is a timm/tf_efficientnet_lite0 of 1000 classes") as caught:
+        load_network(lite, given)
+    assert str(caught.value).splitlines()[-1].startswith(f"  everything but the classifier fits: teacher.init={lite}")
+
+
+def test_weights_of_torchvision(tmp_path: Path) -> None:
+    network = build("torchvision/mobilenet_v3_small", num_classes=7, image_size=64)
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "net.pth")
+    begins, line = begun(tmp_path / "net.pth", "torchvision/mobilenet_v3_small", 4)
+    assert line == "torchvision/mobilenet_v3_small: its classifier of 7 classes is made anew for 4"
+    for each, tensor in begins.state_dict().items():
+        same = torch.equal(tensor, network.state_dict()[each])
+        assert same != each.startswith("classifier.3."), each
+
+
+@pytest.mark.parametrize("name", ["timm/resnet10t", "torchvision/squeezenet1_1"])
+def test_published_weights_are_fetched_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, function = (timm, "create_model") if name.startswith("timm/") else (torchvision.models, "get_model")
+    real, fetched_networks = getattr(package, function), []
+
+    def offline(arch: str, **how: Any) -> nn.Module:
+        network: nn.Module = real(arch, **{k: v for k, v in how.items() if k not in ("pretrained", "weights")})
+        if how.get("pretrained") or how.get("weights"):
+            fetched_networks.append(network)
+        return network
+
+    monkeypatch.setattr(package, function, offline)
+    monkeypatch.setattr("kd.models.libraries._reach", lambda address: None)
+    place = fetched(name, tmp_path)
+    assert place == tmp_path / "pretrained" / f"{name.replace('/', '-')}.safetensors"
+    assert fetched(f"{name}?", tmp_path) == place
+    (published,) = fetched_networks
+    network, line = begun(place, name, 1000)
+    assert line is None
+    assert all(map(torch.equal, network.state_dict().values(), published.state_dict().values()))
+    assert [each.name for each in place.parent.iterdir()] == [place.name]
+
+
+def test_what_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(request: Any, timeout: float) -> None:
+        assert timeout <= 10
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("kd.models.libraries.urlopen", fail)
+    with pytest.raises(
+        KnownError, match=r"^teacher\.init: the weights of timm/resnet10t cannot be fetched: "
+    ) as caught:
+        fetched("timm/resnet10t", tmp_path, "teacher.init")
+    assert str(caught.value).endswith("where you have the weights in a file, teacher.init=<file> takes them")
+    with pytest.raises(KnownError, match=r"^teacher\.init: timm publishes no weights of resnet50_mlp;"):
+        fetched("timm/resnet50_mlp", tmp_path, "teacher.init")
+    with pytest.raises(KnownError, match=r"^init: resnet8 has no published weights: only networks of timm and torch"):
+        fetched("resnet8", tmp_path)
+    assert not (tmp_path / "pretrained").exists()
+
+
+# features ---------------------------------------------------------------------------------------------------------
+
+# name: the sizes of its maps of a 64×64 image, and the number of its pooled features
+FEATURES = {
+    "timm/resnet10t": ([16, 8, 4, 2], 512),
+    "timm/mobilenetv3_small_050": ([16, 8, 4, 2], 1024),
+    "timm/tf_efficientnet_lite0": ([16, 8, 4, 2], 1280),
+    "timm/convnext_atto": ([16, 8, 4, 2], 320),
+    "torchvision/resnet18": ([16, 8, 4, 2], 512),
+    "torchvision/mobilenet_v3_small": ([16, 8, 4, 2], 1024),
+    "torchvision/squeezenet1_1": ([15, 7, 3], None),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_maps_and_pooled_features(name: str) -> None:
+    torch.manual_seed(0)
+    sizes, features = FEATURES[name]
+    network = build(name, num_classes=5, image_size=64).eval()
+    tapped = Tapped(network, stages=True, pre=False, pooled=features is not None)
+    logits = network(torch.randn(2, 3, 64, 64))
+    maps, pooled = tapped.take()
+    assert list(maps) == [f"stage{i}" for i in range(1, len(sizes) + 1)]
+    assert [each.shape[2] for each in maps.values()] == [each.shape[3] for each in maps.values()] == sizes
+    if features is not None:
+        assert pooled is not None
+        assert pooled.shape == (2, features)
+        torch.testing.assert_close(network.get_submodule(head(network))(pooled), logits)
+    total = torch.stack([each.mean() for each in maps.values()]).sum()
+    gradients = torch.autograd.grad(total, next(network.parameters()))
+    assert gradients[0].any()
+
+
+def test_networks_without_maps_say_what_works() -> None:
+    for name in ("timm/vit_tiny_patch16_224", "timm/mixer_s32_224", "torchvision/vit_b_32"):
+        with torch.device("meta"):
+            network = build(name, num_classes=5)
+        message = f"no stage of {name} ends in one; losses that read logits or pooled features alone work with it$"
+        with pytest.raises(KnownError, match=message):
+            Tapped(network, stages=True, pre=False, pooled=False)
+        Tapped(network, stages=False, pre=False, pooled=True)
+    with torch.device("meta"):
+        network = build("timm/resnet10t", num_classes=5)
+    with pytest.raises(
+        KnownError, match=r"^losses on maps before their activation need other networks: timm/resnet10t"
+    ):
+        Tapped(network, stages=True, pre=True, pooled=False)
+
+
+def test_two_classifiers_have_no_common_input() -> None:
+    with torch.device("meta"):
+        network = build("timm/deit_tiny_distilled_patch16_224", num_classes=5)
+    assert last_layers(network) == ("head", "head_dist")
+    with torch.device("meta"):
+        assert head(build("timm/hrnet_w18_small", num_classes=5, image_size=64)) == "classifier"  # its .head is a text
+    with pytest.raises(KnownError, match=r"VisionTransformerDistilled has head and head_dist$"):
+        head(network)
+
+
+# folding ----------------------------------------------------------------------------------------------------------
+
+FOLDED = ["timm/resnet10t", "torchvision/resnet18", "torchvision/mobilenet_v3_small", "timm/tf_efficientnet_lite0"]
+MORE = ["mobilenetv3_small_050", "mobilenetv4_conv_small", "efficientnet_lite0", "vit_tiny_patch16_224"]
+MORE += ["convnext_atto", "repvgg_a0", "mobileone_s0", "lcnet_050", "resnet18"]
+
+
+@pytest.mark.parametrize("name", [*FOLDED, *(pytest.param(f"timm/{arch}", marks=pytest.mark.slow) for arch in MORE)])
+def test_folding_changes_no_logits_of_a_librarys_network(name: str) -> None:
+    torch.manual_seed(0)
+    how = preprocessing_of(name)
+    size = how.size if how and how.size else 64
+    network = build(name, num_classes=5, image_size=size).double()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            state = module.state_dict()
+            for tensor in (state["running_mean"], state["bias"]):
+                nn.init.normal_(tensor, 0, 0.1)
+            for tensor in (state["running_var"], state["weight"]):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    folded, images = fold(network), torch.randn(2, 3, size, size, dtype=torch.float64)
+    assert network.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    with torch.inference_mode():
+        tapped = Tapped(folded, stages=False, pre=False, pooled=True, of=network)
+        logits = folded(images)
+        torch.testing.assert_close(logits, network.eval()(images))
+        _, pooled = tapped.take()
+        assert pooled is not None
+        torch.testing.assert_close(network.get_submodule(head(network))(pooled), logits)
+    norms, left = (sum(type(m) is nn.BatchNorm2d for m in n.modules()) for n in (network, folded))
+    assert left == 0 or name == "timm/tf_efficientnet_lite0" or norms == 0
+
+
+def test_a_network_that_cannot_be_traced_is_copied() -> None:
+    for name, size in (("timm/mobilevitv2_050", 64), ("timm/swin_tiny_patch4_window7_224", 224)):
+        network = build(name, num_classes=5, image_size=size).eval()
+        folded, images = fold(network), torch.randn(1, 3, size, size)
+        assert type(folded) is type(network)
+        assert folded is not network
+        with torch.inference_mode():
+            torch.testing.assert_close(folded(images), network(images))

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 
 from kd.core.spec import KnownError
 from kd.models import MODELS, build
+from kd.models.folding import fold
 from kd.models.normalization import Normalized
 
 
@@ -340,7 +340,7 @@ def test_folding_changes_no_logits(name: str) -> None:
                 nn.init.normal_(tensor, 0, 0.1)
             for tensor in (module.running_var, module.weight):
                 nn.init.uniform_(tensor, 0.5, 1.5)
-    folded, images = fuse(network), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    folded, images = fold(network), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     with torch.inference_mode():
         torch.testing.assert_close(folded(images), network(images))
     left, before = (sum(isinstance(m, nn.BatchNorm2d) for m in n.modules()) for n in (folded, network))

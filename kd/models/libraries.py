@@ -6,7 +6,6 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib.util import find_spec
@@ -251,8 +250,13 @@ def _from_a_quarter(size: int, outputs: dict[str, tuple[int, ...]]) -> list[str]
 
 def _reach(address: str) -> None:
     """Raise OSError if nothing answers at an address within ten seconds."""
-    with suppress(HTTPError):  # it answers
+    try:
         urlopen(Request(address, method="HEAD"), timeout=10).close()
+    except HTTPError:  # it answers
+        return
+    except OSError as error:
+        why = getattr(error, "reason", error)
+        raise OSError(f"{address} does not answer: {why}; HF_HUB_OFFLINE=1 takes them from its cache alone") from error
 
 
 LIBRARIES: Mapping[str, Library] = {library.name: library for library in (Timm(), Torchvision())}

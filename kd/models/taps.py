@@ -137,10 +137,11 @@ def last_layers(network: nn.Module) -> tuple[str, ...]:
 
     Raises KnownError if there is none.
     """
-    if isinstance(declared := getattr(network, "head", None), str):
-        return (declared,)
     if (name := getattr(network, "library_name", None)) and (paths := classifiers(name, network)):
         return paths
+    declared = getattr(network, "head", None)
+    if name is None and isinstance(declared, str):
+        return (declared,)
     layers: list[str] = [name for name, module in network.named_modules() if _is_linear(module)]
     if not layers:
         raise KnownError(
