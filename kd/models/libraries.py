@@ -346,11 +346,9 @@ def _blank(text: str, num_classes: int, in_channels: int) -> nn.Module:
         try:
             with torch.device("meta"):
                 return make()
-        except NotImplementedError:  # torchvision's RegNets compute their sizes by tensors
+        except Exception:  # some read sizes from tensors: torchvision's RegNets, and more in older versions of timm
             with torch.device("cpu"):
                 return _made(text, make).to("meta")
-        except Exception as error:
-            raise _refused(text, error) from error
 
 
 T = TypeVar("T")
@@ -361,8 +359,4 @@ def _made(what: str, make: Callable[[], T]) -> T:
     try:
         return make()
     except Exception as error:
-        raise _refused(what, error) from error
-
-
-def _refused(what: str, error: Exception) -> KnownError:
-    return KnownError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}")
+        raise KnownError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
