@@ -48,6 +48,18 @@ def test_digits_are_what_the_table_says() -> None:
     assert len(data.labels.unique()) == spec.num_classes
 
 
+def test_class_names_are_those_of_the_labels() -> None:
+    from torchvision.datasets import FashionMNIST
+
+    known = {
+        name: resolve(config(name), Path("/nowhere")) for name in ("digits", "fashion_mnist", "cifar10", "cifar100")
+    }
+    assert all(len(set(spec.classes)) == spec.num_classes for spec in known.values())
+    assert list(known["fashion_mnist"].classes) == FashionMNIST.classes
+    for name in ("digits", "cifar10", "cifar100"):
+        assert sorted(known[name].classes) == list(known[name].classes)  # as their labels are numbered
+
+
 DOWNLOADS = {"cifar10", "cifar100", "fashion_mnist"}  # their files are tested below
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from kd.core.spec import Frozen, KnownError, PathText, Registry, Text, load_attribute
 from kd.core.stage import Augment, Background, Channels, DatasetSpec, Resize, Seed
+from kd.datasets import class_names
 
 if TYPE_CHECKING:
     from kd.datasets.images import Images
@@ -125,19 +126,33 @@ def grey_to_rgb(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 _OWN: dict[str, DatasetEntry] = {
     "digits": DatasetEntry(
         read="kd.datasets.digits.read",
-        facts=Facts(10, 16, mean=(0.30543,) * 3, std=(0.37534,) * 3, images=(1_437, 360)),
+        facts=Facts(10, 16, (0.30543,) * 3, (0.37534,) * 3, images=(1_437, 360), classes=class_names.DIGITS),
     ),
     "fashion_mnist": DatasetEntry(
         read="kd.datasets.fashion_mnist.read",
-        facts=Facts(10, 32, mean=(0.219,) * 3, std=(0.3318,) * 3, images=(60_000, 10_000)),
+        facts=Facts(10, 32, (0.219,) * 3, (0.3318,) * 3, images=(60_000, 10_000), classes=class_names.FASHION_MNIST),
     ),
     "cifar10": DatasetEntry(
         read="kd.datasets.cifar.read_cifar10",
-        facts=Facts(10, 32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), images=(50_000, 10_000)),
+        facts=Facts(
+            num_classes=10,
+            image_size=32,
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2470, 0.2435, 0.2616),
+            images=(50_000, 10_000),
+            classes=class_names.CIFAR10,
+        ),
     ),
     "cifar100": DatasetEntry(
         read="kd.datasets.cifar.read_cifar100",
-        facts=Facts(100, 32, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761), images=(50_000, 10_000)),
+        facts=Facts(
+            num_classes=100,
+            image_size=32,
+            mean=(0.5071, 0.4867, 0.4408),
+            std=(0.2675, 0.2565, 0.2761),
+            images=(50_000, 10_000),
+            classes=class_names.CIFAR100,
+        ),
     ),
     "folder": DatasetEntry(read="kd.datasets.folder.read", prepare="kd.datasets.folder.prepare"),
     "tiny_imagenet": DatasetEntry(
