@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import kd
-from kd.app.config import normalizations
 from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec, Given, Normalization
 from kd.datasets import digits
@@ -96,7 +95,8 @@ LAYOUTS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
 
 
 def given(model: str = "resnet8", **changes: Any) -> Given:
-    settings = {"role": "teacher", "model": model, "sha256": "0", "normalize": normalizations()["cifar10"]}
+    normalize = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616))
+    settings = {"role": "teacher", "model": model, "sha256": "0", "normalize": normalize}
     return Given(**{**settings, "dataset": DATASET, **changes})
 
 
@@ -467,7 +467,7 @@ def test_a_run_on_given_weights(job: Job, tmp_path: Path, capsys: pytest.Capture
     assert " given" in out
     assert (teacher["role"], teacher["seed"], teacher["loss"], teacher["epochs"]) == ("teacher", None, None, 0)
     assert teacher["val_acc"] is None
-    assert teacher["normalize"] == {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    assert Normalization(**teacher["normalize"]) == Normalization(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     assert "given weights, teacher.normalize is mean 0.1/0.2/0.3, std 0.5/0.6/0.7" in out
     assert (student["role"], student["reused"]) == ("student", False)
     back = kd.load(teacher["key"], tmp_path / "store")
