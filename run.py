@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kd.app import jobs
-from kd.app.config import plan
+from kd.app.config import initial_files, plan
 from kd.app.parsing import parse, recorded, register
 from kd.core.spec import KnownError, tilde
 from kd.datasets import resolve
@@ -33,9 +33,9 @@ def main(cfg: DictConfig) -> float | None:
 
 def _job(cfg: DictConfig, folder: Path) -> float | None:
     config = parse(cfg, jobs.typed())
-    dataset = resolve(config.dataset, config.data_root, config.workers)
+    dataset = resolve(config.dataset, config.data_root, config.workers, config.image_size)
     students = plan(config, dataset)
-    for line in (*jobs.without_effect(config), *jobs.still_growing(students[0])):
+    for line in (*jobs.choices(config, dataset), *jobs.without_effect(config), *jobs.still_growing(students[0])):
         print(line, flush=True)
     store = Store(config.store_root)
     if config.dry_run:
@@ -50,6 +50,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
             runtime=runtime,
             tracker=tracker,
             checkpoint=config.teacher.file,
+            initial=initial_files(config),
             on_nan=config.train.on_nan,
             min_acc=config.teacher.min_acc,
             team=team(),

@@ -24,7 +24,7 @@ from kd.store import Store
 from kd.tools.inspection.measures import Bin, calibration, confusion, fidelity
 from kd.tools.inspection.outputs import outputs
 from kd.tools.store import main
-from kd.training.pipeline import RuntimeSpec, Workplace
+from kd.training.workplace import RuntimeSpec, Workplace
 from tests.test_datasets import write_folder
 from tests.test_faults import trained
 from tests.test_stage import stage

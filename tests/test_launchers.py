@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from kd.app.jobs import processors_of_a_job, with_share
 from kd.core import hardware
 from kd.reporting import console
-from kd.training.pipeline import RuntimeSpec
+from kd.training.workplace import RuntimeSpec
 from tests.conftest import QUICK, ROOT, run_py
 
 # A bug that only one job meets, in whatever process it runs; its exception cannot be unpickled.

@@ -14,6 +14,7 @@ from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec, Given, Normalization
 from kd.models import MODELS, ModelEntry, build, canonical, own_size, preprocessing_of
 from kd.models.folding import fold
+from kd.models.libraries import LIBRARIES, stage_ends
 from kd.models.normalization import Normalized
 from kd.models.taps import Tapped, head, last_layers
 from kd.store.foreign import fetched, fingerprint, initial_weights, load_network
@@ -342,6 +343,36 @@ def test_networks_without_maps_say_what_works() -> None:
         KnownError, match=r"^losses on maps before their activation need other networks: timm/resnet10t"
     ):
         Tapped(network, stages=True, pre=True, pooled=False)
+
+
+def one_of_each_file() -> list[str]:
+    """The first network of each of timm's files, and every one of torchvision that gives logits alone."""
+    files = {timm.model_entrypoint(name).__module__: name for name in reversed(timm.list_models())}
+    skipped = ("googlenet", "inception_v3", "vit_h_14")  # they need an option
+    return [f"timm/{name}" for name in files.values()] + [
+        f"torchvision/{name}" for name in LIBRARIES["torchvision"].names() if name not in skipped
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", one_of_each_file())
+def test_every_kind_of_network(name: str) -> None:
+    """It is made, and runs; its last layer gets pooled features, and each of its stages ends in a map."""
+    how = preprocessing_of(name)
+    size = how.size if how and how.size else own_size(name)
+    assert size is not None
+    with torch.device("meta"):
+        network, images = build(name, num_classes=5, image_size=size).eval(), torch.zeros(2, 3, size, size)
+    tapped = [Tapped(network, stages=False, pre=False, pooled=True)] if len(last_layers(network)) == 1 else []
+    tapped += [Tapped(network, stages=True, pre=False, pooled=False)] if stage_ends(name) else []
+    with torch.no_grad():
+        assert network(images).shape == (2, 5)
+    for each in tapped:
+        maps, pooled = each.take()
+        assert pooled is None or pooled.dim() == 2
+        sides = [one.shape[2] for one in maps.values()]
+        assert sides == sorted(sides, reverse=True)
+        assert all(one.dim() == 4 and one.shape[2] == one.shape[3] for one in maps.values())
 
 
 def test_two_classifiers_have_no_common_input() -> None:

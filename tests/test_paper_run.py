@@ -26,7 +26,7 @@ from kd.tools.paper.gather import gather
 from kd.tools.paper.graph import graph
 from kd.tools.paper.reproduction import main
 from kd.tools.paper.request import Copy, Request, profiles
-from kd.training.pipeline import RuntimeSpec, Workplace
+from kd.training.workplace import RuntimeSpec, Workplace
 from tests.conftest import ROOT
 from tests.test_datasets import write_folder
 from tests.test_every_loss import few, stage_of

@@ -2,67 +2,30 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, InstanceOf, ValidationError
+from pydantic import Field, InstanceOf, ValidationError
 
+from kd.app.networks import Freeze, InitText, ModelConfig, NetworkConfig, TeacherConfig, initial_file, preprocessing
 from kd.core.hardware import cpu_count, resolve_device, resolve_precision
-from kd.core.recipes import GAMMA, RECIPES, RELEASED, Released, recipe, released
+from kd.core.recipes import GAMMA, RECIPES, USUAL, Released, Task, recipe, released
 from kd.core.settings import OnNaN, TrainOverrides, TrainSpec
-from kd.core.spec import Frozen, KnownError, PathText, explain
-from kd.core.stage import DatasetSpec, Given, Normalization, Part, Role, Seed, Source, Stage
-from kd.datasets import DATASETS, DatasetConfig
+from kd.core.spec import Frozen, KnownError, explain
+from kd.core.stage import DatasetSpec, Given, LossSpec, Normalization, Role, Seed, Source, Stage
+from kd.datasets import DATASETS, LARGE, DatasetConfig
+from kd.losses import LOSSES, CrossEntropy
 from kd.methods.method import Ends, Link, LossChoice, Method
-from kd.models import MODELS, NetworkName
+from kd.models import MODELS, NetworkName, own_size
 from kd.reporting.results import Objective
 from kd.reporting.tracking import TrackingSpec
 from kd.store import place
 from kd.store.foreign import fingerprint
-from kd.training.pipeline import RuntimeSpec
 from kd.training.ranks import world
+from kd.training.workplace import RuntimeSpec
 
-
-class ModelConfig(Frozen):
-    """The `model` section: the student's network, and overrides of its training settings."""
-
-    name: NetworkName
-    train: TrainOverrides
-
-
-def normalizations() -> dict[str, Normalization]:
-    """The normalisations that have a name: each data set's own, and those of published weights."""
-    known = {name: (e.facts.mean, e.facts.std) for name, e in DATASETS.usable().items() if e.facts is not None}
-    known |= {code.normalization: (code.mean, code.std) for code in RELEASED}
-    known["torchdistill"] = (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)
-    return {name: Normalization(mean=mean, std=std) for name, (mean, std) in known.items()}
-
-
-def _named(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    known = normalizations()
-    if value not in known:
-        raise ValueError(f"should be one of {', '.join(known)}, or {{mean: [r, g, b], std: [r, g, b]}}")
-    return known[value]
-
-
-class TeacherConfig(Frozen):
-    """The `teacher` section. The seed is also the reference's."""
-
-    name: NetworkName
-    seed: Seed
-    train: TrainOverrides
-    checkpoint: PathText | None = None  # a file of trained weights: then no teacher is trained
-    part: Part | None = None  # which network, if the file holds two
-    normalize: Annotated[Normalization | None, BeforeValidator(_named)] = None  # null: the student's
-    min_acc: float | None = Field(None, ge=0, le=100)  # a teacher with a lower test accuracy is refused
-
-    @property
-    def file(self) -> Path | None:
-        """The checkpoint's path."""
-        return None if self.checkpoint is None else Path(os.path.expanduser(self.checkpoint))
+_USUAL_SIZE = 224  # pixels of a photograph for networks without a size of their own
 
 
 class TrainConfig(TrainOverrides):
@@ -89,6 +52,8 @@ class Config(Frozen):
     method: InstanceOf[Method]
     loss: LossChoice  # how the student learns from its guide
     assistant_loss: LossChoice
+    init: dict[NetworkName, InitText] = Field({})  # initial weights of the chain's other networks, by their names
+    freeze: tuple[NetworkName, ...] = ()  # those of which only the classifier is trained
     mode: Literal["paper", "reference"]
     train: TrainConfig
     tracking: TrackingSpec
@@ -112,6 +77,11 @@ class Config(Frozen):
     def workers(self) -> int:
         """Threads that decode images."""
         return self.runtime.workers or cpu_count()
+
+    @property
+    def image_size(self) -> int:
+        """The size of photographs where dataset.image_size is not set: the student's own."""
+        return self.model.image_size or own_size(self.model.name) or _USUAL_SIZE
 
     @property
     def released(self) -> Released | None:
@@ -147,21 +117,70 @@ def _student(config: Config, dataset: DatasetSpec, seed: int, given: Given | Non
         if given is not None and link.replaceable:
             made.append(given)
             continue
+        begun = beginning(config, link.role, link.model)
+        train = train_spec(config, link.role, link.model, begun.task(dataset))
         made.append(
             Stage(
                 role=link.role,
                 model=link.model,
-                loss=link.loss,
+                loss=smoothed(link.loss, train),
                 dataset=dataset,
-                train=train_spec(config, link.role, link.model),
+                train=TrainSpec(**{**train.model_dump(), "label_smoothing": 0}),  # it is the loss's now
                 seed=link.seed,
                 guide=guides[-1] if guides else None,
                 others=tuple(guides[:-1]),
                 weights=_shares(link.weights) if len(guides) > 1 else (),
+                preprocessing=preprocessing(link.model, begun.image_size, dataset),
+                init=None if begun.file is None else fingerprint(begun.file, begun.key),
+                freeze=begun.freeze,
             )
         )
     assert isinstance(made[-1], Stage)  # a method's chain ends in its student
     return made[-1]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """How a network of the chain begins: a file of initial weights, what is frozen, and the size of its images."""
+
+    file: Path | None
+    freeze: Freeze | None
+    image_size: int | None
+    key: str  # of the configuration, that names the file
+
+    def task(self, dataset: DatasetSpec) -> Task:
+        """What the network's recipe may depend on."""
+        images = dataset.train_images or USUAL.images
+        return Task(images, dataset.image_size, self.file is not None, self.freeze is not None)
+
+
+def beginning(config: Config, role: Role, model: str) -> Beginning:
+    """How a network begins: by its own section if it is an end of the chain, otherwise by `init` and `freeze`.
+
+    Raises KnownError for published weights that cannot be downloaded.
+    """
+    ends: dict[str, NetworkConfig] = {"student": config.model, "teacher": config.teacher}
+    own = ends.get(role)
+    if own is None or own.name != model:
+        init, freeze, size, key = config.init.get(model), model in config.freeze, None, f"init.{model}"
+        kept: Freeze | None = "backbone" if freeze else None
+    else:
+        init, kept, size, key = own.init, own.freeze, own.image_size, f"{'model' if role == 'student' else role}.init"
+    file = None if init is None else initial_file(init, model, config.data_root, key)
+    return Beginning(file, kept, size, key)
+
+
+def initial_files(config: Config) -> dict[str, Path]:
+    """The files of initial weights of the chain's networks, by their sha256."""
+    begun = [beginning(config, role, model) for role, model in trained_networks(config)]
+    return {fingerprint(each.file, each.key): each.file for each in begun if each.file is not None}
+
+
+def smoothed(loss: LossSpec, train: TrainSpec) -> LossSpec:
+    """The loss of a network that learns from labels alone, with the recipe's label smoothing."""
+    if not train.label_smoothing or loss != CrossEntropy():
+        return loss
+    return LOSSES["label_smoothing"].model_validate({"smoothing": train.label_smoothing})
 
 
 def _shares(weights: tuple[float, ...]) -> tuple[float, ...]:
@@ -189,7 +208,7 @@ def trained_networks(config: Config) -> list[tuple[Role, str]]:
     return [(link.role, link.model) for link in chain(config, config.seed) if not (given and link.replaceable)]
 
 
-def train_spec(config: Config, role: Role, model: str) -> TrainSpec:
+def train_spec(config: Config, role: Role, model: str, task: Task = USUAL) -> TrainSpec:
     """The training settings of a network: its recipe, overridden by `train`, then by the role's own section.
 
     Raises KnownError if there is no recipe, or if settings do not fit together.
@@ -197,8 +216,11 @@ def train_spec(config: Config, role: Role, model: str) -> TrainSpec:
     who = f"{role} {model}"
     check_system(config, role, model)
     name = recipe_name(config.mode, config.train.recipe)
-    known = {**recipe(config.mode, name, _family(config, role, model), model, MODELS[model].recipe), "ranks": 1}
+    name = for_photos(name, task.image_size) or name
+    family, own = _family(config, role, model), MODELS[model].recipe
     given = _overrides(config, role)
+    task = replace(task, epochs=given.get("epochs"))
+    known = {**recipe(config.mode, name, family, model, own, task), "ranks": 1}
     if given["ranks"] != world().size:
         asked, here = given["ranks"], "1 rank" if world().size == 1 else f"{world().size} ranks"
         raise KnownError(f"{who}: train.ranks={asked} needs torchrun --nproc_per_node={asked} (got {here})")
@@ -217,6 +239,11 @@ def train_spec(config: Config, role: Role, model: str) -> TrainSpec:
         return TrainSpec(**settings)
     except ValidationError as error:
         raise KnownError("\n".join(f"{who}: {problem}" for problem in explain(error))) from error
+
+
+def for_photos(name: str, image_size: int) -> str | None:
+    """The recipe that takes the place of a folder's recipe where its images are photographs; None if none does."""
+    return "photos" if name == "folder" and image_size > LARGE else None
 
 
 def recipe_name(mode: str, name: str) -> str:
@@ -242,7 +269,7 @@ def _overrides(config: Config, role: Role) -> dict[str, Any]:
 
 def _without_idle(settings: dict[str, Any]) -> dict[str, Any]:
     """Reset settings that the optimiser or the schedule does not read, so that they do not change the key."""
-    if settings["optimizer"] == "adam":
+    if settings["optimizer"] in ("adam", "adamw"):
         settings |= {"momentum": 0.0, "nesterov": False}
     if settings["schedule"] != "step":
         settings |= {"milestones": (), "gamma": GAMMA}
@@ -265,6 +292,8 @@ def _given_teacher(teacher: TeacherConfig, dataset: DatasetSpec, sha256: str) ->
         model=teacher.name,
         sha256=sha256,
         part=teacher.part,
-        normalize=teacher.normalize or Normalization(mean=dataset.mean, std=dataset.std),
+        normalize=teacher.normalize
+        or preprocessing(teacher.name, teacher.image_size, dataset)
+        or Normalization(mean=dataset.mean, std=dataset.std),
         dataset=dataset,
     )

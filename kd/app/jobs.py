@@ -22,17 +22,17 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd.app.config import Config, chain
+from kd.app.config import Config, chain, for_photos
 from kd.core.hardware import cpu_count, resolve_device
 from kd.core.spec import KnownError, tilde
-from kd.core.stage import Stage
+from kd.core.stage import DatasetSpec, Stage
 from kd.methods.method import Link
 from kd.reporting import summary
 from kd.reporting.results import Job, clear_marks, find_jobs, record_failed
 from kd.reporting.tracking import TrackingSpec, group_of, track_sweep
 from kd.store import Metrics
-from kd.training.pipeline import RuntimeSpec
 from kd.training.ranks import world
+from kd.training.workplace import RuntimeSpec
 
 if TYPE_CHECKING:
     from kd.app.search import Search
@@ -153,6 +153,12 @@ def still_growing(student: Stage) -> Iterator[str]:
                 called, said = stage.loss.option or stage.loss.name, f"{key}.{grows}={growing}, train.epochs={epochs}"
                 lines.append(f"{key}={called}: its weight grows until training ends: {said}")
     yield from dict.fromkeys(lines)
+
+
+def choices(config: Config, dataset: DatasetSpec) -> Iterator[str]:
+    """A line for each choice that the images decide."""
+    if (name := for_photos(config.train.recipe, dataset.image_size)) is not None:
+        yield f"train={name}: images of {dataset.image_size} pixels are photographs; train=<recipe> takes another"
 
 
 def _is_set(key: str, asked: set[str]) -> bool:

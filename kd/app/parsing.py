@@ -12,8 +12,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from kd.app.config import Config, TeacherConfig, check_system, recipe_name, train_spec, trained_networks
+from kd.app.config import Config, check_system, recipe_name, train_spec, trained_networks
 from kd.app.experiments import CONF, experiments
+from kd.app.networks import TeacherConfig
 from kd.core.recipes import RECIPES, released
 from kd.core.settings import TrainOverrides
 from kd.core.spec import KnownError, Registry, explain, printable, tilde
@@ -23,6 +24,7 @@ from kd.losses import LOSSES
 from kd.methods import METHODS
 from kd.methods.method import DISTILL, Ends, LossChoice, Method
 from kd.models import MODELS
+from kd.models.libraries import LIBRARIES
 from kd.store.foreign import fingerprint
 
 _SHOWN = 100  # characters that are shown of a wrong value
@@ -53,12 +55,16 @@ def register() -> None:
     """
     store = ConfigStore.instance()
     unset = dict.fromkeys(TrainOverrides.model_fields)
-    sections = {"train": unset, "model": {"train": unset}, "teacher": {"train": unset}}
+    network = {"train": unset, "arch": None, "args": {}, "init": None, "freeze": None, "image_size": None}
+    sections = {"train": unset, "model": network, "teacher": network}
     store.store("settings", sections, package="_global_", provider="kd")
     brought = {"method": METHODS.installed, "loss": LOSSES.installed}
     for group, names in {"model": [*MODELS], "teacher": [*MODELS], **brought}.items():
         for name in names:
             store.store(name, {"name": name}, group=group, provider="kd")
+    for library in LIBRARIES:
+        for end in ("model", "teacher"):
+            store.store(library, {"name": library, "arch": "???"}, group=end, provider="kd")
     for name in DATASETS.installed:
         store.store(name, {"name": name, "augment": "none"}, group="dataset", provider="kd")
     for name in {*RECIPES["paper"], *DATASETS}:

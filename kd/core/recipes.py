@@ -2,14 +2,29 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from kd.core.spec import KnownError
 from kd.core.stage import Augment, Channels, Reduction
 
-Recipe = dict[str, Any]
+Recipe = dict[str, Any]  # a setting may be a function of the task: (Task) -> value
 
 GAMMA = 0.1  # factor of the learning rate at a milestone
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a recipe may depend on: the number of training images, their size, and how the network begins."""
+
+    images: int
+    image_size: int
+    begun: bool = False  # with initial weights of a file
+    frozen: bool = False  # only the classifier is trained
+    epochs: int | None = None  # as the configuration sets them
+
+
+USUAL = Task(images=1000, image_size=32)  # of a data set that has not been read yet
 
 # The defaults of all recipes.
 _COMMON: Recipe = {
@@ -22,6 +37,7 @@ _COMMON: Recipe = {
     "milestones": (),
     "gamma": GAMMA,
     "warmup": 0,
+    "label_smoothing": 0.0,
     "precision": "auto",
     "select": "best_val",
     "test_curve": False,
@@ -89,7 +105,41 @@ _PAPER: dict[str, dict[str, Recipe]] = {
 # Networks that their family's recipe does not train: recipe -> network -> settings. At a learning rate of .05 resnet110
 # stays below 30 % on digits; at this one it reaches 92 % (docs/measurements.md).
 _NETWORKS: dict[str, dict[str, Recipe]] = {"digits": {"resnet110": {"lr": 0.02}}}
-_PAPER["folder"] = _PAPER["cifar10"]  # a guess for unknown images; `train=<data set>` selects another
+_PAPER["folder"] = _PAPER["cifar10"]  # a guess for small images; `train=<data set>` selects another
+
+
+def _photo_epochs(task: Task) -> int:
+    """Epochs of about 30,000 images in all, at least 10 and at most 100. A classifier alone costs next to nothing."""
+    return task.epochs or (100 if task.frozen else min(max(ceil(30_000 / task.images), 10), 100))
+
+
+def _photo_batch(task: Task) -> int:
+    """So many images that their activations fit into a few GB: 32 of 224×224."""
+    return 64 if task.frozen or task.image_size <= 128 else 32 if task.image_size <= 256 else 16
+
+
+def _photo_lr(task: Task) -> float:
+    """Lower where trained weights are only to be adapted."""
+    return 3e-3 if task.frozen else 2e-4 if task.begun else 1e-3
+
+
+# Our own, for photographs (docs/own_images.md): AdamW with a warm-up and a cosine, as most of timm's recipes.
+_PHOTOS: Recipe = {
+    "epochs": _photo_epochs,
+    "batch_size": _photo_batch,
+    "optimizer": "adamw",
+    "lr": _photo_lr,
+    "weight_decay": 0.05,
+    "schedule": "cosine",
+    "warmup": lambda task: _photo_epochs(task) // 20,
+    "label_smoothing": 0.1,
+    "select": "last",
+}
+_PAPER["photos"] = dict.fromkeys(_CIFAR10, _PHOTOS)
+
+# torchvision's recipe of ImageNet, which TAKD's code follows, too.
+_IMAGENET: Recipe = {**_STEP, "epochs": 90, "batch_size": 256, "nesterov": False, "milestones": (1 / 3, 2 / 3)}
+_PAPER["imagenet"] = dict.fromkeys(_CIFAR10, _IMAGENET)
 
 
 @dataclass(frozen=True)
@@ -165,7 +215,9 @@ RECIPES: dict[str, dict[str, dict[str, Recipe]]] = {
 }
 
 
-def recipe(mode: str, name: str, family: str, model: str = "", own: Mapping[str, Any] | None = None) -> Recipe:
+def recipe(
+    mode: str, name: str, family: str, model: str = "", own: Mapping[str, Any] | None = None, task: Task = USUAL
+) -> Recipe:
     """All training settings of a network in recipe `name`: its family's, overridden by those of the network itself.
 
     `own` are settings of a network from outside this table. In mode=paper, a network with own settings and no recipe
@@ -179,7 +231,8 @@ def recipe(mode: str, name: str, family: str, model: str = "", own: Mapping[str,
             f"train={name} has no recipe for the {family} networks in mode={mode}; it has: {', '.join(families)}"
         )
     known = _NETWORKS.get(name, {}).get(model, {}) if mode == "paper" else {}
-    return {**_COMMON, **settings, **known, **(changes or {})}
+    found = {**_COMMON, **settings, **known, **(changes or {})}
+    return {name: value(task) if callable(value) else value for name, value in found.items()}
 
 
 def released(mode: str, name: str, family: str) -> Released | None:

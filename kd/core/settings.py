@@ -33,7 +33,7 @@ class TrainSpec(Frozen):
 
     epochs: Annotated[int, Field(ge=1, le=1_000_000), Says("passes over the training images")]
     batch_size: Annotated[int, Field(ge=1, le=10_000_000), Says("images a step, over all ranks")]
-    optimizer: Annotated[Literal["sgd", "adam"], Says("the optimiser")]
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"], Says("the optimiser")]
     lr: Annotated[float, Field(gt=0), Says("learning rate after warm-up")]
     momentum: Annotated[float, Field(ge=0, lt=1), Says("momentum of SGD")]
     nesterov: Annotated[bool, Says("use Nesterov momentum (SGD)")]
@@ -44,6 +44,12 @@ class TrainSpec(Frozen):
     ]
     gamma: Annotated[float, Field(gt=0, le=1), Says("the learning rate is multiplied by this at each milestone")]
     warmup: Annotated[int, Field(ge=0), Says("epochs at the start in which the learning rate increases linearly")]
+    label_smoothing: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Neutral(0.0),
+        Says("smoothing of the labels, for networks that learn from labels alone"),
+    ] = 0.0
     precision: Annotated[Precision, Says("auto: bf16 if the hardware has it, otherwise fp32", also=Literal["auto"])]
     select: Annotated[Select, Says("the epoch whose weights are kept: the best on validation, or the last")]
     test_curve: Annotated[bool, Says("record test accuracy after every epoch; no choice depends on it")]

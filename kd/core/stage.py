@@ -65,6 +65,7 @@ class DatasetSpec(Frozen):
     val_fraction: float = Field(0.1, ge=0, lt=1)
     split_seed: int = Field(0, ge=0)
     classes: Annotated[tuple[str, ...], Unhashed()] = ()  # the labels' names; empty: not recorded
+    images: Annotated[tuple[int, int] | None, Unhashed()] = None  # for training (validation included) and for testing
     val_images: Annotated[int, Field(ge=0), Neutral(0)] = 0  # the last so many training images are a validation split
     resize: Annotated[Resize | None, Neutral(None)] = None  # photographs; null: images of one size, in memory
     background: Annotated[Background, Neutral("white")] = "white"  # of photographs, behind what is transparent
@@ -75,9 +76,12 @@ class DatasetSpec(Frozen):
         """The number of different views of a sample; None if there is no limit."""
         return self.views if self.augment == "resized_crop_flip" else VIEWS[self.augment]
 
-    def training_images(self, images: int) -> int:
-        """How many of this many images train, without those that validate."""
-        return images - self.val_images - round(self.val_fraction * images)
+    @property
+    def train_images(self) -> int | None:
+        """About how many images train, without those that validate; None if their number is not known."""
+        if self.images is None:
+            return None
+        return self.images[0] - self.val_images - round(self.val_fraction * self.images[0])
 
     @property
     def validated(self) -> bool:
@@ -252,6 +256,10 @@ class Stage(Frozen):
             raise ValueError(f"{who}: {problem}")
         if (self.guide is not None) != self.loss.guided:
             raise ValueError(f"{who}: {self.loss.name} {'reads no' if self.guide else 'needs a'} guide")
+        if self.freeze and self.loss.needs - {"guide"}:
+            raise ValueError(
+                f"{who}: freeze={self.freeze} needs a loss on logits (loss={self.loss.name} reads features)"
+            )
         if self.freeze and not self.init:
             raise ValueError(f"{who}: freeze={self.freeze} needs initial weights: init=<file> or init=pretrained")
         return self
@@ -264,6 +272,12 @@ class Stage(Frozen):
         """
         identity = {**self.identity(), "guide": self.guide.key if self.guide else None}
         return _key({**identity, **({"others": [other.key for other in self.others]} if self.others else {})})
+
+    @cached_property
+    def backbone(self) -> str:
+        """16 hex digits: a hash of all that decides what a frozen backbone makes of an image."""
+        names = {"model", "init", "preprocessing", "dataset"}
+        return hashed({"backbone": True, **{k: v for k, v in self.identity().items() if k in names}})
 
     def in_fp32(self) -> "Stage":
         """The same stage, computed in fp32."""
@@ -280,6 +294,11 @@ class Stage(Frozen):
         """The chains of the guides, then this stage: the order of training."""
         above = [source for guide in self.guides for source in guide.chain]
         return [*{source.key: source for source in above}.values(), self]
+
+    @property
+    def input_size(self) -> int:
+        """The size of the images that the network computes on, in pixels."""
+        return self.normalize.size or self.dataset.image_size
 
     @property
     def normalize(self) -> Normalization:
@@ -301,6 +320,11 @@ class Given(Frozen):
     def key(self) -> str:
         """16 hex digits: a hash of the weights' file, the normalisation and the data. The path is not part of it."""
         return _key({"given": True, **self.identity()})
+
+    @property
+    def input_size(self) -> int:
+        """The size of the images that the network computes on, in pixels."""
+        return self.normalize.size or self.dataset.image_size
 
     @property
     def chain(self) -> "list[Source]":

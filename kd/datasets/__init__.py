@@ -170,7 +170,7 @@ _OWN: dict[str, DatasetEntry] = {
 DATASETS: Registry[DatasetEntry] = Registry("kd.datasets", _OWN, DatasetEntry)
 
 
-_LARGE = 64  # pixels: larger images are photographs
+LARGE = 64  # pixels: larger images are photographs
 _VIEWS = 16  # of a photograph: a teacher's outputs are cached for each
 
 
@@ -209,7 +209,7 @@ def _say_choices(config: DatasetConfig, spec: DatasetSpec) -> None:
     """A line for each choice that the configuration left to us."""
     if spec.val_images and config.val_fraction:
         print(f"{config.title}: its own {spec.val_images:,} validation images validate, not dataset.val_fraction")
-    if spec.image_size > _LARGE and "auto" in (config.augment, config.views):
+    if spec.image_size > LARGE and "auto" in (config.augment, config.views):
         size, views = spec.image_size, "all" if spec.views is None else spec.views
         print(f"{config.title}: images of {size}×{size}: augment={spec.augment}, views={views}", flush=True)
 
@@ -218,7 +218,7 @@ def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
     """The spec of a data set whose facts are known."""
     augment = config.augment or "none"  # null: the released code decides, when the stages are planned
     if augment == "auto":
-        augment = "resized_crop_flip" if facts.image_size > _LARGE else "crop_flip"
+        augment = "resized_crop_flip" if facts.image_size > LARGE else "crop_flip"
     views = config.views
     if views == "auto":
         views = _VIEWS if augment == "resized_crop_flip" and not facts.streamed else None
@@ -234,6 +234,7 @@ def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
         val_fraction=0 if facts.val_images else config.val_fraction,
         split_seed=config.split_seed,
         classes=facts.classes,
+        images=facts.images,
         val_images=facts.val_images,
         resize=facts.resize,
         background=config.background if facts.resize else "white",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +40,11 @@ class Images(ABC):
     @abstractmethod
     def home(self) -> torch.device:
         """Where the numbers of samples and views are expected: the device that holds the images."""
+
+    def begin(  # noqa: B027 (most kinds of images have nothing to prepare)
+        self, samples: NDArray[np.int64], views: NDArray[np.int64], advance: Callable[[int], None]
+    ) -> None:
+        """Prepare the views of an epoch's samples [sample]. `advance` gets the number of images that are done."""
 
     @abstractmethod
     def show(self, samples: Tensor, views: Tensor) -> Tensor:

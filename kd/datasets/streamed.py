@@ -103,9 +103,8 @@ class _Files(Dataset[Tensor | str]):
 
     def _viewed(self, sample: int, view: int) -> Tensor:
         """A view of a photograph: uint8 [image_size, image_size, 3]."""
-        size, side = self.spec.image_size, margin(self.spec.image_size)
-        path = self.root / self.names[sample]
-        resize = self.spec.resize or "short_side"
+        size, resize = self.spec.image_size, self.spec.resize or "short_side"
+        side, path = margin(size, resize), self.root / self.names[sample]
         if view != _PLAIN and self.spec.augment == "resized_crop_flip":
             from torchvision.transforms.v2.functional import horizontal_flip, pil_to_tensor, resized_crop
 

@@ -79,7 +79,7 @@ def load_network(path: Path, given: Given) -> nn.Module:
     """
     file = _File(path, "teacher.checkpoint")
     found = _contents(file, given.sha256)
-    wanted = _Wanted(given.model, given.dataset.num_classes, given.dataset.image_size)
+    wanted = _Wanted(given.model, given.dataset.num_classes, given.input_size)
     network = wanted.build()
     if given.part is not None:
         if given.part not in found:

@@ -201,13 +201,13 @@ class Store:
 
         source = self.source(key)
         data = source.dataset
-        network = build(source.model, num_classes=data.num_classes, image_size=data.image_size)
+        network = build(source.model, num_classes=data.num_classes, image_size=source.input_size)
         if isinstance(source, Stage) and source.train.precision == "fp64":
             network = network.double()
         with self._parsing(key, SafetensorError, RuntimeError):
             network.load_state_dict(load(self._read(key, "model.safetensors")))
         *_, weight = network.parameters()
-        return Normalized(network, source.normalize.mean, source.normalize.std).to(weight.dtype).eval()
+        return Normalized.of(network, source.normalize).to(weight.dtype).eval()
 
     def fingerprint(self, key: str) -> str:
         """The hash of a finished stage's weights. Raises KnownError as above."""

@@ -14,7 +14,7 @@ from kd.reporting.console import in_bytes
 from kd.store import Store, place
 from kd.store.housekeeping import collect, remove
 from kd.tools.listing import print_list, print_stage
-from kd.training.pipeline import RuntimeSpec
+from kd.training.workplace import RuntimeSpec
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
@@ -83,8 +83,8 @@ def _clean(store: Store, days: float, dry: bool) -> None:
 def _evaluate(store: Store, key: str, data_root: str | None, device: str) -> None:
     from torch import channels_last
 
-    from kd.training.pipeline import Workplace
     from kd.training.step import evaluate
+    from kd.training.workplace import Workplace
 
     try:
         runtime = RuntimeSpec.model_validate({"device": device})

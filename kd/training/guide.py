@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 from kd.core import files
 from kd.core.hardware import autocast, processor
 from kd.core.spec import tilde
-from kd.core.stage import FORMAT, VIEWS, Learner, Need, Outputs
-from kd.datasets.images import Images
+from kd.core.stage import FORMAT, Learner, Need, Outputs
+from kd.datasets.images import Images, Part
+from kd.models.folding import fold
 from kd.models.normalization import Normalized
 from kd.models.taps import Tapped, head
 from kd.reporting.console import in_bytes
@@ -243,24 +243,27 @@ class Guide:
                 logits = network(images)
                 said = {"logits": logits} if tapped is None else {"logits": logits, "pooled": tapped.take()[1]}
                 for name, rows in found.items():
-                    rows[start:end].copy_(self._rounded(name, said[name])[: end - start])
+                    rows[start:end].copy_(_rounded(name, said[name], self._type)[: end - start])
                 advance(end - start)
         return found
 
-    def _rounded(self, name: str, values: Tensor) -> Tensor:
-        """Values within the range of the rounded type. The maximum of each row of logits becomes 0."""
-        values = values.to(torch.promote_types(self._type, torch.float32))
-        if name == "logits":
-            values = values - values.amax(1, keepdim=True)
-        limit = torch.finfo(self._type)
-        return values.clamp(limit.min, limit.max)
+    def of_plain(self, part: Part) -> dict[str, Tensor]:
+        """What the guide says about the images of a part without augmentation, by name [sample, …], on the device."""
+        network, tapped, found = self._folded, self._tapped, list[dict[str, Tensor]]()
+        with torch.inference_mode(), autocast(self._precision, self._device):
+            for images in self._data.batches(part):
+                logits = network(images)
+                said = {"logits": logits} if tapped is None else {"logits": logits, "pooled": tapped.take()[1]}
+                found.append({name: _rounded(name, said[name], self._type) for name in self._names})
+        return {name: torch.cat([each[name] for each in found]).to(self._type) for name in self._names}
 
     @cached_property
     def _folded(self) -> Normalized:
         """The network that is run. It is made when a row is missing."""
         exact = self._precision == "fp64"
         module = deepcopy(self.network.network).double() if exact else self.network.network
-        folded = Normalized(fuse(module), (0.0,) * 3, (1.0,) * 3)
+        own = self.network
+        folded = Normalized(fold(module), (0.0,) * 3, (1.0,) * 3, size=own.size, interpolation=own.interpolation)
         folded.mean, folded.std = self.network.mean, self.network.std
         dtype = torch.float64 if exact else torch.float32
         folded = folded.to(memory_format=torch.channels_last).to(self._device, dtype).eval()
@@ -299,6 +302,21 @@ class LiveGuide:
         with torch.no_grad(), autocast(self._precision, self._device):
             logits = self.network(images)
         return said(logits, self._tapped)
+
+
+def _rounded(name: str, values: Tensor, to: torch.dtype) -> Tensor:
+    """Values within the range of a type. The maximum of each row of logits becomes 0."""
+    values = values.to(torch.promote_types(to, torch.float32))
+    if name == "logits":
+        values = values - values.amax(1, keepdim=True)
+    limit = torch.finfo(to)
+    return values.clamp(limit.min, limit.max)
+
+
+def rounded_logits(logits: Tensor, precision: str) -> Tensor:
+    """Logits [sample, class] as a guide says them to a student of this precision."""
+    to = rounded_type(precision)
+    return _rounded("logits", logits, to).to(to)
 
 
 def tap(network: Normalized, needs: frozenset[Need], *, training_only: bool = False) -> Tapped | None:
@@ -362,7 +380,14 @@ def open_bank(
         "threads": torch.get_num_threads(),
     }
     spec = data.spec
-    shape = len(data.labels), VIEWS[spec.augment], features or spec.num_classes
+    if spec.view_count is None:
+        print(
+            f"the guide's {_SAID[name]} are not cached: every epoch has new views of an image; dataset.views=16 draws "
+            "from 16, which a guide sees once",
+            flush=True,
+        )
+        return None
+    shape = len(data.labels), spec.view_count, features or spec.num_classes
     dtype = str(rounded_type(precision)).removeprefix("torch.")
     called = f"{key}-{precision}-{kind}-{spec.augment}" + ("" if features is None else "-pooled")
     try:

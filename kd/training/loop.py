@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from kd.core.spec import NonFiniteError
 from kd.core.stage import DROPOUT, ORDER, VIEW, Stage, random_stream
 from kd.datasets.images import Images
+from kd.models.normalization import Normalized
 from kd.reporting.console import Watch
 from kd.store import Metrics, StageResult, TrainedStage
 from kd.training.checkpoint import Checkpoint
 from kd.training.guide import Guide, LiveGuide
+from kd.training.probe import Probe, ProbedGuide
 from kd.training.ranks import ALONE, Team, batches, length, share_of
 from kd.training.step import Step, evaluate, learning_rate
 
@@ -109,14 +111,15 @@ def train_stage(
     stage: Stage,
     *,
     data: Images,
-    guides: Sequence[Guide | LiveGuide] = (),
+    guides: Sequence[Guide | LiveGuide | ProbedGuide] = (),
     device: str,
     watch: Watch,
     checkpoint: Checkpoint | None = None,
     compiled: bool = False,
     team: Team = ALONE,
+    network: Normalized | Probe | None = None,
 ) -> TrainedStage:
-    """Train a stage from its seed, or resume it from its `checkpoint`.
+    """Train a stage from its seed or from a `network` with initial weights, or resume it from its `checkpoint`.
 
     Every rank of a `team` trains its share of each batch and returns the same. Only rank 0 has a checkpoint.
 
@@ -126,7 +129,7 @@ def train_stage(
     at once; on a GPU the check comes at the end of the epoch, so that no step waits for it. Weights are checked at the
     end of every epoch.
     """
-    step = Step(stage, data=data, guides=guides, device=device, compiled=compiled, team=team)
+    step = Step(stage, data=data, guides=guides, device=device, compiled=compiled, team=team, network=network)
     loop = Loop(step, data=data, guides=guides, watch=watch, checkpoint=checkpoint)
     if (state := team.first(lambda: checkpoint.load() if checkpoint is not None else None)) is not None:
         loop.restore(state)
@@ -141,7 +144,7 @@ class Loop:
         step: Step,
         *,
         data: Images,
-        guides: Sequence[Guide | LiveGuide],
+        guides: Sequence[Guide | LiveGuide | ProbedGuide],
         watch: Watch,
         checkpoint: Checkpoint | None = None,
     ) -> None:
@@ -161,6 +164,7 @@ class Loop:
     def _run_epoch(self, epoch: int) -> dict[str, float]:
         """One optimiser step per batch. Returns means over all samples: the loss, its parts, train_acc in percent."""
         plan = EpochPlan.of(self.stage, self.data, epoch, self.team)
+        self.data.begin(plan.samples, plan.views, self._guided)
         for guide in self.guides:
             guide.begin(plan.samples, plan.views, self._guided)
         samples, views = (torch.from_numpy(each).to(self.data.home) for each in (plan.samples, plan.views))

@@ -4,116 +4,37 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import AfterValidator, Field
+from typing import TYPE_CHECKING, Any
 
 from kd.core import hardware
 from kd.core.files import commit
 from kd.core.settings import OnNaN
-from kd.core.spec import Frozen, KnownError, NonFiniteError, PathText
+from kd.core.spec import KnownError, NonFiniteError
 from kd.core.stage import Given, Source, Stage
 from kd.core.statistics import spread
-from kd.datasets import load_data
 from kd.reporting.console import StageProgress, Unwatched
 from kd.reporting.results import Outcome, Replicate, ReplicatedResult, RunResult
 from kd.reporting.tracking import Tracker
-from kd.store import Metrics, StageResult, Store, TrainedStage
+from kd.store import Metrics, StageResult, TrainedStage
 from kd.store.foreign import load_network
 from kd.training.checkpoint import Checkpoint, Deferred
-from kd.training.ranks import ALONE, Team, is_lost, own_device, team, world
+from kd.training.ranks import ALONE, Team, is_lost, team
+from kd.training.workplace import Workplace
 
 if TYPE_CHECKING:
-    from kd.datasets.images import Images
-    from kd.training.guide import Guide, LiveGuide
+    pass
 
 _NEAR_CHANCE = 2  # times chance
 RETRIED = "in fp32 after"  # a key of stage.json: the error in the stage's own precision
-
-
-def _device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError("should be auto, cpu, cuda or cuda:<number>")
-    return name
-
-
-class RuntimeSpec(Frozen):
-    """Where and how fast a stage is trained. This is not part of the experiment, so it is in no key."""
-
-    device: Annotated[str, AfterValidator(_device)] = "auto"
-    threads: int | None = Field(None, ge=1, le=1024)  # null: all processors that this process may use
-    workers: int | None = Field(None, ge=1, le=1024)  # threads that decode a folder of images; null as above
-    store: PathText | None = None  # null: store/ in the repository; paths are relative to the working directory
-    data: PathText | None = None  # null: data/ in the repository
-    checkpoint_every: int = Field(10, ge=1)  # epochs between two checkpoints of an unfinished stage
-    compile: bool | Literal["auto"] = "auto"  # compile the training step; auto: if it saves time over the stage
-    bank: bool = True  # cache the guides' logits on disk, for later epochs and runs
-    retrain: bool = False
-    trial: int | None = Field(None, ge=0)  # the number of this job's trial; set by the search
-
-
-@dataclass
-class Workplace:
-    """What the stages of a run share: store, data and device."""
-
-    store: Store
-    data_root: Path
-    runtime: RuntimeSpec
-    _loaded: Images | None = field(default=None, init=False)
-
-    @cached_property
-    def device(self) -> str:
-        """The device, made deterministic. Raises KnownError if it does not exist."""
-        device = own_device(hardware.resolve_device(self.runtime.device))
-        hardware.make_deterministic(self.threads, device)
-        return device
-
-    @property
-    def threads(self) -> int:
-        """Threads that torch uses; by default this rank's share of the processors."""
-        return self.runtime.threads or max(1, hardware.cpu_count() // world().local_size)
-
-    def data(self, source: Source) -> Images:
-        """The images of a source. They are loaded once, because the stages of a run share them."""
-        if self._loaded is None or self._loaded.spec != source.dataset:
-            self._loaded = load_data(source.dataset, self.data_root, self.device)
-        return self._loaded
-
-    def guides(self, stage: Stage) -> list[Guide | LiveGuide]:
-        """The guides of a stage, with what is cached of them; empty for a stage without a guide."""
-        return [self._guide(stage, guide.key) for guide in stage.guides]
-
-    def _guide(self, stage: Stage, key: str) -> Guide | LiveGuide:
-        from kd.training.guide import Guide, LiveGuide, open_bank
-
-        seeing, needs = (self.data(stage), stage.train.precision, self.device), stage.loss.needs
-        network = self.store.network(key)
-        if stage.loss.live:
-            return LiveGuide(network, *seeing, needs)
-        guide = Guide(network, *seeing, needs=needs)
-        if self.runtime.bank:
-            place = self.store.banks, key, self.store.fingerprint(key)
-            if "guide" in needs:
-                guide.cache("logits", open_bank(*place, *seeing))
-            if "pooled" in needs:
-                features = guide.learner.outputs.pooled.shape[1]
-                guide.cache("pooled", open_bank(*place, *seeing, features=features))
-        return guide
-
-    def elsewhere(self) -> Workplace:
-        """The same with absolute paths, for another rank: its working directory may differ."""
-        return Workplace(Store(self.store.root.absolute()), self.data_root.absolute(), self.runtime)
 
 
 def follow() -> int:
@@ -140,9 +61,10 @@ def _follow() -> None:
     from kd.training.loop import train_stage
 
     for stage, place in (ranks := team()).errands():
-        data, guides = place.data(stage), place.guides(stage)
+        (data, network), guides = place.beginning(stage), place.guides(stage)
+        common = {"guides": guides, "device": place.device, "watch": Unwatched(), "team": ranks}
         with suppress(KnownError):  # rank 0 has the same error, and prints it
-            train_stage(stage, data=data, guides=guides, device=place.device, watch=Unwatched(), team=ranks)
+            train_stage(stage, data=data, network=network, **common)
     ranks.dismiss()
 
 
@@ -157,6 +79,7 @@ class Pipeline(Workplace):
     team: Team = ALONE  # the processes that train each stage together
     prune: Callable[[Metrics], None] | None = None  # called after each epoch of a student; may raise Pruned
     _done: set[str] = field(default_factory=set)
+    _told: set[str] = field(default_factory=set)  # lines that are said once
 
     def run_chain(self, last: Stage) -> list[Outcome]:
         """Load or train each stage, in order. Raises KnownError for a teacher below `min_acc`."""
@@ -215,7 +138,7 @@ class Pipeline(Workplace):
         assert self.checkpoint is not None  # every Given comes from it
         began = time.perf_counter()
         network = load_network(self.checkpoint, given)
-        seeing = Normalized(network, given.normalize.mean, given.normalize.std).to(self.device)
+        seeing = Normalized.of(network, given.normalize).to(self.device)
         data = self.data(given)
         result = StageResult(
             params=sum(p.numel() for p in network.parameters()),
@@ -251,9 +174,10 @@ class Pipeline(Workplace):
     ) -> tuple[TrainedStage, dict[str, Any]]:
         """Train `stage`, which is the `planned` stage, perhaps in another precision."""
         from kd.training.loop import train_stage
+        from kd.training.probe import Probe
         from kd.training.step import resolve_compile
 
-        data, guides = self.data(stage), self.guides(stage)
+        (data, network), guides = self.beginning(stage), self.guides(stage)
         compiled = resolve_compile(self.runtime.compile, stage, len(data.train), self.device)
         runtime = {**self._runtime(), "compiled": compiled}
         checkpoint = Checkpoint(folder, stage, runtime, self.runtime.checkpoint_every, signals)
@@ -268,7 +192,10 @@ class Pipeline(Workplace):
                 checkpoint=checkpoint,
                 compiled=compiled,
                 team=self.team,
+                network=network,
             )
+        if isinstance(network, Probe):
+            trained = network.completed(trained, self.begun(stage))
         return trained, {"compiled": compiled}
 
     def _log(self, stage: Stage, metrics: Metrics) -> None:
@@ -292,13 +219,25 @@ class Pipeline(Workplace):
         with torch.device("meta"):
             for stage in last.chain:
                 data = stage.dataset
-                networks[stage.key] = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
+                networks[stage.key] = build(stage.model, num_classes=data.num_classes, image_size=stage.input_size)
+        self._check_initial(last)
         sizes = {key: sum(each.numel() for each in network.parameters()) for key, network in networks.items()}
         check_losses(last)
         for guide, stage in pairwise(last.chain):
             if stage.role == "assistant" and sizes[stage.key] > sizes[guide.key]:
                 told = f"{stage.model} ({sizes[stage.key]:,} parameters)", f"{guide.model} ({sizes[guide.key]:,})"
                 print(f"{stage.role} {told[0]} is larger than its guide, {guide.role} {told[1]}", flush=True)
+
+    def _check_initial(self, last: Stage) -> None:
+        """Read every file of initial weights, and say which classifier is new. Raises KnownError if one is wrong."""
+        from kd.training.step import load_initial
+
+        for stage in last.chain:
+            if isinstance(stage, Stage) and stage.init is not None and not self._reusable(stage):
+                _, line = load_initial(stage, self.initial.get(stage.init))
+                if line is not None and line not in self._told:
+                    print(f"{stage.role} {line}", flush=True)
+                    self._told.add(line)
 
     def _runtime(self) -> dict[str, Any]:
         """What is not in the key and still changes the last bits of a result."""
@@ -327,8 +266,8 @@ def _check_loss(stage: Stage) -> None:
     with torch.random.fork_rng(devices=[]):
         try:
             for source in (stage, *stage.guides):
-                network = build(source.model, num_classes=data.num_classes, image_size=data.image_size)
-                found.append(learner(Normalized(network, data.mean, data.std), stage.loss.needs, data.image_size))
+                network = build(source.model, num_classes=data.num_classes, image_size=source.input_size)
+                found.append(learner(Normalized.of(network, source.normalize), stage.loss.needs, data.image_size))
             for guide in found[1:]:
                 stage.loss.build(LossContext(found[0], guide, classes, classes))
         except KnownError as error:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from math import cos, pi
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,9 @@ from kd.core.stage import INIT, LOSS, Batch, Formula, LossContext, Outputs, Stag
 from kd.datasets.images import Images
 from kd.models import build
 from kd.models.normalization import Normalized
+from kd.store.foreign import initial_weights
 from kd.training.guide import LOGITS, Guide, LiveGuide, learner, said, tap
+from kd.training.probe import Probe, ProbedGuide
 from kd.training.ranks import ALONE, Team
 
 # The number of 32×32 images after which compiling has saved twice its own time, in bf16 on a CPU (bench/compiled.py,
@@ -43,6 +46,8 @@ def make_optimizer(parameters: list[nn.Parameter], train: TrainSpec) -> torch.op
     """The optimiser of all parameters. Weight decay applies to all of them, as in both papers' code."""
     if train.optimizer == "adam":
         return torch.optim.Adam(parameters, train.lr, weight_decay=train.weight_decay, fused=True)
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, train.lr, weight_decay=train.weight_decay, fused=True)
     return torch.optim.SGD(
         parameters,
         train.lr,
@@ -132,24 +137,44 @@ def evaluate(
     return round(100 * torch.stack([part.mean() for part in parts]).mean().item(), 4)
 
 
-def make_network(stage: Stage, device: str) -> Normalized:
-    """The stage's network, initialised by its seed. The global generator is not changed."""
+def make_network(stage: Stage, device: str, initial: Path | None = None) -> Normalized:
+    """The stage's network, initialised by its seed; or with the weights of its file of initial weights.
+
+    The global generator is not changed. Raises KnownError if the file does not fit.
+    """
     data = stage.dataset
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random_stream(stage.seed, 0, INIT).integers(2**63)))
-        network = build(stage.model, num_classes=data.num_classes, image_size=data.image_size)
+        if stage.init is None:
+            network = build(stage.model, num_classes=data.num_classes, image_size=stage.input_size)
+        else:
+            network, _ = load_initial(stage, initial)
     dtype = torch.float64 if stage.train.precision == "fp64" else torch.float32
-    return Normalized(network, data.mean, data.std).to(memory_format=torch.channels_last).to(device, dtype)
+    return Normalized.of(network, stage.normalize).to(memory_format=torch.channels_last).to(device, dtype)
+
+
+def load_initial(stage: Stage, initial: Path | None) -> tuple[nn.Module, str | None]:
+    """The network with its file of initial weights, and a line if its classifier is new. Raises KnownError."""
+    who = f"{stage.role} {stage.model}"
+    if initial is None or stage.init is None:
+        raise KnownError(f"{who}: its initial weights (sha256 {stage.init}) are in no file of this run")
+    classes, size = stage.dataset.num_classes, stage.input_size
+    return initial_weights(initial, stage.init, stage.model, num_classes=classes, image_size=size, key=f"{who}: init")
 
 
 def make_losses(
-    stage: Stage, network: Normalized, guides: Sequence[Guide | LiveGuide], data: Images, device: str
+    stage: Stage,
+    network: Normalized | Probe,
+    guides: Sequence[Guide | LiveGuide | ProbedGuide],
+    data: Images,
+    device: str,
 ) -> list[Callable[[Batch], dict[str, Tensor]]]:
     """The functions of the stage's loss, one for each guide. Those with parameters are initialised by the seed."""
     spec = stage.loss
     if isinstance(spec, Formula):
         return [spec] * max(1, len(guides))
-    net = learner(network, spec.needs, stage.dataset.image_size)
+    size = stage.dataset.image_size
+    net = network.learner if isinstance(network, Probe) else learner(network, spec.needs, size)
     train, dtype = torch.from_numpy(data.train).to(data.labels.device), network.mean.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random_stream(stage.seed, 0, LOSS).integers(2**63)))
@@ -167,14 +192,17 @@ class Step:
         stage: Stage,
         *,
         data: Images,
-        guides: Sequence[Guide | LiveGuide] = (),
+        guides: Sequence[Guide | LiveGuide | ProbedGuide] = (),
         device: str,
         compiled: bool = False,
         team: Team = ALONE,
+        network: Normalized | Probe | None = None,
     ) -> None:
+        """`network` is one with initial weights of a file, or a probe; without it, the seed makes the network."""
         self.stage, self.device, self.team = stage, device, team
-        self.network = make_network(stage, device)
-        self._tapped = tap(self.network, stage.loss.needs, training_only=True)
+        self.network = make_network(stage, device) if network is None else network
+        whole = None if isinstance(self.network, Probe) else self.network  # a probe's loss reads no features
+        self._tapped = tap(whole, stage.loss.needs, training_only=True) if whole else None
         losses = make_losses(stage, self.network, guides, data, device)
         self._modules = nn.ModuleList(each for each in losses if isinstance(each, nn.Module))
         # Each rank has the same buffers: what a loss puts into them, it gathers from all ranks.

@@ -68,7 +68,7 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
     """
     base, space = _read(config, config_name)
     sweeper = config.hydra.sweeper
-    students = plan(base, resolve(base.dataset, base.data_root, base.workers))
+    students = plan(base, resolve(base.dataset, base.data_root, base.workers, base.image_size))
     name = study_name(base, students, space, OmegaConf.to_container(sweeper.sampler))
     told = any(str(each).startswith("hydra.sweep.dir=") for each in config.hydra.overrides.hydra)
     place = base.store_root / "search" / name

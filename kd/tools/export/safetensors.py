@@ -38,7 +38,7 @@ with torch.inference_mode():
     def pack(self, network: Normalized, source: Source) -> dict[str, bytes]:
         data = source.dataset
         tensors = {**network.network.state_dict(), "mean": network.mean, "std": network.std}
-        arguments = {"name": source.model, "num_classes": data.num_classes, "image_size": data.image_size}
+        arguments = {"name": source.model, "num_classes": data.num_classes, "image_size": source.input_size}
         told = {"key": source.key, "build": {**arguments, "in_channels": 3}}
         return {
             self.weights: save({name: tensor.contiguous() for name, tensor in tensors.items()}),

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from kd.core import files
 from kd.core.spec import KnownError
 from kd.core.stage import Source, Stage
-from kd.training.pipeline import RETRIED, Workplace
+from kd.training.pipeline import RETRIED
+from kd.training.workplace import Workplace
 
 
 def outputs(workplace: Workplace, source: Source) -> NDArray[np.float32]:

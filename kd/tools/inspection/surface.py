@@ -23,7 +23,7 @@ from kd.core.stage import DIRECTION, Seed, Source, Stage, random_stream
 from kd.reporting.console import console, duration
 from kd.reporting.tracking import run_name
 from kd.store import Store, place
-from kd.training.pipeline import RuntimeSpec, Workplace
+from kd.training.workplace import RuntimeSpec, Workplace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

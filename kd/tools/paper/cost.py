@@ -12,7 +12,7 @@ from pkgutil import resolve_name
 from kd.core.spec import KnownError
 from kd.core.stage import VIEWS, Batch, DatasetSpec, LossContext, LossSpec, Need, Outputs, Source, Stage
 from kd.datasets import DATASETS
-from kd.training.pipeline import Workplace
+from kd.training.workplace import Workplace
 
 _BACKWARD = 2  # times the forward pass: the gradients of activations and of weights
 _WARM = 2  # calls that are not timed
@@ -125,7 +125,7 @@ class Estimator:
         return Cost(stage, stored, trained, tested, sum(guided.values()), operations, seconds)
 
     def _forward(self, source: Source, stage: Stage) -> int:
-        return self._flops(source.model, stage.dataset.num_classes, stage.dataset.image_size)
+        return self._flops(source.model, stage.dataset.num_classes, source.input_size)
 
     def _seconds(self, stage: Stage) -> float:
         """Seconds of a training step per image, measured once per network and batch size."""

@@ -19,7 +19,7 @@ from kd.tools.paper.graph import Graph, PlannedCell, PlannedJob, PlannedRow, Pla
 from kd.tools.paper.report import CellResult, Draw, Report, RowResult, StageReport, TableResult, spread_of
 from kd.tools.paper.request import Request, shown
 from kd.tools.paper.tables import Published
-from kd.training.pipeline import Workplace
+from kd.training.workplace import Workplace
 
 _LINE_EVERY = 10.0  # seconds
 _LEGIBLE = 20  # a confusion matrix with more classes cannot be read on a page

@@ -143,7 +143,7 @@ class _Composer:
 
     def _job(self, cfg: DictConfig) -> PlannedJob:
         config = parse(cfg)
-        dataset = self._resolve(config.dataset, config.data_root, config.workers)
+        dataset = self._resolve(config.dataset, config.data_root, config.workers, config.image_size)
         return PlannedJob(config, recorded(cfg), plan(config, dataset)[0])
 
 
@@ -155,9 +155,9 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
         raise KnownError(f"{' '.join(overrides)}: {error}") from error
 
 
-def _resolved(dataset: DatasetConfig, data_root: Path, workers: int) -> DatasetSpec:
+def _resolved(dataset: DatasetConfig, data_root: Path, workers: int, image_size: int) -> DatasetSpec:
     try:
-        return resolve(dataset, data_root, workers)
+        return resolve(dataset, data_root, workers, image_size)
     except KnownError as error:
         raise _AbsentError(str(error)) from error
 

@@ -16,7 +16,7 @@ from kd.tools.paper.graph import graph
 from kd.tools.paper.request import Copy, Request, profiles, shown
 from kd.tools.paper.screen import print_costs, print_stages, print_tables
 from kd.tools.paper.trainer import train
-from kd.training.pipeline import Workplace
+from kd.training.workplace import Workplace
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kd.app.config import initial_files
 from kd.app.jobs import known_reason
 from kd.core.stage import Stage
 from kd.reporting.console import duration
@@ -66,6 +67,7 @@ def _train(stage: Stage, job: PlannedJob, store: Store, folder: Path) -> None:
             runtime=config.runtime,
             tracker=tracker,
             checkpoint=config.teacher.file,
+            initial=initial_files(config),
             on_nan=config.train.on_nan,
             min_acc=config.teacher.min_acc,
         ).run_chain(stage)
