@@ -25,6 +25,7 @@ HOMES = {
     "hydra": ["run", "kd.app", "kd.tools.paper"],
     "omegaconf": ["run", "kd.app", "kd.tools.paper", "kd.reporting.results"],
     "optuna": ["kd.app.search"],
+    "timm": ["kd.models"],
     "wandb": ["kd.reporting.tracking"],
     "onnx": ["kd.tools.export"],
     "onnxruntime": ["kd.tools.export"],
@@ -37,7 +38,7 @@ WITH_PIXELS = [f"kd.datasets.{name}" for name in ("data", "images", "photos", "s
 WITH_TORCH = ["kd.models.", "kd.losses.", *WITH_PIXELS, "kd.training", "kd.tools"]
 LIGHT_LOSSES = [f"kd.losses{name}" for name in ("", ".cross_entropy", ".distillation", ".teachable_teacher")]
 WITHOUT_TORCH = ["kd.models", *LIGHT_LOSSES, "kd.training.pipeline", "kd.training.ranks", "kd.training.checkpoint"]
-SLOW = {"torch", "torchvision", "sklearn", "scipy", "wandb", "PIL"}
+SLOW = {"torch", "torchvision", "sklearn", "scipy", "wandb", "PIL", "timm"}
 DRAWING = ["kd.tools.paper.page"]  # matplotlib
 
 FILES = [*sorted((ROOT / "kd").rglob("*.py")), ROOT / "run.py"]

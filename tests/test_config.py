@@ -16,12 +16,13 @@ from kd.core.spec import KnownError
 from kd.datasets import DATASETS, Facts, specify
 from kd.methods import METHODS
 from kd.models import MODELS
+from kd.models.libraries import LIBRARIES
 from tests.conftest import ROOT, composed
 
 CONF = ROOT / "conf"
 GROUPS = {
-    "model": set(MODELS),
-    "teacher": set(MODELS),
+    "model": {*MODELS, *LIBRARIES},
+    "teacher": {*MODELS, *LIBRARIES},
     "dataset": set(DATASETS),
     "method": set(METHODS),
     "mode": set(RECIPES),
@@ -117,7 +118,7 @@ def test_experiments_and_sweeps_come_last() -> None:
             "train.milestones=[2]",
             "train.milestones[0]: should be a fraction of the epochs, between 0 and 1: 80 of 160 is 0.5 (got 2)",
         ),
-        ("train.recipe=imagenet", "train.recipe: should be one of digits, fashion_mnist"),
+        ("train.recipe=mnist", "train.recipe: should be one of digits, fashion_mnist"),
         ("mode=reference", "cifar10, cifar100, tiny_imagenet in mode=reference (got 'digits')"),
         ("dataset.augment=null", "dataset.augment: null is only for mode=reference"),
         ("teacher.normalize=lab", "teacher.normalize: should be one of digits, fashion_mnist, cifar10"),

@@ -48,7 +48,7 @@ class TrainSpec(Frozen):
         float,
         Field(ge=0, lt=1),
         Neutral(0.0),
-        Says("smoothing of the labels, for networks that learn from labels alone"),
+        Says("label smoothing of networks that learn from labels alone"),
     ] = 0.0
     precision: Annotated[Precision, Says("auto: bf16 if the hardware has it, otherwise fp32", also=Literal["auto"])]
     select: Annotated[Select, Says("the epoch whose weights are kept: the best on validation, or the last")]
