@@ -55,6 +55,8 @@ def suited(option: str) -> list[str]:
     """
     group, name = option.split("=")
     recipes = RECIPES["paper"]
+    if name in LIBRARIES:
+        return [f"{group}.arch=resnet18"]
     if group in ("model", "teacher") and MODELS[name].recipe is None:
         known = [recipe for recipe, families in recipes.items() if MODELS[name].family in families]
         return [] if "digits" in known else [f"train={known[0]}"]

@@ -15,6 +15,7 @@ from kd.core.stage import Source
 
 if TYPE_CHECKING:
     from kd.models.normalization import Normalized
+    from kd.tools.export.contract import Contract
 
 Pixels = NDArray[np.float32]  # [batch, 3, height, width] in [0, 1]
 Logits = NDArray[np.float32] | NDArray[np.float64]  # [batch, class]
@@ -30,12 +31,17 @@ class Format(ABC):
     """A file format for a network with its normalisation inside."""
 
     weights: ClassVar[str]  # the file with the weights
+    files: ClassVar[tuple[str, ...]]  # all that pack() writes
     runtime: str  # the library that computes from it, with its version
     usage: ClassVar[str]  # Python from `images` to `logits`, in the folder of the export
 
     @abstractmethod
     def pack(self, network: Normalized, source: Source) -> dict[str, bytes]:
-        """The files of a network, by name. The network is not changed."""
+        """The files of a network, by name. The network is not changed. Raises KnownError if it cannot be written."""
+
+    @abstractmethod
+    def contract(self, packed: dict[str, bytes]) -> Contract:
+        """The contract in these files. Raises ValueError if there is none, and other exceptions for damaged files."""
 
     @abstractmethod
     def unpack(self, packed: dict[str, bytes]) -> Run:

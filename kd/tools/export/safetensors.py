@@ -10,51 +10,54 @@ from safetensors.torch import load, save
 from kd.core.stage import Source
 from kd.models import build
 from kd.models.normalization import Normalized
+from kd.tools.export.contract import Contract
 from kd.tools.export.formats import Format, Logits, Pixels, Run
 
 
 class Safetensors(Format):
-    """The weights, with `mean` and `std` among them, and the arguments of build()."""
+    """The weights by the network's own names, and model.json: the arguments of build(), mean and std, the contract."""
 
     weights = "model.safetensors"
+    files = ("model.safetensors", "model.json")
     runtime = f"torch {torch.__version__}"
     usage = """\
 import json
 
 import torch
+from kd.core.stage import Normalization
 from kd.models import build  # the network's definition; of kd, only kd/models and kd/core are needed
+from kd.models.normalization import Normalized
 from safetensors.torch import load_file
 
-tensors = load_file("model.safetensors")
-mean, std = tensors.pop("mean"), tensors.pop("std")
 with open("model.json") as file:
-    network = build(**json.load(file)["build"]).to(mean.dtype)
-network.load_state_dict(tensors)
-network.eval()
+    told = json.load(file)
+network = Normalized.of(build(**told["build"]), Normalization(**told["normalization"]))
+network = network.to(getattr(torch, told["dtype"])).eval()
+network.network.load_state_dict(load_file("model.safetensors"))
 with torch.inference_mode():
-    logits = network((torch.from_numpy(images) - mean) / std)
+    logits = network(torch.from_numpy(images))
 """
 
     def pack(self, network: Normalized, source: Source) -> dict[str, bytes]:
-        data = source.dataset
-        tensors = {**network.network.state_dict(), "mean": network.mean, "std": network.std}
-        arguments = {"name": source.model, "num_classes": data.num_classes, "image_size": source.input_size}
-        told = {"key": source.key, "build": {**arguments, "in_channels": 3}}
+        arguments = {"name": source.model, "num_classes": source.dataset.num_classes, "image_size": source.input_size}
+        contract = Contract.of(source)
+        told = {
+            **contract.dump(),
+            "preprocessing": contract.preprocessing,
+            "build": {**arguments, "in_channels": 3},
+            "dtype": str(network.mean.dtype).removeprefix("torch."),
+        }
         return {
-            self.weights: save({name: tensor.contiguous() for name, tensor in tensors.items()}),
+            self.weights: save({name: tensor.contiguous() for name, tensor in network.network.state_dict().items()}),
             "model.json": (json.dumps(told, indent=2) + "\n").encode(),
         }
 
+    def contract(self, packed: dict[str, bytes]) -> Contract:
+        return Contract.told(json.loads(packed["model.json"]))
+
     def unpack(self, packed: dict[str, bytes]) -> Run:
-        tensors = load(packed[self.weights])
-        mean, std = tensors.pop("mean"), tensors.pop("std")
-        network = build(**json.loads(packed["model.json"])["build"]).to(mean.dtype)
-        network.load_state_dict(tensors)
-        network.eval()
-
-        def run(images: Pixels) -> Logits:
-            with torch.inference_mode():
-                logits: Logits = network((torch.from_numpy(images) - mean) / std).numpy()
-            return logits
-
-        return run
+        told = json.loads(packed["model.json"])
+        network = Normalized.of(build(**told["build"]), self.contract(packed).normalization)
+        network = network.to(getattr(torch, told["dtype"])).eval()
+        network.network.load_state_dict(load(packed[self.weights]))
+        return run_of(network)
