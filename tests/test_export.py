@@ -65,7 +65,7 @@ def test_onnx(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     monkeypatch.chdir(tmp_path)
     assert main([student["key"][:12], "--format", "onnx"]) == 0
     out = tmp_path / "exports" / f"plane2-{student['key']}-onnx"
-    assert {path.name for path in out.iterdir()} == {"model.onnx", "README.md"}
+    assert {path.name for path in out.iterdir()} == {"model.onnx", "labels.txt", "README.md"}
 
     logits, original = logits_by_card(out, monkeypatch), original_logits(student["key"])
     np.testing.assert_allclose(logits, original, atol=1e-5 * np.abs(original).max())
@@ -94,7 +94,7 @@ def test_safetensors(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     out = tmp_path / "out of the store"
     command = [student["key"], "--format", "safetensors", "--out", str(out)]
     assert main(command) == 0
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "model.json", "README.md"}
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "model.json", "labels.txt", "README.md"}
     assert np.array_equal(logits_by_card(out, monkeypatch), original_logits(student["key"]))
     card = (out / "README.md").read_text()
     for each in (teacher, student):
@@ -177,7 +177,7 @@ def test_an_export_is_whole_or_absent_whatever_fails(tmp_path: Path) -> None:
 
 def network_of(name: str) -> Normalized:
     torch.manual_seed(0)
-    network = Normalized(build(name, num_classes=10), (0.5, 0.4, 0.3), (0.2, 0.3, 0.2))
+    network = Normalized(build(name, num_classes=10), DATASET.mean, DATASET.std)
     with torch.no_grad():
         network.train()(torch.rand(4, 3, 32, 32))  # statistics of its own
     return network.eval()

@@ -8,9 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from kd.core.files import commit
-from kd.core.stage import FORMAT, Source, Stage
+from kd.core.stage import FORMAT, DatasetSpec, Source, Stage
 from kd.reporting.console import SELECTED, in_bytes, percent, training
 from kd.store import StageResult
+from kd.tools.export.contract import Contract
 from kd.tools.export.formats import Format
 
 if TYPE_CHECKING:
@@ -49,15 +50,18 @@ def write_card(
 
 
 def _contract(source: Source, form: Format, comparison: Comparison, size: int, command: str) -> str:
-    data = source.dataset
+    contract = Contract.of(source)
+    names = f"these classes: {contract.shown_classes}" if contract.classes else "the data set's classes"
     return f"""\
-# {source.model} on {data.name}
+# {source.model} on {contract.dataset}
 
-A classifier of {data.num_classes} classes, stage `{source.key}`, exported by `{command}` ({_version()}).
+A classifier of {contract.num_classes} classes, stage `{source.key}`, exported by `{command}` ({_version()}).
 
-- `images`: float32 [batch, 3, {data.image_size}, {data.image_size}], RGB in [0, 1]; the batch may have any size.
-  Normalisation is inside.
-- `logits`: {comparison.dtype} [batch, {data.num_classes}], in the order of the data set's classes.
+- `images`: {contract.images}. The batch may have any size.
+- How a picture becomes an image: {contract.preprocessing}.
+  `python -m kd.predict <this folder> <picture>` does it.
+- Inside the network: normalisation, {contract.inside}.
+- `logits`: {comparison.dtype} [batch, {contract.num_classes}], in the order of {names}.
 - `{form.weights}`: {in_bytes(size)}.
 
 ```python
@@ -89,14 +93,11 @@ Choice of weights: {SELECTED[stage.train.select if stage else None]}. Exported a
 def _origin(chain: Sequence[Member], made_with: Mapping[str, Any]) -> str:
     source, data = chain[-1].source, chain[-1].source.dataset
     content = f" (content {data.content})" if data.content else ""
-    held_out = (
-        f"{data.val_fraction:g} of its training images, chosen by split_seed {data.split_seed}, are for validation"
-    )
     return f"""\
 ## Origin
 
 Data: {data.name}{content}, augmentation {data.augment}, normalisation {source.normalize};
-{held_out if data.val_fraction else "all of its training images train"}.
+{_held_out(data)}.
 
 The chain, in the order of training; each network was the guide of the next:
 
@@ -106,6 +107,16 @@ The chain, in the order of training; each network was the guide of the next:
 The mode (paper or reference) is not recorded with a stage. The settings that it decides are on this page.
 Made with {", ".join(f"{name} {value}" for name, value in made_with.items())}; keys of format {FORMAT}.
 """
+
+
+def _held_out(data: DatasetSpec) -> str:
+    if data.val_images:
+        return f"its own {data.val_images:,} validation images are for validation"
+    if data.val_fraction:
+        return (
+            f"{data.val_fraction:g} of its training images, chosen by split_seed {data.split_seed}, are for validation"
+        )
+    return "all of its training images train"
 
 
 def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -130,7 +141,9 @@ def _cells(member: Member) -> tuple[str, ...]:
 def _trained(source: Source) -> str:
     if not isinstance(source, Stage):
         return f"{source.role} {source.model}: given, as a file of sha256 {source.sha256}\n"
-    return f"{source.role} {source.model}: {source.train.epochs} epochs, {training(source.train)}\n"
+    begins = f", from weights of sha256 {source.init}" if source.init else ""
+    part = ", the classifier alone" if source.freeze else ""
+    return f"{source.role} {source.model}: {source.train.epochs} epochs, {training(source.train)}{begins}{part}\n"
 
 
 def _precision(source: Source) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from kd.core import files
 from kd.core.spec import KnownError
 
-# The files of an export. A folder with other files is never replaced.
+# The files of an export, besides labels.txt where classes have names. A folder with other files is never replaced.
 _EXPORTS = {"README.md", "model.onnx"}, {"README.md", "model.json", "model.safetensors"}
 
 
@@ -24,7 +24,7 @@ def check(folder: Path, force: bool) -> None:
         found = set(os.listdir(folder))
     except OSError as error:
         raise KnownError(f"--out: {folder} exists and cannot be replaced ({error.strerror}); use another") from error
-    if found and found not in _EXPORTS:
+    if found and found - {"labels.txt"} not in _EXPORTS:
         raise KnownError(f"--out: {folder} exists and is not an export, so it is not replaced; use another")
     if found and not force:
         raise KnownError(f"--out: {folder} exists already; --force replaces it")

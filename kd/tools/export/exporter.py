@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from kd.datasets import load_data
 from kd.store import Store, place
 from kd.tools.export import destination
 from kd.tools.export.card import Member, write_card
+from kd.tools.export.contract import Contract
 from kd.tools.export.formats import FORMATS, open_format
 
 
@@ -32,12 +34,17 @@ def main(given: Sequence[str]) -> int:
     arguments = _arguments(given)
     store = Store(place(arguments.store or os.environ.get("KD_STORE"), "store"))
     source = store.source(store.complete(arguments.key))
-    out = Path(arguments.out or f"exports/{source.model}-{source.key}-{arguments.format}").expanduser()
+    out = Path(arguments.out or f"exports/{_file_name(source.model)}-{source.key}-{arguments.format}").expanduser()
     destination.check(out, arguments.force)
     data_root = place(arguments.data or os.environ.get("KD_DATA"), "data")
     destination.publish_export(out, _export(store, source, arguments.format, data_root), arguments.force)
     print(f"written to {out}")
     return 0
+
+
+def _file_name(network: str) -> str:
+    """A network's name without what file names cannot have or shells read: timm-resnet18-drop_rate-0.1."""
+    return re.sub(r"[^\w.]+", "-", network).strip("-.")[:100]
 
 
 def _export(store: Store, source: Source, name: str, data_root: Path) -> dict[str, bytes]:
@@ -64,7 +71,9 @@ def _export(store: Store, source: Source, name: str, data_root: Path) -> dict[st
         made_with=store.record(source.key)["made_with"],
         command=f"python -m kd.export {source.key} --format {name}",
     )
-    return {**packed, "README.md": card.encode()}
+    labels = Contract.of(source).labels
+    named = {"labels.txt": labels.encode()} if labels else {}
+    return {**packed, **named, "README.md": card.encode()}
 
 
 def _member(store: Store, source: Source) -> Member:

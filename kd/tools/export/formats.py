@@ -58,3 +58,15 @@ def open_format(name: str) -> Format:
             f"--format {name} needs a package that is not installed ({error}): pip install '.[export]'"
         ) from error
     return found
+
+
+def run_of(network: Normalized) -> Run:
+    """A function that computes a network's logits, in its own precision."""
+    import torch
+
+    def run(images: Pixels) -> Logits:
+        with torch.inference_mode():
+            logits: Logits = network(torch.from_numpy(images)).numpy()
+        return logits
+
+    return run

@@ -11,7 +11,7 @@ from kd.core.stage import Source
 from kd.models import build
 from kd.models.normalization import Normalized
 from kd.tools.export.contract import Contract
-from kd.tools.export.formats import Format, Logits, Pixels, Run
+from kd.tools.export.formats import Format, Run, run_of
 
 
 class Safetensors(Format):
