@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import atexit
+import os
+import shutil
+import signal
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -12,30 +18,44 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kd.core.hardware import bring, cpu_count
+from kd.core.hardware import bring
 from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec
 from kd.datasets.images import Images, Part, choose_views, split_of
 from kd.datasets.layouts import Listing
 from kd.datasets.photos import centre, cut_views
-from kd.datasets.pictures import PictureError, margin, open_picture, read_square
-from kd.datasets.views import draw_crop, stacked
+from kd.datasets.pictures import PictureError, margin, measure, open_picture, read_square
+from kd.datasets.views import draw_crop
 
 _PLAIN = -1  # stands for the view of an image without augmentation
+_PART = 16  # photographs that a worker decodes at once: few, so that a stop is quick and little shared memory is needed
+_AHEAD = 2  # parts that each worker prepares ahead
+_SHARED = Path("/dev/shm")  # through which workers hand over pixels; Docker gives it 64 MB
+_FINER = 2  # a large JPEG may be opened smaller, as long as a crop has so many times the pixels of the view, each way
+
+Wanted = tuple[NDArray[np.int64], NDArray[np.int64]]  # samples and their views
 
 
 @dataclass(frozen=True, kw_only=True)
 class Streamed(Images):
     """Photographs in files, decoded in every epoch.
 
-    A random resized crop is cut from the photograph itself, so it has all of its detail.
+    Evaluation sees the pixels that it would see of an array. A random resized crop is cut from the photograph itself,
+    so it has all of its detail, and what is left of it beside the centre; with resize=squash or pad from the square, as
+    in an array.
     """
 
-    listing: Listing
+    root: Path
+    names: NDArray[np.bytes_]  # files of `labels`, below the root. An array: a list would be copied into every worker
+    test_names: NDArray[np.bytes_]
+    workers: int  # processes that decode, besides this one
 
     @classmethod
-    def of(cls, spec: DatasetSpec, listing: Listing, device: str) -> Streamed:
-        """Split the files as the spec says. Raises KnownError for a split without images."""
+    def of(cls, spec: DatasetSpec, listing: Listing, device: str, workers: int | None = None) -> Streamed:
+        """Split the files as the spec says. By default there are as many workers as torch has threads.
+
+        Raises KnownError for a split without images.
+        """
         labels, test_labels = (np.array([label for _, label in part]) for part in (listing.train, listing.test))
         train, val = split_of(spec, labels)
         return cls(
@@ -45,7 +65,10 @@ class Streamed(Images):
             val=val,
             test_labels=torch.from_numpy(test_labels).to(device),
             allowed_views=choose_views(spec.augment, len(labels), spec.views, spec.split_seed),
-            listing=listing,
+            root=listing.root,
+            names=np.array([os.fsencode(name) for name, _ in listing.train]),
+            test_names=np.array([os.fsencode(name) for name, _ in listing.test]),
+            workers=workers or torch.get_num_threads(),  # the processors of this rank
         )
 
     @property
@@ -56,8 +79,7 @@ class Streamed(Images):
         return next(self.shown(samples, views, [slice(None)]))
 
     def shown(self, samples: Tensor, views: Tensor, places: Sequence[slice]) -> Iterator[Tensor]:
-        batches = [(samples[place].tolist(), views[place].tolist()) for place in places]
-        return self._decoded([name for name, _ in self.listing.train], batches)
+        return self._decoded(self.names, [(samples[place].numpy(), views[place].numpy()) for place in places])
 
     def plain(self, part: Part, places: NDArray[np.int64]) -> Tensor:
         return next(self._plain(part, [places]))
@@ -67,53 +89,138 @@ class Streamed(Images):
         return self._plain(part, [places[i : i + self.eval_batch] for i in range(0, len(places), self.eval_batch)])
 
     def _plain(self, part: Part, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
-        files = self.listing.test if part == "test" else [self.listing.train[i] for i in self.val]
-        wanted = [(places.tolist(), [_PLAIN] * len(places)) for places in batches]
-        return self._decoded([name for name, _ in files], wanted)
+        names = self.test_names if part == "test" else self.names[self.val]
+        return self._decoded(names, [(places, np.full(len(places), _PLAIN)) for places in batches])
 
-    def _decoded(self, names: list[str], batches: list[tuple[list[int], list[int]]]) -> Iterator[Tensor]:
-        """The batches of (samples, views), each decoded by one worker. Raises KnownError for a file that is gone."""
-        files = _Files(self.listing.root, names, self.spec, batches)
-        workers = min(cpu_count(), len(batches)) if len(batches) > 1 else 0
-        # A generator of its own: a DataLoader draws its workers' seeds, and torch's global generator is the training's.
-        loader = DataLoader(files, batch_size=None, num_workers=workers, generator=torch.Generator())
-        for batch in loader:
-            if isinstance(batch, str):
-                raise KnownError(batch)
-            yield bring(batch.contiguous(memory_format=torch.channels_last), self.labels.device)
+    def _decoded(self, names: NDArray[np.bytes_], batches: list[Wanted]) -> Iterator[Tensor]:
+        """The images of each batch, in order. Raises KnownError for a file that is gone."""
+        if not batches:
+            return
+        ends = np.cumsum([len(samples) for samples, _ in batches])
+        cuts = [
+            np.append(np.arange(end - len(samples), end, _PART), end)
+            for (samples, _), end in zip(batches, ends.tolist(), strict=True)
+        ]
+        parts = np.concatenate([np.stack([each[:-1], each[1:]], 1) for each in cuts])
+        samples, views = (np.concatenate(each) for each in zip(*batches, strict=True))
+        decoded = _by_workers(_Files(self.root, names, self.spec, samples, views, parts), self.workers)
+        # What ends this process can leave this generator open, and workers that still wait would not let it exit.
+        atexit.register(decoded.close)
+        try:
+            for each in cuts:
+                images = torch.cat([next(decoded) for _ in each[1:]])
+                yield bring(images.permute(0, 3, 1, 2), self.labels.device)
+        finally:
+            decoded.close()
+            atexit.unregister(decoded.close)
+
+
+def _by_workers(files: _Files, workers: int) -> Generator[Tensor, None, None]:
+    """All parts of `files` in order: uint8 [sample, image_size, image_size, 3]. A single part needs no worker."""
+    loader = DataLoader(
+        files,
+        batch_size=None,
+        num_workers=min(_fitting(workers, files.spec.image_size), len(files)) if len(files) > 1 else 0,
+        prefetch_factor=_AHEAD if len(files) > 1 else None,
+        worker_init_fn=_leave_signals,
+        # One of its own: a DataLoader draws its workers' seeds, and torch's global generator is the training's.
+        generator=torch.Generator(),
+    )
+    decoded = iter(loader)
+    try:
+        for part in decoded:
+            if isinstance(part, str):
+                raise KnownError(part)
+            yield part
+    finally:
+        del decoded  # ends the workers
+
+
+def _fitting(workers: int, image_size: int) -> int:
+    """As many workers as have room in the shared memory, of which half stays free for others."""
+    room = shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else None
+    each = (_AHEAD + 1) * _PART * image_size**2 * 3
+    if room is None or workers * each <= room // 2:
+        return workers
+    fitting = max(1, room // 2 // each)
+    _say_once(
+        f"photographs are decoded by {fitting} of {workers} workers: {_SHARED} has {room / 1e6:,.0f} MB free; in "
+        "Docker --shm-size=1g makes it larger"
+    )
+    return fitting
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line, flush=True)
+
+
+def _leave_signals(worker: int) -> None:
+    """In a worker: the main process answers signals that all processes get, and ends its workers."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if number := getattr(signal, name, None):  # Windows has two of them
+            signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
 class _Files(Dataset[Tensor | str]):
-    """Batches of photographs; a text instead where one cannot be read."""
+    """Parts of the wanted photographs; a text instead where one cannot be read."""
 
     root: Path
-    names: list[str]
+    names: NDArray[np.bytes_]
     spec: DatasetSpec
-    wanted: list[tuple[list[int], list[int]]]
+    samples: NDArray[np.int64]
+    views: NDArray[np.int64]
+    parts: NDArray[np.int64]  # [part, 2]: where each begins and ends in samples and views
 
     def __len__(self) -> int:
-        return len(self.wanted)
+        return len(self.parts)
 
     def __getitem__(self, index: int) -> Tensor | str:
+        part = slice(*self.parts[index])
+        pairs = list(zip(self.samples[part].tolist(), self.views[part].tolist(), strict=True))
         try:
-            return stacked([self._viewed(*pair) for pair in zip(*self.wanted[index], strict=True)])
+            shown = {pair: self._viewed(*pair) for pair in dict.fromkeys(pairs)}  # a guide fills its last batch up
         except (PictureError, OSError) as error:
             return f"dataset.root: {self.root} has changed since it was listed: {error}"
+        return torch.from_numpy(np.stack([shown[pair] for pair in pairs]))
 
-    def _viewed(self, sample: int, view: int) -> Tensor:
+    def _viewed(self, sample: int, view: int) -> NDArray[np.uint8]:
         """A view of a photograph: uint8 [image_size, image_size, 3]."""
-        size, resize = self.spec.image_size, self.spec.resize or "short_side"
-        side, path = margin(size, resize), self.root / self.names[sample]
-        if view != _PLAIN and self.spec.augment == "resized_crop_flip":
-            from torchvision.transforms.v2.functional import horizontal_flip, pil_to_tensor, resized_crop
-
-            image = pil_to_tensor(open_picture(path, self.spec.background))
-            (top, left, height, width), flipped = draw_crop(sample, view, *image.shape[1:])
-            cut = resized_crop(image, top, left, height, width, [size, size], antialias=True)
-            shown: Tensor = horizontal_flip(cut) if flipped else cut
-            return shown.permute(1, 2, 0)
-        picture = torch.from_numpy(np.array(read_square(path, side, resize, self.spec.background)))[None]
+        spec, path = self.spec, self.root / os.fsdecode(self.names[sample])
+        if view != _PLAIN and spec.augment == "resized_crop_flip" and spec.resize == "short_side":
+            return _cropped(path, sample, view, spec)
+        square = torch.from_numpy(_square(path, spec))[None]
         if view == _PLAIN:
-            return centre(picture, size)[0]
-        return cut_views(picture, torch.tensor([sample]), torch.tensor([view]), self.spec)[0].permute(1, 2, 0)
+            return centre(square, spec.image_size)[0].numpy()
+        shown = cut_views(square, torch.tensor([sample]), torch.tensor([view]), spec)
+        return shown[0].permute(1, 2, 0).numpy()
+
+
+def _square(path: Path, spec: DatasetSpec) -> NDArray[np.uint8]:
+    """The square that an array has of a photograph: uint8 [side, side, 3]."""
+    size = spec.image_size
+    if spec.resize is not None:
+        return np.array(read_square(path, margin(size, spec.resize), spec.resize, spec.background))
+    picture = np.array(open_picture(path, spec.background))
+    if picture.shape != (size, size, 3):
+        raise PictureError(f"{path} is {picture.shape[1]}×{picture.shape[0]}, not {size}×{size}")
+    return picture
+
+
+def _cropped(path: Path, sample: int, view: int, spec: DatasetSpec) -> NDArray[np.uint8]:
+    """A random resized crop of a photograph, perhaps flipped, as torchvision makes it of a PIL image."""
+    from PIL import Image
+
+    # A box is drawn for a picture that lies. It is turned for one that stands, which is known when it is open: its file
+    # may be stored turned. Torchvision's boxes of both have the same distribution.
+    shorter, longer = sorted(measure(path))
+    size, ((top, left, height, width), flipped) = spec.image_size, draw_crop(sample, view, shorter, longer)
+    image = open_picture(path, spec.background, least=ceil(shorter * _FINER * size / min(height, width)))
+    lies = image.width >= image.height
+    x, y = image.width / (longer if lies else shorter), image.height / (shorter if lies else longer)  # 1, or smaller
+    if not lies:
+        top, left, height, width = left, top, width, height
+    box = round(left * x), round(top * y), round((left + width) * x), round((top + height) * y)
+    shown = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+    return np.array(shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else shown)
