@@ -19,8 +19,10 @@ from kd.reporting.results import Pruned, record_pruned, write_result
 from kd.reporting.tracking import track
 from kd.store import Store
 from kd.training.checkpoint import exit_code, ignore, raise_on_sigterm
-from kd.training.pipeline import Pipeline, check_losses, follow, run_students
+from kd.training.checks import check_students
+from kd.training.pipeline import Pipeline, follow, run_students
 from kd.training.ranks import team, world
+from kd.training.workplace import Workplace
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -39,7 +41,8 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
         print(line, flush=True)
     store = Store(config.store_root)
     if config.dry_run:
-        check_losses(students[0])  # the others differ in their seeds alone
+        place = Workplace(store, config.data_root, config.runtime, initial=initial_files(config))
+        check_students(place, students, config.teacher.file, networks=False)
         console.print_plan(config.mode, students, store, config.runtime.retrain)
         return None
     runtime = jobs.with_share(config.runtime)

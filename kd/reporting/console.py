@@ -163,7 +163,7 @@ def print_plan(mode: str, students: Sequence[Stage], store: Store, retrain: bool
 def _plan_lines(sources: Sequence[Source]) -> list[str]:
     """Lines about given networks, the training settings, and the data."""
     given = [source for source in sources if isinstance(source, Given)]
-    unread = "given (a dry run does not load its file); teacher.normalize is"
+    unread = "given; teacher.normalize is"
     lines = [f"{source.role} {source.model}: {unread} {source.normalize}" for source in given]
     several = [source for source in sources if isinstance(source, Stage) and len(source.guides) > 1]
     lines += dict.fromkeys(_several_guides(stage) for stage in several)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from kd.reporting.tracking import Tracker
 from kd.store import Metrics, StageResult, TrainedStage
 from kd.store.foreign import load_network
 from kd.training.checkpoint import Checkpoint, Deferred
+from kd.training.checks import check_students
 from kd.training.ranks import ALONE, Team, is_lost, team
 from kd.training.workplace import Workplace
 
@@ -79,12 +79,9 @@ class Pipeline(Workplace):
     team: Team = ALONE  # the processes that train each stage together
     prune: Callable[[Metrics], None] | None = None  # called after each epoch of a student; may raise Pruned
     _done: set[str] = field(default_factory=set)
-    _told: set[str] = field(default_factory=set)  # lines that are said once
 
     def run_chain(self, last: Stage) -> list[Outcome]:
         """Load or train each stage, in order. Raises KnownError for a teacher below `min_acc`."""
-        if any(not self._reusable(source) for source in last.chain):
-            self._check_networks(last)
         return [self._accept(self._load_or_make(source)) for source in last.chain]
 
     def _load_or_make(self, source: Source) -> Outcome:
@@ -209,36 +206,6 @@ class Pipeline(Workplace):
         self.store.save(source, trained, made_with)
         self._done.add(source.key)
 
-    def _check_networks(self, last: Stage) -> None:
-        """Build every network without memory, so that one that cannot take the images fails now and not after hours."""
-        import torch
-
-        from kd.models import build
-
-        networks = {}
-        with torch.device("meta"):
-            for stage in last.chain:
-                data = stage.dataset
-                networks[stage.key] = build(stage.model, num_classes=data.num_classes, image_size=stage.input_size)
-        self._check_initial(last)
-        sizes = {key: sum(each.numel() for each in network.parameters()) for key, network in networks.items()}
-        check_losses(last)
-        for guide, stage in pairwise(last.chain):
-            if stage.role == "assistant" and sizes[stage.key] > sizes[guide.key]:
-                told = f"{stage.model} ({sizes[stage.key]:,} parameters)", f"{guide.model} ({sizes[guide.key]:,})"
-                print(f"{stage.role} {told[0]} is larger than its guide, {guide.role} {told[1]}", flush=True)
-
-    def _check_initial(self, last: Stage) -> None:
-        """Read every file of initial weights, and say which classifier is new. Raises KnownError if one is wrong."""
-        from kd.training.step import load_initial
-
-        for stage in last.chain:
-            if isinstance(stage, Stage) and stage.init is not None and not self._reusable(stage):
-                _, line = load_initial(stage, self.initial.get(stage.init))
-                if line is not None and line not in self._told:
-                    print(f"{stage.role} {line}", flush=True)
-                    self._told.add(line)
-
     def _runtime(self) -> dict[str, Any]:
         """What is not in the key and still changes the last bits of a result."""
         kind = self.device.partition(":")[0]  # without the number of the GPU
@@ -246,37 +213,9 @@ class Pipeline(Workplace):
         return {"torch": version("torch"), "device": kind, "processor": processor, "threads": self.threads}
 
 
-def check_losses(last: Stage) -> None:
-    """Build the losses of a chain that read features. Raises KnownError for one that does not fit its networks."""
-    for stage in last.chain:
-        if isinstance(stage, Stage) and stage.loss.needs - {"guide"}:
-            _check_loss(stage)
-
-
-def _check_loss(stage: Stage) -> None:
-    """Build the stage's loss for untrained networks. Raises KnownError if one of them does not have what it reads."""
-    import torch
-
-    from kd.core.stage import LossContext
-    from kd.models import build
-    from kd.models.normalization import Normalized
-    from kd.training.guide import learner
-
-    data, classes, found = stage.dataset, torch.arange(stage.dataset.num_classes), []
-    with torch.random.fork_rng(devices=[]):
-        try:
-            for source in (stage, *stage.guides):
-                network = build(source.model, num_classes=data.num_classes, image_size=source.input_size)
-                found.append(learner(Normalized.of(network, source.normalize), stage.loss.needs, data.image_size))
-            for guide in found[1:]:
-                stage.loss.build(LossContext(found[0], guide, classes, classes))
-        except KnownError as error:
-            loss = stage.loss.option or stage.loss.name
-            raise KnownError(f"{stage.role} {stage.model}: loss={loss}: {error}") from error
-
-
 def run_students(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -> RunResult:
     """Load or train every student and its chain. `labels` are the names of mode, method and data set in tables."""
+    check_students(pipeline, students, pipeline.checkpoint)
     chains = [pipeline.run_chain(student) for student in students]
     outcomes = [chain[-1] for chain in chains]
     validated = [outcome.val_acc for outcome in outcomes if outcome.val_acc is not None]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,12 +11,10 @@ from pkgutil import resolve_name
 from kd.core.spec import KnownError
 from kd.core.stage import VIEWS, Batch, DatasetSpec, LossContext, LossSpec, Need, Outputs, Source, Stage
 from kd.datasets import DATASETS
+from kd.training.forecast import fastest, step_seconds
 from kd.training.workplace import Workplace
 
 _BACKWARD = 2  # times the forward pass: the gradients of activations and of weights
-_WARM = 2  # calls that are not timed
-_LEAST, _TIMED = 3, 0.3  # calls and seconds that are timed at least
-_LONG = 3.0  # seconds after which one timed call is enough
 _PROBE = 1e10  # operations of a measured step on a CPU at most: a fraction of a second
 
 
@@ -135,7 +132,7 @@ class Estimator:
             batch = train.batch_size
             if self._place.device == "cpu":
                 batch = min(batch, max(2, int(_PROBE / (1 + _BACKWARD) / self._forward(stage, stage))))
-            self._measured[known] = _step(stage, self._place.device, batch) / batch
+            self._measured[known] = step_seconds(stage, self._place.device, batch) / batch
         return self._measured[known]
 
     def _loss_seconds(self, stage: Stage) -> float:
@@ -151,31 +148,6 @@ class Estimator:
         return self._losses[known]
 
 
-def _step(stage: Stage, device: str, batch: int) -> float:
-    """Seconds of a training step of a new network, not compiled, on random images."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from kd.core.hardware import autocast
-    from kd.training.step import make_network, make_optimizer
-
-    network = make_network(stage, device).train()
-    optimizer = make_optimizer([*network.parameters()], stage.train)
-    size = stage.dataset.image_size
-    noise = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
-    labels = torch.zeros(batch, dtype=torch.int64, device=device)
-    noise = noise.contiguous(memory_format=torch.channels_last)
-
-    def step() -> None:
-        with autocast(stage.train.precision, device):
-            logits = network(noise)
-        optimizer.zero_grad()
-        cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-
-    return _fastest(step, device)
-
-
 def _loss_step(stage: Stage, device: str, samples: int) -> float:
     """Seconds of a stage's loss and its gradients for a batch of random features, among so many training samples.
 
@@ -189,7 +161,7 @@ def _loss_step(stage: Stage, device: str, samples: int) -> float:
     size, needs = stage.dataset.image_size, stage.loss.needs
     numbers = torch.arange(samples, device=device)
     labels = numbers % stage.dataset.num_classes
-    alike = [stage.model_copy(update={"model": source.model}) for source in (stage, *stage.guides)]
+    alike = [stage.model_copy(update={"model": source.model, "init": None}) for source in (stage, *stage.guides)]
     try:
         net, *guides = [learner(make_network(each, device), needs, size) for each in alike]
         losses = [stage.loss.build(LossContext(net, guide, labels, numbers)) for guide in guides]
@@ -205,7 +177,7 @@ def _loss_step(stage: Stage, device: str, samples: int) -> float:
         for loss, batch in zip(losses, batches, strict=True):
             loss(batch)["loss"].backward()  # type: ignore[no-untyped-call]
 
-    return _fastest(step, device)
+    return fastest(step, device)
 
 
 def _features(one: Outputs, batch: int, *, learning: bool = False) -> Outputs:
@@ -214,26 +186,3 @@ def _features(one: Outputs, batch: int, *, learning: bool = False) -> Outputs:
 
     repeated = {name: torch.cat([each] * batch) for name, each in one.tensors.items()}
     return Outputs({name: torch.rand_like(each, requires_grad=learning) for name, each in repeated.items()})
-
-
-def _fastest(step: Callable[[], None], device: str) -> float:
-    """Seconds of the fastest of several calls. On a busy machine single calls take many times as long."""
-    times = list[float]()
-    while not _enough(times):
-        began = _now(device)
-        step()
-        times.append(_now(device) - began)
-    return min(times[_WARM:])
-
-
-def _enough(times: list[float]) -> bool:
-    timed = times[_WARM:]
-    return bool(timed) and (sum(times) > _LONG or (len(timed) >= _LEAST and sum(timed) >= _TIMED))
-
-
-def _now(device: str) -> float:
-    import torch
-
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

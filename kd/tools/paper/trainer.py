@@ -15,6 +15,7 @@ from kd.reporting.tracking import track
 from kd.store import Store
 from kd.tools.paper.cost import Cost
 from kd.tools.paper.graph import PlannedJob
+from kd.training.checks import check_students
 from kd.training.pipeline import Pipeline
 
 
@@ -61,7 +62,7 @@ def _train(stage: Stage, job: PlannedJob, store: Store, folder: Path) -> None:
     config = job.config
     os.makedirs(folder, exist_ok=True)
     with track(config.tracking, folder, [stage], job.tree, store) as tracker:
-        Pipeline(
+        pipeline = Pipeline(
             store=store,
             data_root=config.data_root,
             runtime=config.runtime,
@@ -70,4 +71,6 @@ def _train(stage: Stage, job: PlannedJob, store: Store, folder: Path) -> None:
             initial=initial_files(config),
             on_nan=config.train.on_nan,
             min_acc=config.teacher.min_acc,
-        ).run_chain(stage)
+        )
+        check_students(pipeline, [stage], pipeline.checkpoint)
+        pipeline.run_chain(stage)

@@ -1,0 +1,108 @@
+"""What is checked before anything is trained: files of weights, networks, losses and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from kd.core.spec import KnownError
+from kd.core.stage import Given, Source, Stage
+from kd.store.foreign import load_network
+from kd.training.workplace import Workplace
+
+
+def check_students(
+    place: Workplace, students: Sequence[Stage], checkpoint: Path | None, *, networks: bool = True
+) -> None:
+    """Check the stages that the students' chains need and that are not in the store. Raises KnownError.
+
+    Prints a line for each thing worth knowing: new classifiers, assistants larger than their guide, and the memory and
+    time of stages with photographs. Without `networks`, only what a dry run can check quickly.
+    """
+    chain = [*{source.key: source for student in students for source in student.chain}.values()]
+    missing = [source for source in chain if place.runtime.retrain or not place.store.whole(source.key)]
+    for source in missing:
+        if isinstance(source, Given) and checkpoint is not None:
+            load_network(checkpoint, source)
+    stages = [source for source in missing if isinstance(source, Stage)]
+    _check_initial(stages, place)
+    if networks and missing:
+        _check_networks(chain)
+    for stage in _alike(stages):
+        if stage.loss.needs - {"guide"}:
+            _check_loss(stage)
+    _check_cost(stages, place)
+
+
+def _alike(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages, one of those that differ in their seeds alone."""
+    return [*{(stage.role, stage.model, stage.loss): stage for stage in stages}.values()]
+
+
+def _check_networks(chain: Sequence[Source]) -> None:
+    """Build every network without memory, so that one that cannot take the images fails now and not after hours."""
+    import torch
+
+    from kd.models import build
+
+    sizes: dict[str, int] = {}
+    with torch.device("meta"):
+        for source in chain:
+            network = build(source.model, num_classes=source.dataset.num_classes, image_size=source.input_size)
+            sizes[source.key] = sum(each.numel() for each in network.parameters())
+    for guide, stage in pairwise(chain):
+        if stage.role == "assistant" and sizes[stage.key] > sizes[guide.key]:
+            told = f"{stage.model} ({sizes[stage.key]:,} parameters)", f"{guide.model} ({sizes[guide.key]:,})"
+            print(f"{stage.role} {told[0]} is larger than its guide, {guide.role} {told[1]}", flush=True)
+
+
+def _check_initial(stages: Sequence[Stage], place: Workplace) -> None:
+    """Read every file of initial weights, and say which classifier is new."""
+    begun = [stage for stage in _alike(stages) if stage.init is not None]
+    if not begun:
+        return
+    import torch
+
+    from kd.training.step import load_initial
+
+    for stage in begun:
+        with torch.random.fork_rng(devices=[]):
+            _, line = load_initial(stage, place.initial.get(str(stage.init)))
+        if line is not None:
+            print(f"{stage.role} {line}", flush=True)
+
+
+def _check_loss(stage: Stage) -> None:
+    """Build the stage's loss for untrained networks. Raises KnownError if one of them does not have what it reads."""
+    import torch
+
+    from kd.core.stage import LossContext
+    from kd.models import build
+    from kd.models.normalization import Normalized
+    from kd.training.guide import learner
+
+    data, classes, found = stage.dataset, torch.arange(stage.dataset.num_classes), []
+    with torch.random.fork_rng(devices=[]):
+        try:
+            for source in (stage, *stage.guides):
+                network = build(source.model, num_classes=data.num_classes, image_size=source.input_size)
+                found.append(learner(Normalized.of(network, source.normalize), stage.loss.needs, data.image_size))
+            for guide in found[1:]:
+                stage.loss.build(LossContext(found[0], guide, classes, classes))
+        except KnownError as error:
+            loss = stage.loss.option or stage.loss.name
+            raise KnownError(f"{stage.role} {stage.model}: loss={loss}: {error}") from error
+
+
+def _check_cost(stages: Sequence[Stage], place: Workplace) -> None:
+    """Say what stages with photographs cost. Raises KnownError if one does not fit into the memory."""
+    from kd.datasets import LARGE
+
+    large = [stage for stage in stages if stage.dataset.image_size > LARGE and stage.dataset.images]
+    if not large:
+        return
+    from kd.training.forecast import forecasts
+
+    for each in forecasts(large, place.device):
+        print(each, flush=True)

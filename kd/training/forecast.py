@@ -1,0 +1,197 @@
+"""What a stage will cost: memory from tensors that are never allocated, and time from a few measured steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kd.core.spec import KnownError
+from kd.core.stage import Source, Stage
+from kd.datasets import LARGE
+from kd.reporting.console import duration, in_bytes
+
+_WARM = 2  # calls that are not timed
+_LEAST, _TIMED = 3, 0.3  # calls and seconds that are timed at least
+_LONG = 3.0  # seconds after which one timed call is enough
+_STEP = 8  # images of a measured step at most
+_BACKWARD = 2  # times the forward pass
+_PROCESS = 600_000_000  # bytes of a process that has loaded torch
+_WORKING = 1.3  # times the activations: gradients and copies that live for a moment
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The expected memory of a stage in bytes, and the seconds that it trains."""
+
+    stage: Stage
+    memory: int
+    seconds: float
+
+    def __str__(self) -> str:
+        train, images = self.stage.train, self.stage.dataset.train_images or 0
+        return (
+            f"{self.stage.role} {self.stage.model}: about {in_bytes(self.memory)} of memory and "
+            f"{duration(self.seconds)} ({train.epochs} epochs of {images:,} images)"
+        )
+
+
+def forecasts(stages: Sequence[Stage], device: str) -> Iterator[Forecast]:
+    """The forecast of each stage with photographs. Raises KnownError for one that does not fit into the memory.
+
+    Small images are no question of memory, and their first steps tell the time.
+    """
+    seen, times = set[tuple[str, str]](), dict[Any, float]()
+    for stage in stages:
+        if stage.dataset.image_size <= LARGE or stage.dataset.images is None:
+            continue
+        memory = memory_of(stage)
+        free = free_memory(device)
+        if free is not None and memory > free:
+            raise KnownError(
+                f"{stage.role} {stage.model}: needs about {in_bytes(memory)} of memory for batches of "
+                f"{stage.train.batch_size} images of {stage.input_size}×{stage.input_size}, and {in_bytes(free)} are "
+                "free; try a smaller train.batch_size or dataset.image_size"
+            )
+        yield Forecast(stage, memory, _seconds(stage, device, seen, times))
+
+
+def memory_of(stage: Stage) -> int:
+    """The expected memory of a training process in bytes: activations of a batch, weights, gradients and moments."""
+    each, weights = activations(stage.model, stage.dataset.num_classes, stage.input_size)
+    if stage.freeze:
+        return int(_PROCESS + weights + _WORKING * each * 8)  # no gradients: few activations live at once
+    width = 0.5 if stage.train.precision in ("bf16", "fp16") else 2.0 if stage.train.precision == "fp64" else 1.0
+    return int(_PROCESS + 4 * weights + _WORKING * width * each * stage.train.batch_size)
+
+
+@cache
+def activations(model: str, num_classes: int, size: int) -> tuple[int, int]:
+    """Bytes in fp32 that the backward pass of one image needs of its forward pass; and bytes of the weights."""
+    import torch
+
+    from kd.models import build
+
+    with torch.device("meta"):
+        network = build(model, num_classes=num_classes, image_size=size).train()
+        images, kept = torch.empty(2, 3, size, size), dict[int, int]()
+    weights = {id(each.untyped_storage()) for each in network.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor.untyped_storage()) not in weights:
+            kept[id(tensor)] = tensor.numel() * tensor.element_size()
+        saved.append(tensor)  # alive, so that no other tensor gets its id
+        return tensor
+
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(images)
+    return sum(kept.values()) // 2, sum(each.numel() * each.element_size() for each in network.parameters())
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that are free for this process, on the device; None if the system does not say."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    if free is None or limit is None:
+        return free
+    return min(free, limit - (used or 0))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _seconds(stage: Stage, device: str, seen: set[tuple[str, str]], times: dict[Any, float]) -> float:
+    """Seconds of a stage. `seen`: guides and backbones, by key and precision, whose views are cached by then."""
+    images, spec = stage.dataset.train_images or 0, stage.dataset
+    total = float(images * stage.train.epochs)
+    shown = total if spec.view_count is None else min(total, float(images * spec.view_count))
+
+    def passes(source: Source, name: str) -> float:
+        """Seconds of forward passes over the views that are new to a network."""
+        known = name, stage.train.precision
+        if known in seen:
+            return 0.0
+        if spec.view_count is not None and not stage.loss.live:
+            seen.add(known)
+        one = _step_time(source, stage, device, times) / (1 + _BACKWARD)
+        return one * (total if stage.loss.live else shown)
+
+    seconds = passes(stage, stage.backbone) if stage.freeze else total * _step_time(stage, stage, device, times)
+    for guide in stage.guides:
+        probed = isinstance(guide, Stage) and guide.freeze
+        seconds += passes(guide, guide.backbone if isinstance(guide, Stage) and probed else guide.key)
+    return seconds
+
+
+def _step_time(source: Source, stage: Stage, device: str, times: dict[Any, float]) -> float:
+    """Seconds of a network's training step per image, if it were trained as this stage is."""
+    spec, batch = stage.dataset, min(stage.train.batch_size, _STEP)
+    like = stage.model_copy(update={"model": source.model, "preprocessing": source.normalize})
+    known = source.model, spec.num_classes, source.input_size, batch, stage.train.precision
+    if known not in times:
+        times[known] = step_seconds(like, device, batch) / batch
+    return times[known]
+
+
+def step_seconds(stage: Stage, device: str, batch: int) -> float:
+    """Seconds of a training step of a new network, not compiled, on random images."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from kd.core.hardware import autocast
+    from kd.training.step import make_network, make_optimizer
+
+    network = make_network(stage.model_copy(update={"init": None, "freeze": None}), device).train()
+    optimizer = make_optimizer([*network.parameters()], stage.train)
+    size = stage.dataset.image_size
+    noise = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    noise = noise.contiguous(memory_format=torch.channels_last)
+
+    def step() -> None:
+        with autocast(stage.train.precision, device):
+            logits = network(noise)
+        optimizer.zero_grad()
+        cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return fastest(step, device)
+
+
+def fastest(step: Callable[[], None], device: str) -> float:
+    """Seconds of the fastest of several calls. On a busy machine single calls take many times as long."""
+    times = list[float]()
+    while not _enough(times):
+        began = _now(device)
+        step()
+        times.append(_now(device) - began)
+    return min(times[_WARM:])
+
+
+def _enough(times: list[float]) -> bool:
+    timed = times[_WARM:]
+    return bool(timed) and (sum(times) > _LONG or (len(timed) >= _LEAST and sum(timed) >= _TIMED))
+
+
+def _now(device: str) -> float:
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
