@@ -109,8 +109,8 @@ _PAPER["folder"] = _PAPER["cifar10"]  # a guess for small images; `train=<data s
 
 
 def _photo_epochs(task: Task) -> int:
-    """Epochs of about 30,000 images in all, at least 10 and at most 100. A classifier alone costs next to nothing."""
-    return task.epochs or (100 if task.frozen else min(max(ceil(30_000 / task.images), 10), 100))
+    """Epochs of about 20,000 images in all, at least 10 and at most 60. A classifier alone costs next to nothing."""
+    return task.epochs or (100 if task.frozen else min(max(ceil(20_000 / task.images), 10), 60))
 
 
 def _photo_batch(task: Task) -> int:

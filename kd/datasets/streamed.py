@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -117,16 +118,18 @@ class Streamed(Images):
 
 def _by_workers(files: _Files, workers: int) -> Generator[Tensor, None, None]:
     """All parts of `files` in order: uint8 [sample, image_size, image_size, 3]. A single part needs no worker."""
+    workers = min(_fitting(workers, files.spec.image_size), len(files)) if len(files) > 1 else 0
     loader = DataLoader(
         files,
         batch_size=None,
-        num_workers=min(_fitting(workers, files.spec.image_size), len(files)) if len(files) > 1 else 0,
-        prefetch_factor=_AHEAD if len(files) > 1 else None,
-        worker_init_fn=_leave_signals,
+        num_workers=workers,
+        prefetch_factor=_AHEAD if workers else None,
+        multiprocessing_context="fork" if workers else None,
         # One of its own: a DataLoader draws its workers' seeds, and torch's global generator is the training's.
         generator=torch.Generator(),
     )
-    decoded = iter(loader)
+    with _signals_held():  # a signal to all processes is for the main one, which ends its workers
+        decoded = iter(loader)
     try:
         for part in decoded:
             if isinstance(part, str):
@@ -155,11 +158,15 @@ def _say_once(line: str) -> None:
     print(line, flush=True)
 
 
-def _leave_signals(worker: int) -> None:
-    """In a worker: the main process answers signals that all processes get, and ends its workers."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
-        if number := getattr(signal, name, None):  # Windows has two of them
-            signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals wait until the end of the block. In processes that are forked in it they wait for ever."""
+    held = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(frozen=True)
