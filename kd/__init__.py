@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 def load(key: str, store: str | Path | None = None) -> Normalized:
     """A finished stage's network in eval mode, on the CPU, with its normalisation inside.
 
-    It takes images [batch, 3, height, width], uint8 or floating in [0, 1], and gives logits [batch, class].
+    It takes RGB images [batch, 3, height, width], uint8 or floating in [0, 1], and gives logits [batch, class] in the
+    order of its data set's classes. Images should be squares as its test images were: of `dataset.image_size` pixels,
+    photographs upright and resized as `python -m kd.predict` does it. A network that needs another size resizes them.
     `store` is the path of the store, by default the one in the repository (or $KD_STORE). Raises
     kd.core.spec.KnownError if there is no such stage, or if it is damaged.
     """

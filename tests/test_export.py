@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 import kd
 from kd.core.spec import KnownError
@@ -24,10 +25,10 @@ from kd.datasets.data import Data
 from kd.models import MODELS, build
 from kd.models.normalization import Normalized
 from kd.reporting.console import in_bytes
-from kd.store import Store
+from kd.store import StageResult, Store, TrainedStage
 from kd.tools.export import destination
 from kd.tools.export.comparison import compare_logits
-from kd.tools.export.exporter import main
+from kd.tools.export.exporter import folder_name, main
 from kd.tools.export.formats import FORMATS, open_format
 from tests.conftest import ROOT
 from tests.faults import every_fault
@@ -143,6 +144,43 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(KnownError, match="is damaged"):
         main([stage().key, "--format", "safetensors"])
     assert not (tmp_path / "exports").exists()
+
+
+def test_data_without_names_has_no_labels(tmp_path: Path) -> None:
+    store, source = Store(Path(os.environ["KD_STORE"])), stage()
+    state = build(source.model, num_classes=10, image_size=16).state_dict()
+    result = StageResult(params=1, val_acc=10, test_acc=10, epochs=1, selected_epoch=1, seconds=1)
+    store.save(source, TrainedStage(state, [], result), {})
+    assert main([source.key, "--format", "safetensors", "--out", str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "model.json", "README.md"}
+    assert "[batch, 10], in the order of the data set's classes." in (tmp_path / "out" / "README.md").read_text()
+
+
+class Forked(nn.Module):
+    """A network that no graph can hold: what it computes depends on its images."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
+
+
+def test_a_network_that_onnx_cannot_hold() -> None:
+    network = Normalized(Forked(), DATASET.mean, DATASET.std)
+    with pytest.raises(
+        KnownError, match=r"^resnet8 cannot be written as ONNX \(.*\): --format safetensors takes"
+    ) as caught:
+        open_format("onnx").pack(network, stage())
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_folders() -> None:
+    names = {
+        "resnet8": "resnet8",
+        "timm/resnet18?drop_rate=0.1&act_layer=gelu": "timm-resnet18-drop_rate-0.1-act_layer-gelu",
+        "torchvision/vgg16_bn": "torchvision-vgg16_bn",
+        'timm/x?stem_type="a b"': "timm-x-stem_type-a-b",
+        "package.module.TINY": "package.module.TINY",
+    }
+    assert {name: folder_name(name) for name in names} == names
 
 
 def test_a_failure_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,8 @@ def main(given: Sequence[str]) -> int:
     arguments = _arguments(given)
     store = Store(place(arguments.store or os.environ.get("KD_STORE"), "store"))
     source = store.source(store.complete(arguments.key))
-    out = Path(arguments.out or f"exports/{_file_name(source.model)}-{source.key}-{arguments.format}").expanduser()
+    folder = f"exports/{folder_name(source.model)}-{source.key}-{arguments.format}"
+    out = Path(arguments.out or folder).expanduser()
     destination.check(out, arguments.force)
     data_root = place(arguments.data or os.environ.get("KD_DATA"), "data")
     destination.publish_export(out, _export(store, source, arguments.format, data_root), arguments.force)
@@ -42,8 +43,8 @@ def main(given: Sequence[str]) -> int:
     return 0
 
 
-def _file_name(network: str) -> str:
-    """A network's name without what file names cannot have or shells read: timm-resnet18-drop_rate-0.1."""
+def folder_name(network: str) -> str:
+    """The name of a network without what file names cannot have or shells read: timm-resnet18-drop_rate-0.1."""
     return re.sub(r"[^\w.]+", "-", network).strip("-.")[:100]
 
 
