@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from math import ceil
+from math import ceil, floor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kd.core.hardware import bring
+from kd.core.hardware import bring, cpu_count
 from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec
 from kd.datasets.images import Images, Part, choose_views, split_of
@@ -53,7 +53,7 @@ class Streamed(Images):
 
     @classmethod
     def of(cls, spec: DatasetSpec, listing: Listing, device: str, workers: int | None = None) -> Streamed:
-        """Split the files as the spec says. By default there are as many workers as torch has threads.
+        """Split the files as the spec says. By default there is a worker for each of torch's threads.
 
         Raises KnownError for a split without images.
         """
@@ -69,7 +69,7 @@ class Streamed(Images):
             root=listing.root,
             names=np.array([os.fsencode(name) for name, _ in listing.train]),
             test_names=np.array([os.fsencode(name) for name, _ in listing.test]),
-            workers=workers or torch.get_num_threads(),  # the processors of this rank
+            workers=workers or min(torch.get_num_threads(), cpu_count()),
         )
 
     @property
@@ -224,10 +224,12 @@ def _cropped(path: Path, sample: int, view: int, spec: DatasetSpec) -> NDArray[n
     shorter, longer = sorted(measure(path))
     size, ((top, left, height, width), flipped) = spec.image_size, draw_crop(sample, view, shorter, longer)
     image = open_picture(path, spec.background, least=ceil(shorter * _FINER * size / min(height, width)))
-    lies = image.width >= image.height
-    x, y = image.width / (longer if lies else shorter), image.height / (shorter if lies else longer)  # 1, or smaller
-    if not lies:
-        top, left, height, width = left, top, width, height
-    box = round(left * x), round(top * y), round((left + width) * x), round((top + height) * y)
-    shown = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+    rows, columns = shorter, longer
+    if image.height > image.width:
+        top, left, height, width, rows, columns = left, top, width, height, longer, shorter
+    x, x_end = (edge * image.width / columns for edge in (left, left + width))
+    y, y_end = (edge * image.height / rows for edge in (top, top + height))
+    around = floor(x), floor(y), ceil(x_end), ceil(y_end)
+    box = x - around[0], y - around[1], x_end - around[0], y_end - around[1]
+    shown = image.crop(around).resize((size, size), Image.Resampling.BILINEAR, box)
     return np.array(shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else shown)
