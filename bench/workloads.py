@@ -20,7 +20,8 @@ from kd.datasets.data import Data
 from kd.models import build
 from kd.reporting.console import Watch
 from kd.store import Metrics
-from kd.training.guide import Guide, open_bank
+from kd.training.bank import open_bank
+from kd.training.guide import Guide
 from kd.training.loop import train_stage
 from kd.training.step import PAYS_AFTER, make_network
 

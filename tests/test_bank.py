@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from kd.datasets.data import Data
-from kd.training.guide import Bank, Guide, open_bank
+from kd.training.bank import Bank, open_bank
+from kd.training.guide import Guide
 from tests.conftest import QUICK, ROOT
 from tests.test_train import data, teacher_of
 
@@ -155,6 +156,14 @@ def test_without_room_or_right_nothing_is_kept(
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.statvfs_result([0] * 10) and type("U", (), {"free": 9}))
     assert open_bank(tmp_path / "new", KEY, "w", data, "bf16", "cpu") is None
     assert "1 GB to spare" in capsys.readouterr().out
+
+
+def test_what_exceeds_the_budget_is_not_cached(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = 1437 * 162 * 10 * 2  # float16
+    assert open_bank(tmp_path, KEY, "w", data, "bf16", "cpu", budget=size) is None  # its marks need a little
+    assert "exceed runtime.bank_budget (4.66 MB); python -m kd.store gc --banks" in capsys.readouterr().out
+    assert open_bank(tmp_path, KEY, "w", data, "bf16", "cpu", budget=2 * size) is not None
+    assert open_bank(tmp_path, KEY, "w", data, "bf16", "cpu", budget=1) is not None  # it is there already
 
 
 @pytest.mark.parametrize("features", [None, 512])

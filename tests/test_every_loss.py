@@ -30,8 +30,9 @@ from kd.store.stages import parse_source
 from kd.tools.paper.graph import Graph, graph
 from kd.tools.paper.request import Request, profiles
 from kd.tools.paper.tables import papers
+from kd.training.bank import open_bank
 from kd.training.checkpoint import Checkpoint
-from kd.training.guide import Guide, LiveGuide, open_bank
+from kd.training.guide import Guide, LiveGuide
 from kd.training.loop import train_stage
 from kd.training.step import Step, make_network
 from tests.conftest import ROOT, composed

@@ -16,6 +16,7 @@ import pytest
 
 from kd.core import files
 from kd.core.spec import KnownError
+from kd.core.stage import Stage
 from kd.store import Store
 from kd.store.housekeeping import collect, dependents, remove
 from kd.tools.store import main
@@ -141,6 +142,22 @@ def test_collecting(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gc"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("leftovers: 0, 0 B, removed from")
     assert next(collect(store, 0, dry=True)).path == stays[0]
+
+
+def test_caches_stay_with_their_guides_and_go_on_request(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    probe = Stage(**{**dict(stage(seed=3)), "init": "0" * 64, "freeze": "backbone"})
+    store.save(probe, trained(1), {})
+    caches = [store.banks / f"{key}-bf16-cpu-none-1" for key in (TEACHER.key, probe.backbone, "f" * 16)]
+    for folder in caches:
+        folder.mkdir(parents=True)
+    main(["gc"])
+    assert [folder.exists() for folder in caches] == [True, True, False]
+    main(["gc", "--banks", "--dry-run"])
+    assert "a guide's cache (--banks)" in capsys.readouterr().out
+    assert [folder.exists() for folder in caches] == [True, True, False]
+    main(["gc", "--banks"])
+    assert not any(folder.exists() for folder in caches)
+    assert store.whole(TEACHER.key)
 
 
 def test_a_stage_between_two_renames_is_not_collected(store: Store) -> None:

@@ -26,8 +26,9 @@ from kd.models import build
 from kd.models.normalization import Normalized
 from kd.store import Metrics, TrainedStage
 from kd.training import loop as training
+from kd.training.bank import CHUNK
 from kd.training.checkpoint import Checkpoint, Deferred
-from kd.training.guide import CHUNK, Guide
+from kd.training.guide import Guide
 from kd.training.loop import train_stage
 from kd.training.ranks import batches
 from kd.training.step import evaluate, learning_rate, make_network

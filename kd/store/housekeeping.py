@@ -7,14 +7,15 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 from kd.core import files
 from kd.core.spec import KnownError
+from kd.core.stage import Stage
 from kd.store.stages import DamageError, Store, damage_in
 
 DAY = 86400
@@ -72,9 +73,10 @@ def remove(store: Store, key: str, with_dependents: bool) -> list[str]:
     return doomed
 
 
-def collect(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
+def collect(store: Store, days: float, dry: bool, *, banks: bool = False) -> Iterator[Leftover]:
     """Remove what nothing needs, or with `dry` only list it. Unfinished and damaged stages go after `days`.
 
+    With `banks`, the caches of all guides go, too, unless a stage is being trained.
     Finished stages stay, and so do files of a stage that is locked by a running process. Raises KnownError if something
     cannot be removed.
     """
@@ -83,7 +85,7 @@ def collect(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
         for folder in (store.root / "partial", store.banks, store.outputs, store.damaged):
             yield from (_take(path, _GONE, dry) for path in files.temporaries(folder) if files.abandoned(path))
         yield from _of_stages(store, days, dry)
-        yield from _of_banks(store, dry)
+        yield from _of_banks(store, dry, banks)
         yield from _of_gone(store, store.outputs, "logits of a stage that is not in the store", dry)
         for path in _entries(store.damaged):
             if _set_aside(path) < time.time() - days * DAY:
@@ -109,18 +111,32 @@ def _of_stages(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
                 yield _take(store.partial(key), f"checkpoint, not touched for {days:g} days", dry)
 
 
-def _of_banks(store: Store, dry: bool) -> Iterator[Leftover]:
+def _of_banks(store: Store, dry: bool, everything: bool) -> Iterator[Leftover]:
     """Only if no stage is locked: a training that runs may read the logits of a guide that was removed meanwhile."""
     if not all(map(_free, _lock_files(store))):
         return
-    yield from _of_gone(store, store.banks, "logits of a guide that is not in the store", dry)
+    if everything:
+        yield from (_take(path, "a guide's cache (--banks)", dry) for path in _entries(store.banks))
+        return
+    yield from _of_gone(store, store.banks, "outputs of a guide that is not in the store", dry, _backbones(store))
 
 
-def _of_gone(store: Store, folder: Path, reason: str, dry: bool) -> Iterator[Leftover]:
-    """Files and folders that are named after a stage that is not in the store."""
+def _backbones(store: Store) -> set[str]:
+    """What identifies the frozen backbones of the probes in the store."""
+    found = set()
+    for key in store:
+        with suppress(KnownError):  # damaged, or of a package that is not installed
+            source = store.source(key)
+            if isinstance(source, Stage) and source.freeze:
+                found.add(source.backbone)
+    return found
+
+
+def _of_gone(store: Store, folder: Path, reason: str, dry: bool, others: Collection[str] = ()) -> Iterator[Leftover]:
+    """Files and folders that are named after a stage that is not in the store, and after none of the `others`."""
     for path in _entries(folder):
         key = path.name.partition("-")[0]
-        if re.fullmatch("[0-9a-f]{16}", key) and not store.has(key):
+        if re.fullmatch("[0-9a-f]{16}", key) and not store.has(key) and key not in others:
             yield _take(path, reason, dry)
 
 
@@ -146,7 +162,7 @@ def _free(path: Path) -> bool:
 
 
 def _take(path: Path, reason: str, dry: bool) -> Leftover:
-    leftover = Leftover(path, reason, size(path))
+    leftover = Leftover(path, reason, size_of(path))
     if not dry:
         _discard(path)
     return leftover
@@ -164,7 +180,7 @@ def _discard(path: Path) -> None:
     files.sync(path.parent)
 
 
-def size(path: Path) -> int:
+def size_of(path: Path) -> int:
     """Bytes on the disk, of a file or of all files below a folder; sparse files count the blocks that they use."""
     below = [path, *path.rglob("*")] if path.is_dir() else [path]
     return sum(each.lstat().st_blocks * 512 for each in below)

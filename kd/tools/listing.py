@@ -14,7 +14,7 @@ from kd.core.spec import KnownError
 from kd.core.stage import Stage
 from kd.reporting.console import console, in_bytes
 from kd.store import Store
-from kd.store.housekeeping import dependents, size
+from kd.store.housekeeping import dependents, size_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def row(store: Store, key: str) -> StageRow:
         val_acc=result.val_acc,
         test_acc=result.test_acc,
         epochs=result.epochs,
-        size=size(store.root / key),
+        size=size_of(store.root / key),
         age=time.time() - (store.root / key / "result.json").stat().st_mtime,
     )
 

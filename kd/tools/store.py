@@ -38,6 +38,7 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     cleaning.add_argument(
         "--older-than", type=float, default=30, metavar="DAYS", help="age of checkpoints and damaged stages that go: 30"
     )
+    cleaning.add_argument("--banks", action="store_true", help="also remove all cached logits and features of guides")
     return parser.parse_args(given)
 
 
@@ -53,7 +54,7 @@ def main(given: Sequence[str]) -> int:
         case "verify":
             return _verify(store, [key] if key else list(store))
         case "gc":
-            _clean(store, arguments.older_than, arguments.dry_run)
+            _clean(store, arguments.older_than, arguments.dry_run, arguments.banks)
         case "show":
             print_stage(store, str(key))
         case "eval":
@@ -72,9 +73,9 @@ def _verify(store: Store, keys: Sequence[str]) -> int:
     return 1 if problems else 0
 
 
-def _clean(store: Store, days: float, dry: bool) -> None:
+def _clean(store: Store, days: float, dry: bool, banks: bool) -> None:
     total = count = 0
-    for leftover in collect(store, days, dry):
+    for leftover in collect(store, days, dry, banks=banks):
         print(f"{in_bytes(leftover.size):>7}  {leftover.path.relative_to(store.root)}: {leftover.reason}")
         total, count = total + leftover.size, count + 1
     print(f"leftovers: {count}, {in_bytes(total)}, {'to be removed' if dry else 'removed'} from {store.root}")

@@ -42,6 +42,7 @@ class RuntimeSpec(Frozen):
     checkpoint_every: int = Field(10, ge=1)  # epochs between two checkpoints of an unfinished stage
     compile: bool | Literal["auto"] = "auto"  # compile the training step; auto: if it saves time over the stage
     bank: bool = True  # cache the guides' logits on disk, for later epochs and runs
+    bank_budget: float = Field(50, gt=0)  # GB of all caches together
     retrain: bool = False
     trial: int | None = Field(None, ge=0)  # the number of this job's trial; set by the search
 
@@ -100,7 +101,8 @@ class Workplace:
         return [self._guide(stage, guide) for guide in stage.guides]
 
     def _guide(self, stage: Stage, source: Source) -> Guide | LiveGuide | ProbedGuide:
-        from kd.training.guide import Guide, LiveGuide, open_bank
+        from kd.training.bank import open_bank
+        from kd.training.guide import Guide, LiveGuide
         from kd.training.probe import ProbedGuide
 
         seeing, needs = (self.data(stage), stage.train.precision, self.device), stage.loss.needs
@@ -113,23 +115,28 @@ class Workplace:
         if self.runtime.bank:
             place = self.store.banks, source.key, self.store.fingerprint(source.key)
             if "guide" in needs:
-                guide.cache("logits", open_bank(*place, *seeing))
+                guide.cache("logits", open_bank(*place, *seeing, budget=self._budget))
             if "pooled" in needs:
                 features = guide.learner.outputs.pooled.shape[1]
-                guide.cache("pooled", open_bank(*place, *seeing, features=features))
+                guide.cache("pooled", open_bank(*place, *seeing, features=features, budget=self._budget))
         return guide
 
     def _backbone(self, source: Stage, network: Normalized, stage: Stage, data: Images) -> Guide:
         """The frozen backbone of a network, whose features serve a stage: the probe itself, or its student."""
-        from kd.training.guide import Guide, open_bank
+        from kd.training.bank import open_bank
+        from kd.training.guide import Guide
 
         seeing = data, stage.train.precision, self.device
         guide = Guide(network, *seeing, needs=frozenset({"pooled"}))
         if self.runtime.bank:
             features = guide.learner.outputs.pooled.shape[1]
             place = self.store.banks, source.backbone, str(source.init)
-            guide.cache("pooled", open_bank(*place, *seeing, features=features))
+            guide.cache("pooled", open_bank(*place, *seeing, features=features, budget=self._budget))
         return guide
+
+    @property
+    def _budget(self) -> float:
+        return self.runtime.bank_budget * 1e9
 
     def elsewhere(self) -> Workplace:
         """The same with absolute paths, for another rank: its working directory may differ."""
