@@ -32,7 +32,7 @@ from kd.tools.export.reader import open_export
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BATCH, _PIXELS = 256, 32 * 224 * 224  # images of a forward pass, at most
+_BATCH, _PIXELS = 256, 8 * 224 * 224  # images of a forward pass, at most
 
 
 @dataclass(frozen=True)
