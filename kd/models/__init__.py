@@ -86,6 +86,10 @@ _OWN: dict[str, ModelEntry] = {
     "net": ModelEntry("kd.models.net.Net", "net", 5),
     "mlp": ModelEntry("kd.models.mlp.MLP", "mlp", 3),
     **{f"resnet{d}": ModelEntry("kd.models.resnet.ResNet", "resnet", d) for d in (18, 34, 50, 101, 152)},
+    **{
+        f"resnet{d}_imagenet": ModelEntry("kd.models.imagenet_resnet.ImageNetResNet", "resnet", d)
+        for d in (14, 18, 20, 34, 50)
+    },
     **{f"preresnet{d}": ModelEntry("kd.models.preresnet.PreResNet", "preresnet", d) for d in (20, 32, 44, 56, 110)},
     "resnext29_8x64d": ModelEntry("kd.models.resnext.ResNeXt", "resnext", 29),
     **{f"densenet{d}": ModelEntry("kd.models.densenet.DenseNet", "densenet", d) for d in (121, 161, 169, 201)},

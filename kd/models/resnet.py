@@ -59,7 +59,9 @@ class _Bottleneck(nn.Module):
 
 # The type of block, and the number of blocks in each stage.
 _STAGES: dict[int, tuple[type[_Basic] | type[_Bottleneck], tuple[int, int, int, int]]] = {
+    14: (_Basic, (2, 2, 1, 1)),
     18: (_Basic, (2, 2, 2, 2)),
+    20: (_Basic, (3, 2, 2, 2)),
     34: (_Basic, (3, 4, 6, 3)),
     50: (_Bottleneck, (3, 4, 6, 3)),
     101: (_Bottleneck, (3, 4, 23, 3)),

@@ -58,6 +58,7 @@ class RunResult(Frozen):
     mode: str
     method: str
     dataset: str  # its name in tables
+    classes: tuple[str, ...] = ()  # the labels' names; empty: the data set has none
 
     @property
     def columns(self) -> dict[str, Any]:

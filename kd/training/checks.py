@@ -37,7 +37,11 @@ def check_students(
 
 def _alike(stages: Sequence[Stage]) -> list[Stage]:
     """The stages, one of those that differ in their seeds alone."""
-    return [*{(stage.role, stage.model, stage.loss): stage for stage in stages}.values()]
+    return [*{_likeness(stage): stage for stage in reversed(stages)}.values()][::-1]
+
+
+def _likeness(stage: Stage) -> tuple[object, ...]:
+    return stage.role, stage.model, stage.loss
 
 
 def _check_networks(chain: Sequence[Source]) -> None:
@@ -104,5 +108,6 @@ def _check_cost(stages: Sequence[Stage], place: Workplace) -> None:
         return
     from kd.training.forecast import forecasts
 
-    for each in forecasts(large, place.device):
-        print(each, flush=True)
+    for each in forecasts(_alike(large), place.device):
+        number = sum(_likeness(stage) == _likeness(each.stage) for stage in large)
+        print(f"{each}{f', for each of {number} seeds' if number > 1 else ''}", flush=True)

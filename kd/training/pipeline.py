@@ -222,6 +222,7 @@ def run_students(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str
     common = {
         "chain": chains[0],
         "objective": round(sum(validated) / len(validated), 4) if validated else None,
+        "classes": students[0].dataset.classes,
         **labels,
     }
     if len(students) == 1:
