@@ -38,6 +38,11 @@ PUBLISHED = {  # by group: how the names begin, and how they go on
         "tuned_kd": "resnet110_resnet8 resnet110_resnet20",
         "tuned_ta": "resnet110_resnet20_resnet8",
     },
+    "takd/imagenet": {
+        "scratch": "resnet14",
+        "kd": "resnet50_resnet14",
+        "ta": "resnet50_resnet20_resnet14",
+    },
     "tt/cifar10": {
         "baseline": f"{CNNS} resnet18 resnext29",
         "normal_resnet18": CNNS,
@@ -75,12 +80,12 @@ def listed(group: str) -> set[str]:
 
 
 def test_every_published_row_is_an_option() -> None:
-    """94 names, under which results have been published. Our own experiments in conf/paper have another group."""
+    """97 names, under which results have been published. Our own experiments in conf/paper have another group."""
     expected = {
         group: {f"{beginning}_{end}" for beginning, ends in kinds.items() for end in ends.split()}
         for group, kinds in PUBLISHED.items()
     }
-    assert sum(map(len, expected.values())) == 94
+    assert sum(map(len, expected.values())) == 97
     assert {name for name in experiments() if name.startswith(("takd/", "tt/"))} == {
         f"{group}/{name}" for group, names in expected.items() for name in names
     }
@@ -99,7 +104,10 @@ def test_each_trains_the_networks_that_it_is_named_after() -> None:
     assert len(lines) == len(experiments())
     for name, about, stages, _, mode in [line for line in lines if line[0].startswith(("`takd/", "`tt/"))]:
         kind, *_ = own = name.strip("`").rpartition("/")[2].removeprefix("tuned_").split("_")
-        networks = [stage.split()[0].replace("resnext29_8x64d", "resnext29") for stage in stages.split(" → ")]
+        networks = [
+            stage.split()[0].replace("resnext29_8x64d", "resnext29").removesuffix("_imagenet")
+            for stage in stages.split(" → ")
+        ]
         assert networks[kind in ("nasty", "trained") :] == own[1:], name
         assert mode == ("reference" if "tuned" in name else "paper")
         assert "{" not in about
@@ -111,6 +119,17 @@ def test_takds_readme() -> None:
     assert models("takd/cifar10/ta_resnet110_resnet14_resnet8") == ["resnet110", "resnet14", "resnet8"]
     for stage in chain("takd/cifar100/ta_resnet110_resnet20_resnet8"):
         assert (stage.dataset.name, stage.train.epochs, stage.train.lr) == ("cifar100", 160, 0.1)
+
+
+def test_takds_imagenet() -> None:
+    assert models("takd/imagenet/scratch_resnet14") == ["resnet14_imagenet"]
+    assert models("takd/imagenet/kd_resnet50_resnet14") == ["resnet50_imagenet", "resnet14_imagenet"]
+    stages = chain("takd/imagenet/ta_resnet50_resnet20_resnet14")
+    assert [stage.model for stage in stages] == [f"resnet{depth}_imagenet" for depth in (50, 20, 14)]
+    for stage in stages:
+        train = stage.train
+        assert (stage.dataset.name, train.epochs, train.lr, train.batch_size) == ("imagenet", 90, 0.1, 256)
+        assert (train.milestones, train.gamma, train.momentum, train.weight_decay) == ((1 / 3, 2 / 3), 0.1, 0.9, 1e-4)
 
 
 def test_the_authors_tuned_settings() -> None:

@@ -139,6 +139,42 @@ def test_every_parameter_learns(name: str) -> None:
         assert torch.isfinite(parameter.grad).all(), key
 
 
+@pytest.mark.parametrize(("depth", "millions"), [(18, 11.690), (34, 21.798), (50, 25.557)])
+def test_imagenets_resnets_are_those_of_torchvision(depth: int, millions: float) -> None:
+    """The same parameters, maps of convolutions, and scale of initial weights."""
+    from torchvision import models
+
+    torch.manual_seed(0)
+    ours, known = build(f"resnet{depth}_imagenet", num_classes=1000, image_size=64), models.get_model(f"resnet{depth}")
+    assert sum(p.numel() for p in ours.parameters()) / 1e6 == pytest.approx(millions, abs=5e-4)
+    maps: list[list[tuple[int, ...]]] = []
+    for network in (ours, known):
+        maps.append([])
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda _module, _inputs, output: maps[-1].append(tuple(output.shape)))
+        network.eval()(torch.zeros(1, 3, 64, 64))
+    assert sorted(maps[0]) == sorted(maps[1])
+    for (name, one), (_, other) in zip(convolutions(ours), convolutions(known), strict=True):
+        assert one.shape == other.shape, name
+        assert one.std().item() == pytest.approx(other.std().item(), rel=0.1), name
+
+
+def convolutions(network: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Names and weights of convolutions. A block's shortcut comes last."""
+    return [(name, module.weight) for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(14, 5.788), (20, 11.764)])
+def test_takds_small_resnets_of_imagenet(depth: int, millions: float) -> None:
+    """ResNet14 has the published number of pytorchcv's. ResNet20 is ResNet18 with one block more, of 73,984."""
+    network = on_meta(f"resnet{depth}_imagenet", 1000, 224)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=1e-3)
+    layers = [name for name, _ in convolutions(network) if "shortcut" not in name]
+    assert len(layers) + 1 == depth
+    assert network(torch.zeros(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+
+
 def names(name: str, classes: int = 10) -> set[str]:
     return {key.rsplit(".", 1)[0] for key in on_meta(name, classes).state_dict()}
 

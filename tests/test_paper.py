@@ -19,6 +19,7 @@ from kd.tools.paper.tables import Row, papers, parse_paper
 from kd.tools.paper.trainer import stage_line
 from tests.test_datasets import write_folder
 from tests.test_methods import planned as run_planned
+from tests.test_photos import snapshots
 
 ROWS: dict[tuple[str, str], Row] = {
     (table.id, row.id): row for paper in papers() for table in paper.tables for row in table.expanded
@@ -41,6 +42,8 @@ def test_published_numbers_are_what_is_known() -> None:
         | {"TAKD": (44.92, SECOND_HAND)},
         ("takd_cifar100", "resnet"): {"NOKD": (61.37, AUTHOR), "BLKD": (61.41, AUTHOR), "TAKD": (61.82, AUTHOR)},
         ("takd_cifar10", "resnet"): {"NOKD": (88.5, ROUNDED)},
+        ("takd_imagenet", "resnet"): {"NOKD": (65.20, SECOND_HAND), "BLKD": (66.60, SECOND_HAND)}
+        | {"TAKD": (67.36, SECOND_HAND)},
         ("takd_cifar10", "above"): {"resnet110": (93, ROUNDED), "resnet20": (91.5, ROUNDED), "110→20": (92.82, AUTHOR)},
         ("takd_cifar100", "above"): {"resnet110": (72.38, AUTHOR), "resnet20": (67.03, AUTHOR)}
         | {"110→20": (68.11, AUTHOR)},
@@ -150,7 +153,8 @@ def test_cells_that_name_an_experiment_name_one_on_the_tables_data() -> None:
         for override in cell.overrides
         if override.startswith("experiment=")
     }
-    of_takd, of_tt = {"takd_cifar10": 9, "takd_cifar100": 6}, {"tt_cifar10": 18, "tt_cifar100": 24}
+    of_takd = {"takd_cifar10": 9, "takd_cifar100": 6, "takd_imagenet": 3}
+    of_tt = {"tt_cifar10": 18, "tt_cifar100": 24}
     assert Counter(table for table, _ in named) == {**of_takd, **of_tt, "tt_tiny_imagenet": 24}
     for table, experiment in named:
         assert table.partition("_")[2] == experiments()[experiment].dataset
@@ -223,6 +227,20 @@ def test_another_copy_takes_the_place_of_a_data_set(tmp_path: Path) -> None:
         assert cell.jobs[0].config.train.recipe == "cifar10"
         assert str(tmp_path) not in cell.command
         assert "dataset.root=<jpeg>" in cell.command
+
+
+def test_imagenet_is_planned_of_a_copy(tmp_path: Path) -> None:
+    copies = (("imagenet", Copy(snapshots(tmp_path / "small", parts=("train", "val")), "stand-in")),)
+    found = planned("takd_imagenet", copies=copies)
+    chains = [[stage.model for stage in job.student.chain] for job in found.jobs]
+    assert chains == [[f"resnet{depth}_imagenet" for depth in depths] for depths in ((14,), (50, 14), (50, 20, 14))]
+    for stage, _ in found.stages.values():
+        assert (stage.dataset.name, stage.dataset.image_size, stage.dataset.augment) == (
+            "imagenet",
+            224,
+            "resized_crop_flip",
+        )
+        assert stage.train.epochs == 90
 
 
 def test_a_table_without_its_images_is_left_out() -> None:

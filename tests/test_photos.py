@@ -24,8 +24,9 @@ from kd.datasets.photos import Photos
 from kd.datasets.streamed import Streamed
 from kd.datasets.views import draw_crop
 from kd.models.normalization import Normalized
+from kd.training.bank import Bank, open_bank
 from kd.training.checkpoint import Checkpoint, Deferred
-from kd.training.guide import Bank, Guide, open_bank
+from kd.training.guide import Guide
 from kd.training.loop import train_stage
 from kd.training.step import make_network
 from tests.test_train import Signalled, Silent, a_stage, same

@@ -27,6 +27,7 @@ from kd.datasets import pictures, streamed
 from kd.datasets.layouts import Listing
 from kd.datasets.streamed import Streamed
 from kd.datasets.views import draw_crop, resized_crop
+from kd.training.loop import Loop
 from tests.conftest import QUICK, ROOT, run_py
 from tests.test_photos import loaded, photographs, snapshots, stage_files
 from tests.test_ranks import finish, launch
@@ -279,3 +280,42 @@ def test_each_of_two_ranks_decodes_its_share(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "store")
     assert finish(launch(*run, cwd=tmp_path))[0] == 0
     assert [stage_files(tmp_path / "store", key) for key in keys] == before
+
+
+# ImageNet ---------------------------------------------------------------------------------------------------------
+
+
+def test_imagenet_streams_and_goes_on_after_an_interruption(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its usual layout, its recipe, and a ResNet of its style. val/ is the test set."""
+    root = snapshots(tmp_path / "data" / "imagenet", parts=("train", "val"))
+    for part in ("train", "val"):
+        for label, name in enumerate(("blue", "green", "red")):
+            (root / part / name).rename(root / part / f"n0144076{label}")
+    run = ["dataset=imagenet", "dataset.decode=stream", "dataset.image_size=72", "model=resnet14_imagenet", "method=kd"]
+    run += ["train=imagenet", "train.epochs=3", "train.batch_size=16", "runtime.checkpoint_every=1"]
+    validate = Loop._validate
+
+    def interrupted(loop: Loop) -> float | None:
+        if loop.stage.role == "student" and len(loop.history) == 1:
+            raise KeyboardInterrupt
+        return validate(loop)
+
+    monkeypatch.setattr(Loop, "_validate", interrupted)
+    job(*run, code=130)
+    said = capsys.readouterr().out
+    assert "3 classes: n01440760 (18), n01440761 (18), n01440762 (18)" in said
+    assert "imagenet: images of 72×72: augment=resized_crop_flip, views=all" in said
+    assert said.count("cached: every epoch has new views") == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("KD_DATA", str(tmp_path / "data"))
+    for store in ("store", "unbroken"):
+        monkeypatch.setenv("KD_STORE", str(tmp_path / store))
+        result = job(*run, folder=store)
+        assert ("resnet14_imagenet: resuming after epoch 1" in capsys.readouterr().out) == (store == "store")
+    key = result["chain"][-1]["key"]
+    assert stage_files(tmp_path / "store", key) == stage_files(tmp_path / "unbroken", key)
+    rows = [json.loads(row) for row in (tmp_path / "unbroken" / key / "metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.01, 0.001])  # divided by ten after each third
+    assert result["dataset"] == "imagenet"
