@@ -319,3 +319,36 @@ def test_imagenet_streams_and_goes_on_after_an_interruption(
     rows = [json.loads(row) for row in (tmp_path / "unbroken" / key / "metrics.jsonl").read_text().splitlines()]
     assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.01, 0.001])  # divided by ten after each third
     assert result["dataset"] == "imagenet"
+
+
+# many files -------------------------------------------------------------------------------------------------------
+
+MANY = 100_000
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print("peak of the largest process:", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024, "MB")
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_photographs_train_streamed(tmp_path: Path) -> None:
+    """Hard links to a few photographs. One epoch at 32 pixels; the memory is that of a small data set."""
+    seen = snapshots(tmp_path / "few")
+    peaks = []
+    for count in (30, MANY):
+        root = tmp_path / str(count)
+        for part, share in (("train", count), ("val", 30)):
+            for name in ("blue", "green", "red"):
+                (root / part / name).mkdir(parents=True)
+                for i in range(share // 3):
+                    os.link(seen / "train" / name / f"{i % 12}.jpg", root / part / name / f"{i:06}.jpg")
+        run = [*QUICK, *photographs(root, "stream"), "method=scratch", "train.epochs=1", "train.batch_size=250"]
+        run += [f"hydra.run.dir={tmp_path / f'out{count}'}", "runtime.threads=2", "dataset.image_size=16"]
+        command = [sys.executable, "-c", MEASURED, sys.executable, str(ROOT / "run.py"), *run]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800, check=False)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.splitlines()[-1].split()[-2]))
+    print(f"peak of a process: {peaks[0]} MB of 30 photographs, {peaks[1]} MB of {MANY:,}")
+    assert peaks[1] < peaks[0] + 200
