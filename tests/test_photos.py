@@ -242,6 +242,10 @@ def test_crops_have_torchvisions_distribution(height: int, width: int) -> None:
     assert ks_2samp(least[:, 2] * least[:, 3], known[:, 2] * known[:, 3]).pvalue < 1e-6
 
 
+def test_two_photographs_have_different_crops_under_one_view() -> None:
+    assert len({draw_crop(sample, 5, 300, 400) for sample in range(100)}) > 95
+
+
 @pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10)])
 def test_a_crop_that_never_fits_is_torchvisions_at_the_centre(height: int, width: int) -> None:
     ours, known = boxes(height, width, 300)
