@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from bench import figure, losses, machine, profile, speed, sweep
+from bench import figure, losses, machine, photos, profile, speed, sweep
 from bench.workloads import WORKLOADS, Workload
 from tests.conftest import QUICK, ROOT
 
@@ -44,6 +46,54 @@ def test_a_round_of_every_loss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert (guides["tf_kd"], guides["dist"], guides["crd"], guides["at"]) == ("none", "cached", "cached", "live")
     assert all(row["ms"] > 0 for row in found.values())
     assert len(capsys.readouterr().out.splitlines()) == len(found)
+
+
+TIMM = """import sys
+value = dict(zip(sys.argv[1::], sys.argv[2::]))
+assert value["--kd-model-name"].startswith("local-dir:") and value["--num-classes"] == "2" and "--amp" not in value
+for epoch in range(int(value["--epochs"])):
+    speed = f"   {10 + epoch}.50/s  (1.000s,   {20 + epoch}.50/s)"
+    print(f"Train: {epoch} [   1/2 (100%)]  Loss: 1.61 (1.61)  Time: 1.000s,{speed}  LR: 1e-03", file=sys.stderr)
+"""
+
+
+def test_photographs_beside_timm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a script in place of timm's, which is not in its wheel: ours trains, and what theirs prints is read."""
+    timm, safetensors = pytest.importorskip("timm"), pytest.importorskip("safetensors.torch")
+    rng = np.random.default_rng(0)
+    for path in (tmp_path / part / name / f"{i}.jpg" for part in ("train", "val") for name in "ab" for i in range(3)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (90, 110, 3), dtype=np.uint8)).save(path)
+    safetensors.save_file(timm.create_model("test_efficientnet").state_dict(), tmp_path / "teacher.safetensors")
+    (tmp_path / "train.py").write_text(TIMM)
+    monkeypatch.setattr(photos, "SEEDS", (0,))
+    monkeypatch.setattr(photos, "TEMPERATURES", (4,))
+    pair = photos.Pair(
+        *(tmp_path / "train.py", tmp_path, tmp_path / "teacher.safetensors", tmp_path / "place", "fp32"),
+        teacher="test_efficientnet",
+        student="test_efficientnet",
+        batch=4,
+        size=72,
+        threads=1,
+    )
+    pair.place.mkdir()
+    photos.serve_teacher(pair)
+    assert timm.create_model(f"local-dir:{pair.place / 'teacher'}", pretrained=True, num_classes=2).num_classes == 2
+    measured = photos.measure(pair, 1, 2)
+    assert measured["images_per_second"]["timm"] == [[21.5, 22.5]]
+    assert measured["images"] == {"timm": 4, "ours": 6}
+    assert len(measured["images_per_second"]["ours"][0]) == 2
+
+
+def test_what_a_study_of_photographs_costs() -> None:
+    speeds = {"timm": [[10.0, 10.0], [10.0, 12.0]], "ours": [[40.0, 40.0], [30.0, 30.0]]}
+    parts = {"guide_images_per_second": 20.0, "timm_start_seconds": [5.0, 6.0, 7.0], "our_study_seconds": 100.0}
+    found = photos.summary({"images_per_second": speeds, "images": {"timm": 40, "ours": 70}, **parts})
+    assert found["images_per_second"] == {"timm": 10, "ours": 35, "guide": 20}
+    assert found["ratio"] == pytest.approx((40 / 10 + 30 / 11) / 2, abs=0.01)
+    short, full = found["study_seconds"]
+    assert (short["timm"], short["ours"]) == (9 * (6 + 4), 100)
+    assert (full["timm"], full["ours"]) == (9 * (6 + 60 * 4), 100 + 9 * 59 * 2)
 
 
 def test_what_a_sweep_costs() -> None:
