@@ -234,7 +234,10 @@ def train_spec(config: Config, role: Role, model: str, task: Task = USUAL) -> Tr
             f"(the recipe's {known['lr']:g} is for {known['optimizer']})"
         )
     settings = _without_idle(known | given)
-    settings["precision"] = resolve_precision(settings["precision"], resolve_device(config.runtime.device))
+    device = resolve_device(config.runtime.device)
+    if settings["precision"] == "auto" and device == "cpu" and MODELS[model].slow_in_bf16():
+        settings["precision"] = "fp32"
+    settings["precision"] = resolve_precision(settings["precision"], device)
     try:
         return TrainSpec(**settings)
     except ValidationError as error:

@@ -50,7 +50,9 @@ class TrainSpec(Frozen):
         Neutral(0.0),
         Says("label smoothing of networks that learn from labels alone"),
     ] = 0.0
-    precision: Annotated[Precision, Says("auto: bf16 if the hardware has it, otherwise fp32", also=Literal["auto"])]
+    precision: Annotated[
+        Precision, Says("auto: bf16 if the hardware has it and gains by it, otherwise fp32", also=Literal["auto"])
+    ]
     select: Annotated[Select, Says("the epoch whose weights are kept: the best on validation, or the last")]
     test_curve: Annotated[bool, Says("record test accuracy after every epoch; no choice depends on it")]
     ranks: Annotated[int, Field(ge=1), Says("processes that share a batch, each with its own BatchNorm")] = 1

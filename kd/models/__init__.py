@@ -9,7 +9,7 @@ from pydantic import AfterValidator
 
 from kd.core.spec import KnownError, Registry, load_attribute
 from kd.core.stage import Normalization
-from kd.models.libraries import LIBRARIES, depth_of, library_name, library_network
+from kd.models.libraries import LIBRARIES, depth_of, has_depthwise, library_name, library_network
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +41,10 @@ class ModelEntry(NamedTuple):
         """The size of the images that it is made for, in pixels; None for any."""
         return None
 
+    def slow_in_bf16(self) -> bool:
+        """Whether bf16 makes its training slower on a CPU; False where this was not measured."""
+        return False
+
 
 class LibraryEntry(ModelEntry):
     """A network of timm or torchvision. Its path is its name."""
@@ -55,6 +59,9 @@ class LibraryEntry(ModelEntry):
     def own_size(self) -> int:
         name = library_name(self.path)
         return LIBRARIES[name.library].own_size(name)
+
+    def slow_in_bf16(self) -> bool:
+        return has_depthwise(self.path)  # mobilenetv3_small_050: 57 images/s in fp32, 38 in bf16 (bench/README.md)
 
 
 class Networks(Registry[ModelEntry]):

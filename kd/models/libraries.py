@@ -302,6 +302,15 @@ def stage_ends(text: str) -> tuple[str, ...]:
     return tuple(LIBRARIES[name.library].stage_ends(name, _blank(text, 2, 3)))
 
 
+@cache
+def has_depthwise(text: str) -> bool:
+    """Whether a network has convolutions of each channel alone."""
+    from torch.nn import Conv2d
+
+    convolutions = [each for each in _blank(text, 2, 3).modules() if isinstance(each, Conv2d)]
+    return any(each.groups == each.in_channels > 1 for each in convolutions)
+
+
 def classifiers(text: str, network: nn.Module) -> tuple[str, ...]:
     """The paths of the layers that give a network's logits, as its library has them; empty if it does not say."""
     return LIBRARIES[library_name(text).library].classifiers(network)

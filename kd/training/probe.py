@@ -101,7 +101,9 @@ class ProbedGuide:
 
     def __init__(self, backbone: Guide, precision: str, device: str) -> None:
         network = backbone.network
-        self._classifier = network.network.get_submodule(head(network.network)).to(device).eval()
+        last = network.network.get_submodule(head(network.network)).to(device).eval()
+        assert isinstance(last, nn.Linear)  # it was trained as a Probe
+        self._classifier = last
         self._backbone, self._precision, self._device = backbone, precision, device
         self._epoch: dict[str, Tensor] = {}
 
@@ -114,7 +116,7 @@ class ProbedGuide:
         """Look at the views of an epoch's samples [sample]. `advance` gets each finished chunk's size."""
         pooled = self._backbone.recall(samples, views, advance)["pooled"]
         with torch.no_grad(), autocast(self._precision, self._device):
-            logits = self._classifier(pooled)
+            logits = self._classifier(pooled.to(self._classifier.weight.dtype))
         self._epoch = {"logits": rounded_logits(logits, self._precision), "pooled": pooled}
 
     def outputs(self, where: slice, images: Tensor) -> Outputs:

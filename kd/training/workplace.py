@@ -88,7 +88,7 @@ class Workplace:
         network = self.begun(stage)
         if stage.freeze is None:
             return data, network
-        return Features.of(data, self._backbone(stage, network, stage, data)), Probe(network, stage.model)
+        return Features.of(data, self._backbone(stage, network, data)), Probe(network, stage.model)
 
     def begun(self, stage: Stage) -> Normalized:
         """The network of a stage with its initial weights. Raises KnownError if the file does not fit."""
@@ -110,7 +110,7 @@ class Workplace:
         if stage.loss.live:
             return LiveGuide(network, *seeing, needs)
         if isinstance(source, Stage) and source.freeze:
-            return ProbedGuide(self._backbone(source, network, stage, seeing[0]), *seeing[1:])
+            return ProbedGuide(self._backbone(source, network, seeing[0]), *seeing[1:])
         guide = Guide(network, *seeing, needs=needs)
         if self.runtime.bank:
             place = self.store.banks, source.key, self.store.fingerprint(source.key)
@@ -121,16 +121,16 @@ class Workplace:
                 guide.cache("pooled", open_bank(*place, *seeing, features=features, budget=self._budget))
         return guide
 
-    def _backbone(self, source: Stage, network: Normalized, stage: Stage, data: Images) -> Guide:
-        """The frozen backbone of a network, whose features serve a stage: the probe itself, or its student."""
+    def _backbone(self, probe: Stage, network: Normalized, data: Images) -> Guide:
+        """The frozen backbone of a probe. Its features serve the probe itself and all its students."""
         from kd.training.bank import open_bank
         from kd.training.guide import Guide
 
-        seeing = data, stage.train.precision, self.device
+        seeing = data, probe.train.precision, self.device
         guide = Guide(network, *seeing, needs=frozenset({"pooled"}))
         if self.runtime.bank:
             features = guide.learner.outputs.pooled.shape[1]
-            place = self.store.banks, source.backbone, str(source.init)
+            place = self.store.banks, probe.backbone, str(probe.init)
             guide.cache("pooled", open_bank(*place, *seeing, features=features, budget=self._budget))
         return guide
 
