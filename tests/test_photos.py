@@ -311,3 +311,20 @@ def test_photographs_are_learned(job: Job, root: Path) -> None:
             "train.lr=0.02",
         ]
         assert job(*run, "train.select=last", folder=decode)["chain"][0]["test_acc"] > 75
+
+
+def test_squares_of_one_size_are_the_same_in_an_array_and_in_a_stream(tmp_path: Path) -> None:
+    """Nothing is resized or cut off, also where a transparent ground is black."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in "ab":
+            (tmp_path / "squares" / part / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(0, 256, (32, 32, 4)).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "squares" / part / name / f"{i}.png")
+    settings: dict[str, Any] = {"image_size": None, "background": "black", "views": None, "val_fraction": 0}
+    array, stream = (loaded(tmp_path / "squares", tmp_path / "data", decode=decode, **settings) for decode in DECODED)
+    assert (type(stream), stream.spec.resize) == (Streamed, None)
+    assert torch.equal(*(torch.cat(list(images.batches("test"))) for images in (array, stream)))
+    samples, views = torch.arange(6), torch.arange(6) * 11
+    assert torch.equal(array.show(samples, views), stream.show(samples, views))

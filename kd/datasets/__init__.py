@@ -237,29 +237,29 @@ def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
         images=facts.images,
         val_images=facts.val_images,
         resize=facts.resize,
-        background=config.background if facts.resize else "white",
+        background=config.background if facts.resize or facts.streamed else "white",
         streamed=facts.streamed,
     )
 
 
-def load_data(spec: DatasetSpec, data_root: Path, device: str) -> Images:
-    """The images of a spec, which shows them as uint8 tensors on the device.
+def load_data(spec: DatasetSpec, data_root: Path, device: str, workers: int | None = None) -> Images:
+    """The images of a spec, which shows them as uint8 tensors on the device. `workers` decode what is streamed.
 
     Raises KnownError where they are absent and cannot be fetched.
     """
     from kd.datasets.data import Data
 
-    if spec.resize is not None:
-        return _photographs(spec, data_root / spec.name, device)
+    if spec.streamed or spec.resize is not None:
+        return _photographs(spec, data_root / spec.name, device, workers)
     return Data.of(spec, load_attribute(DATASETS[spec.name].read)(data_root, spec.content), device)
 
 
-def _photographs(spec: DatasetSpec, place: Path, device: str) -> Images:
+def _photographs(spec: DatasetSpec, place: Path, device: str, workers: int | None) -> Images:
     """Photographs that resolve() has put below `place`."""
     from kd.datasets import decoder, resized
     from kd.datasets.photos import Photos
     from kd.datasets.streamed import Streamed
 
     if spec.streamed:
-        return Streamed.of(spec, decoder.listing(place, str(spec.content)), device)
+        return Streamed.of(spec, decoder.listing(place, str(spec.content)), device, workers)
     return Photos.of(spec, resized.stored(place, str(spec.content)), device)

@@ -129,9 +129,7 @@ def _geometry(listing: Listing, cache: Path, reading: Reading, one_size: bool) -
             f"{listing.root}: as an array the images would take {_bytes(total)}, more than "
             f"dataset.array_budget={config.array_budget:g}: they are decoded in every epoch"
         )
-    if streamed:
-        return Geometry(size, margin(size, config.resize), config.resize, True)
-    return Geometry(size, side, None if keeps else config.resize, False)
+    return Geometry(size, side, None if keeps else config.resize, streamed)
 
 
 def _bytes(count: float) -> str:

@@ -53,6 +53,9 @@ class Photos(Images):
         return bring(self._viewed(samples, views), self.labels.device)
 
     def shown(self, samples: Tensor, views: Tensor, places: Sequence[slice]) -> Iterator[Tensor]:
+        if self.labels.device.type == "cpu":  # ahead of a GPU's step, but beside a CPU's step threads only disturb it
+            yield from super().shown(samples, views, places)
+            return
         waiting: deque[Future[Tensor]] = deque()
         with ThreadPoolExecutor(_AHEAD) as pool:
             try:

@@ -72,7 +72,7 @@ class Workplace:
     def data(self, source: Source) -> Images:
         """The images of a source. They are loaded once, because the stages of a run share them."""
         if self._loaded is None or self._loaded.spec != source.dataset:
-            self._loaded = load_data(source.dataset, self.data_root, self.device)
+            self._loaded = load_data(source.dataset, self.data_root, self.device, self.runtime.workers)
         return self._loaded
 
     def beginning(self, stage: Stage) -> tuple[Images, Normalized | Probe | None]:
