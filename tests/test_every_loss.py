@@ -42,6 +42,8 @@ from tests.test_train import Interrupted, Silent, same
 
 OPTIONS = sorted(path.stem for path in (ROOT / "conf" / "loss").glob("*.yaml"))
 GUIDED = [name for name in LOSSES if LOSSES[name].needs]
+# The losses that can be chosen, by their options.
+CHOSEN = {option: LOSSES[name] for name in LOSSES if (option := LOSSES[name].option or name) in OPTIONS}
 PLACES = {
     "kd": ("method=kd", "loss={}"),
     "ta": ("method=ta", "loss={}"),
@@ -170,6 +172,69 @@ def test_a_loss_is_planned_in_every_place(option: str, place: str) -> None:
     learning = [source for source in student.chain if isinstance(source, Stage) and source.role == role]
     (loss,) = {source.loss.name for source in learning}
     assert loss == {"kd": "distill"}.get(option, option)
+
+
+def other(value: Any) -> Any:
+    """A value that differs, for a sweep."""
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int) else value / 2 or 0.5
+
+
+def own_parameters(option: str) -> dict[str, tuple[Any, Any]]:
+    """What a loss takes from its section, with its value and another one."""
+    spec = LossChoice.model_validate(dict(configured(f"loss={option}").loss)).spec(**{"T": 4, "lambda": 0.5})
+    values = {key: spec.model_dump()[key] for key in configured(f"loss={option}").loss if key != "name"}
+    return {key: (value, other(value)) for key, value in values.items()}
+
+
+def test_every_option_is_a_loss() -> None:
+    assert sorted(CHOSEN) == OPTIONS
+
+
+@pytest.mark.parametrize("option", CHOSEN)
+def test_each_parameter_of_a_loss_is_a_student_of_its_own(option: str) -> None:
+    base = configured("method=kd", "model=resnet8", "teacher=resnet20")
+    keys, teachers, parameters = [], set(), own_parameters(option)
+    for changed in ({}, *({key: values[1]} for key, values in parameters.items())):
+        cfg = copy.deepcopy(base)
+        cfg.loss = {**configured(f"loss={option}").loss, **changed}
+        config = parse(cfg)
+        (student,) = plan(config, resolve(config.dataset, config.data_root))
+        keys.append(student.key)
+        teachers |= {guide.key for guide in student.guides}
+    assert len({*keys}) == 1 + len(parameters)
+    assert len(teachers) == (1 if CHOSEN[option].needs else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [option for option in CHOSEN if own_parameters(option)])
+def test_a_sweep_over_a_parameter_of_a_loss(
+    option: str, job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("KD_STORE", str(tmp_path_factory.getbasetemp() / "store of all losses"))
+    name, values = next(iter(own_parameters(option).items()))
+    swept = f"loss.{name}={','.join(str(value).lower() for value in values)}"
+    results = job("model=resnet8", "teacher=resnet14", f"loss={option}", swept, multirun=True)
+    assert len({result["chain"][-1]["key"] for result in results}) == 2
+    assert len({result["chain"][0]["key"] for result in results}) == (1 if CHOSEN[option].needs else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [option for option, kind in CHOSEN.items() if kind.needs])
+def test_a_given_teacher_teaches_by_every_loss_as_the_trained_one_does(
+    option: str, job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store = tmp_path_factory.getbasetemp() / "store of all losses"
+    monkeypatch.setenv("KD_STORE", str(store))
+    common = ("model=resnet8", "teacher=resnet14", f"loss={option}")
+    teacher, student = job(*common)["chain"]
+    taught = job(*common, f"teacher.checkpoint={store / teacher['key'] / 'model.safetensors'}", folder="given")["chain"]
+    assert [outcome["loss"] is None for outcome in taught] == [True, False]
+    assert taught[0]["test_acc"] == teacher["test_acc"]
+    weights = [(store / key / "model.safetensors").read_bytes() for key in (student["key"], taught[1]["key"])]
+    assert student["key"] != taught[1]["key"]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow

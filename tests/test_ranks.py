@@ -29,6 +29,7 @@ from kd.datasets import resolve
 from kd.training.ranks import World, batches, own_device, share_of, world
 from kd.training.step import resolve_compile
 from tests.conftest import QUICK, ROOT, composed, run_py
+from tests.test_every_loss import CHOSEN
 from tests.test_stage import TRAIN, stage
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
@@ -200,6 +201,22 @@ def test_two_ranks_train_a_loss_with_parameters_as_one_does(loss: str, tmp_path:
     files = [Path(os.environ["KD_STORE"]) / key / "metrics.jsonl" for key in (by_two, by_one)]
     parts = [[json.loads(row)[loss] for row in file.read_text().splitlines()] for file in files]
     assert parts[0] == pytest.approx(parts[1], rel=0.15)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_by_every_loss(tmp_path: Path) -> None:
+    nets = ("model=resnet8", "teacher=resnet14", "train.batch_size=101", "hydra.sweep.dir=sweep")
+    code, out, problems = finish(launch(*nets, f"loss={','.join(CHOSEN)}", cwd=tmp_path, multirun=True))
+    assert (code, problems) == (0, []), out
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("sweep/*/result.json")]
+    students = [result["chain"][-1] for result in results]
+    assert {student["loss"]["name"] for student in students} == {
+        kind.model_fields["name"].default for kind in CHOSEN.values()
+    }
+    for student in students:
+        rows = (Path(os.environ["KD_STORE"]) / student["key"] / "metrics.jsonl").read_text().splitlines()
+        assert len(rows) == 2
+        assert all(np.isfinite(json.loads(row)["loss"]) for row in rows), student["loss"]
 
 
 def test_an_epoch_of_two_ranks_is_that_of_one(tmp_path: Path) -> None:
