@@ -12,11 +12,14 @@ from pkgutil import resolve_name
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from kd.app.parsing import parse
 from kd.core.settings import descriptions
 from kd.methods import METHODS
+from kd.models import build
 from tests.conftest import ROOT, composed, run_py
 from tests.test_architecture import ROWS
 from tests.test_datasets import write_folder
@@ -30,7 +33,7 @@ RUNNABLE = [page for page in CHECKED if page.name != "measurements.md"]
 
 def commands(page: Path) -> set[str]:
     """The commands that have their own line, without comments."""
-    found = re.findall(r"^python run\.py *(.*)$", page.read_text(), re.MULTILINE)
+    found = re.findall(r"^python run\.py *(.*)$", page.read_text().replace("\\\n", ""), re.MULTILINE)
     return {shlex.join(shlex.split(command, comments=True)) for command in found}
 
 
@@ -51,8 +54,13 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command: str, tmp_path: Path) -> None:
-    write_folder(tmp_path / "pets")
-    (tmp_path / "resnet110_best.pth.tar").touch()  # a dry run takes its hash and does not open it
+    for folder in ("pets", "hymenoptera_data"):
+        write_folder(tmp_path / folder)
+    if "checkpoint" in command:
+        torch.save(build("resnet110", num_classes=100).state_dict(), tmp_path / "resnet110_best.pth.tar")
+    if "teacher.init" in command:
+        lite = build("timm/tf_efficientnet_lite0", num_classes=1000, image_size=64)
+        save_file(lite.state_dict(), tmp_path / "tf_efficientnet_lite0_in1k.safetensors")
     arguments = shlex.split(command)
     where = ("hydra.run.dir=out", "hydra.sweep.dir=out")
     done = run_py(*arguments, "dry_run=true", *where, cwd=tmp_path, HOME=str(tmp_path))
