@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from kd.core.spec import KnownError
 from kd.core.stage import Source, Stage
 from kd.datasets import LARGE
+from kd.losses import CrossEntropy
 from kd.reporting.console import duration, in_bytes
 
 _WARM = 2  # calls that are not timed
@@ -44,7 +44,7 @@ def forecasts(stages: Sequence[Stage], device: str) -> Iterator[Forecast]:
 
     Small images are no question of memory, and their first steps tell the time.
     """
-    seen, times = set[tuple[str, str]](), dict[Any, float]()
+    seen = set[tuple[str, str]]()
     for stage in stages:
         if stage.dataset.image_size <= LARGE or stage.dataset.images is None:
             continue
@@ -56,7 +56,7 @@ def forecasts(stages: Sequence[Stage], device: str) -> Iterator[Forecast]:
                 f"{stage.train.batch_size} images of {stage.input_size}×{stage.input_size}, and {in_bytes(free)} are "
                 "free; try a smaller train.batch_size or dataset.image_size"
             )
-        yield Forecast(stage, memory, _seconds(stage, device, seen, times))
+        yield Forecast(stage, memory, _seconds(stage, device, seen))
 
 
 def memory_of(stage: Stage) -> int:
@@ -116,7 +116,7 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def _seconds(stage: Stage, device: str, seen: set[tuple[str, str]], times: dict[Any, float]) -> float:
+def _seconds(stage: Stage, device: str, seen: set[tuple[str, str]]) -> float:
     """Seconds of a stage. `seen`: guides and backbones, by key and precision, whose views are cached by then."""
     images, spec = stage.dataset.train_images or 0, stage.dataset
     total = float(images * stage.train.epochs)
@@ -129,24 +129,35 @@ def _seconds(stage: Stage, device: str, seen: set[tuple[str, str]], times: dict[
             return 0.0
         if spec.view_count is not None and not stage.loss.live:
             seen.add(known)
-        one = _step_time(source, stage, device, times) / (1 + _BACKWARD)
+        one = _step_time(source, stage, device) / (1 + _BACKWARD)
         return one * (total if stage.loss.live else shown)
 
-    seconds = passes(stage, stage.backbone) if stage.freeze else total * _step_time(stage, stage, device, times)
+    seconds = passes(stage, stage.backbone) if stage.freeze else total * _step_time(stage, stage, device)
     for guide in stage.guides:
         probed = isinstance(guide, Stage) and guide.freeze
         seconds += passes(guide, guide.backbone if isinstance(guide, Stage) and probed else guide.key)
     return seconds
 
 
-def _step_time(source: Source, stage: Stage, device: str, times: dict[Any, float]) -> float:
+def _step_time(source: Source, stage: Stage, device: str) -> float:
     """Seconds of a network's training step per image, if it were trained as this stage is."""
-    spec, batch = stage.dataset, min(stage.train.batch_size, _STEP)
-    like = stage.model_copy(update={"model": source.model, "preprocessing": source.normalize})
-    known = source.model, spec.num_classes, source.input_size, batch, stage.train.precision
-    if known not in times:
-        times[known] = step_seconds(like, device, batch) / batch
-    return times[known]
+    like = Stage(
+        role="student",
+        model=source.model,
+        loss=CrossEntropy(),
+        dataset=stage.dataset,
+        train=stage.train,
+        seed=0,
+        preprocessing=source.normalize,
+    )
+    return _measured(like, device)
+
+
+@cache
+def _measured(like: Stage, device: str) -> float:
+    """Seconds of a step per image. A sweep's jobs ask again, and are told what was measured."""
+    batch = min(like.train.batch_size, _STEP)
+    return step_seconds(like, device, batch) / batch
 
 
 def step_seconds(stage: Stage, device: str, batch: int) -> float:
