@@ -657,8 +657,8 @@ def test_a_student_keeps_nothing_for_its_loss_while_it_is_evaluated(name: str, f
     step.network(shown)
     kept = tapped.take()
     assert kept[0] or kept[1] is not None
-    accuracy = evaluate(step.network, few.test_images[:8], few.test_labels[:8], "fp32")
+    accuracy = evaluate(step.network, [few.test_images[:8].permute(0, 3, 1, 2)], few.test_labels[:8], "fp32")
     assert not step.network.training
     assert tapped._kept == {}
     tapped.close()
-    assert evaluate(step.network, few.test_images[:8], few.test_labels[:8], "fp32") == accuracy
+    assert evaluate(step.network, [few.test_images[:8].permute(0, 3, 1, 2)], few.test_labels[:8], "fp32") == accuracy

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KD_STORE", str(place / "store"))
         patch.setenv("KD_DATA", str(place / "data"))
-        patch.setattr("kd.tools.paper.cost._step", lambda stage, device, batch: batch / 1000)
+        patch.setattr("kd.tools.paper.cost.step_seconds", lambda stage, device, batch: batch / 1000)
         chosen = "--table", "takd_cifar10,size_cifar10", "--row", "plane", "--out", str(place / "out")
         assert main([*chosen, *TINY[:-1]]) == 0
     return place

@@ -16,7 +16,7 @@ import kd.training.loop
 from kd.core.spec import KnownError
 from kd.core.stage import VIEWS, Stage
 from kd.datasets import DatasetConfig, load_data, resolve
-from kd.datasets import data as memory
+from kd.datasets import views as memory
 from kd.datasets.data import Data
 from kd.losses import LOSSES
 from kd.store import Store
@@ -191,7 +191,7 @@ def test_what_is_written_down_of_data_sets_is_true(tmp_path: Path) -> None:
 @pytest.fixture
 def a_millisecond_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """A constant time for a step, so that nothing is measured."""
-    monkeypatch.setattr("kd.tools.paper.cost._step", lambda stage, device, batch: batch / 1000)
+    monkeypatch.setattr("kd.tools.paper.cost.step_seconds", lambda stage, device, batch: batch / 1000)
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def test_a_loss_on_features_has_a_time_of_its_own(benchmark: dict[str, Cost]) ->
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].needs - {"guide"}])
 def test_the_time_of_every_loss_on_features(name: str, few: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd.tools.paper.cost._TIMED", 0.0)
+    monkeypatch.setattr("kd.training.forecast._TIMED", 0.0)
     stage = stage_of(name, few)
     assert 0 < cost._loss_step(stage, "cpu", 1000) < 5
     if name != "simkd":
@@ -280,8 +280,8 @@ def test_a_time_is_that_of_the_fastest_call(
     taken: list[float], fastest: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([moment for took in taken for moment in (0, took)])
-    monkeypatch.setattr("kd.tools.paper.cost._now", lambda device: next(clock))
-    assert cost._fastest(lambda: None, "cpu") == fastest
+    monkeypatch.setattr("kd.training.forecast._now", lambda device: next(clock))
+    assert cost.fastest(lambda: None, "cpu") == fastest
 
 
 def test_the_makefile_hands_everything_on() -> None:

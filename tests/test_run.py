@@ -32,7 +32,7 @@ Job = Callable[..., Any]
 
 def test_result_json(job: Job) -> None:
     result = job()
-    assert set(result) == {"chain", "objective", "mode", "method", "dataset"}
+    assert set(result) == {"chain", "objective", "mode", "method", "dataset", "classes"}
     teacher, student = result["chain"]
     promised = {"role", "model", "key", "params", "val_acc", "test_acc", "epochs", "seconds", "reused"}
     assert set(student) == promised | {"select", "seed", "loss", "guides", "normalize"}

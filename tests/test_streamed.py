@@ -246,6 +246,8 @@ def test_a_signal_to_all_processes_is_answered_by_one(
     run += ["hydra.run.dir=out", "runtime.checkpoint_every=1000"]
     command, rows = [sys.executable, str(ROOT / "run.py"), *run], tmp_path / "out" / "metrics.jsonl"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # pytest in the background ignores SIGINT, and its children would, too.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
     while not (rows.exists() and rows.read_text().count("\n") > 1 and len(of_session(process.pid)) == 3):
         assert process.poll() is None, process.communicate()

@@ -12,12 +12,12 @@ from kd.app.networks import Freeze, InitText, ModelConfig, NetworkConfig, Teache
 from kd.core.hardware import cpu_count, resolve_device, resolve_precision
 from kd.core.recipes import GAMMA, RECIPES, USUAL, Released, Task, recipe, released
 from kd.core.settings import OnNaN, TrainOverrides, TrainSpec
-from kd.core.spec import Frozen, KnownError, explain
+from kd.core.spec import Frozen, KnownError, Text, explain
 from kd.core.stage import DatasetSpec, Given, LossSpec, Normalization, Role, Seed, Source, Stage
 from kd.datasets import DATASETS, LARGE, DatasetConfig
 from kd.losses import LOSSES, CrossEntropy
 from kd.methods.method import Ends, Link, LossChoice, Method
-from kd.models import MODELS, NetworkName, own_size
+from kd.models import MODELS, own_size
 from kd.reporting.results import Objective
 from kd.reporting.tracking import TrackingSpec
 from kd.store import place
@@ -52,8 +52,8 @@ class Config(Frozen):
     method: InstanceOf[Method]
     loss: LossChoice  # how the student learns from its guide
     assistant_loss: LossChoice
-    init: dict[NetworkName, InitText] = Field({})  # initial weights of the chain's other networks, by their names
-    freeze: tuple[NetworkName, ...] = ()  # those of which only the classifier is trained
+    init: dict[Text, InitText] = Field({})  # initial weights of the chain's other networks, by their names
+    freeze: tuple[Text, ...] = ()  # those of which only the classifier is trained
     mode: Literal["paper", "reference"]
     train: TrainConfig
     tracking: TrackingSpec

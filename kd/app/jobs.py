@@ -157,6 +157,10 @@ def still_growing(student: Stage) -> Iterator[str]:
 
 def choices(config: Config, dataset: DatasetSpec) -> Iterator[str]:
     """A line for each choice that the images decide."""
+    networks = {link.model for link in chain(config, config.seed)}
+    for key, named in (("init", config.init), ("freeze", config.freeze)):
+        for other in sorted({*named} - networks):
+            yield f"{key}={other} has no effect: no network of the chain has this name"
     if (name := for_photos(config.train.recipe, dataset.image_size)) is not None:
         yield f"train={name}: images of {dataset.image_size} pixels are photographs; train=<recipe> takes another"
 

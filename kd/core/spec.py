@@ -40,6 +40,7 @@ _TYPES = {
     "string": "a text",
     "tuple": "a list",
     "model": "a group of keys",
+    "dict": "a group of keys",
 }
 
 
