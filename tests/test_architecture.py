@@ -34,7 +34,7 @@ HOMES = {
 }
 # Rule 7: what is slow to import is imported at the top only where tensors are the subject, which --help and dry_run
 # never reach.
-WITH_PIXELS = [f"kd.datasets.{name}" for name in ("data", "images", "photos", "streamed", "views")]
+WITH_PIXELS = [f"kd.datasets.{name}" for name in ("data", "photos", "streamed", "views")]
 WITH_TORCH = ["kd.models.", "kd.losses.", *WITH_PIXELS, "kd.training", "kd.tools"]
 LIGHT_LOSSES = [f"kd.losses{name}" for name in ("", ".cross_entropy", ".distillation", ".teachable_teacher")]
 WITHOUT_TORCH = ["kd.models", *LIGHT_LOSSES, "kd.training.pipeline", "kd.training.ranks", "kd.training.checkpoint"]

@@ -14,8 +14,7 @@ from torchvision.transforms import functional as tv
 from kd.core.spec import KnownError, load_attribute
 from kd.core.stage import VIEWS
 from kd.datasets import DATASETS, Arrays, DatasetConfig, Facts, load_data, resolve, specify, statistics
-from kd.datasets.data import Data
-from kd.datasets.images import split
+from kd.datasets.data import Data, split
 from kd.datasets.views import pad_images, show_views
 
 

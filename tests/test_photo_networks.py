@@ -17,19 +17,16 @@ from kd.core.stage import Stage
 from kd.models import build
 from kd.store import Store
 from kd.training import forecast
-from tests.test_photos import snapshots
+from tests.test_photos import root
 
 pytest.importorskip("timm", reason="the extra kd[timm] is not installed")
+
+__all__ = ["root"]  # the fixture
 
 Job = Callable[..., Any]
 Shown = pytest.CaptureFixture[str]
 LCNET = "timm/lcnet_035"
 QUICK = ("teacher.train.epochs=2", "model.train.epochs=1", "train.batch_size=12", "model=resnet8")
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return snapshots(tmp_path / "photographs")
 
 
 @pytest.fixture
@@ -113,6 +110,7 @@ def test_a_network_may_see_another_size_and_has_its_own_normalisation(
         (["teacher=timm", "teacher.arch=lcnet_036"], "did you mean timm/lcnet_035"),
         (["teacher.arch=lcnet_035"], "teacher: arch and args are for timm and torchvision (got plane4)"),
         (["teacher.freeze=backbone"], "teacher plane4: freeze=backbone needs initial weights: init=<file>"),
+        (["teacher.init=a.pt", "teacher.checkpoint=b.pt"], "teacher.init: a teacher from teacher.checkpoint is not"),
         (["teacher.init=pretrained"], "teacher.init: plane4 has no published weights"),
         (["teacher.init=/nowhere.pt"], "teacher.init: /nowhere.pt cannot be read"),
         (["+teacher.args.drop_rate=much", "teacher=timm", "teacher.arch=lcnet_035"], "timm/lcnet_035?drop_rate=much"),

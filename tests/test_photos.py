@@ -19,7 +19,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from kd.core.stage import Stage
 from kd.datasets import DatasetConfig, load_data, resolve
-from kd.datasets.images import Images
+from kd.datasets.data import Images
 from kd.datasets.photos import Photos
 from kd.datasets.streamed import Streamed
 from kd.datasets.views import draw_crop

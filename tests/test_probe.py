@@ -17,14 +17,11 @@ from kd.models.normalization import Normalized
 from kd.training.guide import Guide
 from kd.training.loop import Loop
 from kd.training.probe import Probe
-from tests.test_photos import photographs, snapshots, stage_files
+from tests.test_photos import photographs, root, stage_files
+
+__all__ = ["root"]  # the fixture
 
 Job = Callable[..., Any]
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return snapshots(tmp_path / "photographs")
 
 
 @pytest.fixture

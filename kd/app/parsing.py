@@ -256,6 +256,9 @@ def _teacher(sections: dict[str, Any]) -> Iterator[str]:
         return
     for key in teacher.train.model_dump(exclude_none=True):
         yield f"teacher.train.{key}: a teacher from teacher.checkpoint is not trained"
+    for key in ("init", "freeze"):
+        if getattr(teacher, key) is not None:
+            yield f"teacher.{key}: a teacher from teacher.checkpoint is not trained; leave one of both out"
     if {"method", "model"} <= sections.keys():
         method, ends = sections["method"], Ends(sections["model"].name, teacher.name, seed=0, teacher_seed=0)
         teachers = [link for link in method.chain(ends) if link.role == "teacher"]

@@ -181,3 +181,9 @@ def lock_holder(path: Path) -> str:
         return f"another process (pid {who['pid']} on {who['host']}, since {who['since']})"
     except (OSError, ValueError, KeyError, TypeError):  # no note yet, or no longer
         return "another process"
+
+
+def size_of(path: Path) -> int:
+    """Bytes on the disk, of a file or of all files below a folder; sparse files count the blocks that they use."""
+    below = [path, *path.rglob("*")] if path.is_dir() else [path]
+    return sum(each.lstat().st_blocks * 512 for each in below)

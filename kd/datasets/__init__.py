@@ -16,7 +16,7 @@ from kd.core.stage import Augment, Background, Channels, DatasetSpec, Resize, Se
 from kd.datasets import class_names
 
 if TYPE_CHECKING:
-    from kd.datasets.images import Images
+    from kd.datasets.data import Images
 
 
 class DatasetConfig(Frozen):

@@ -1,9 +1,11 @@
-"""Images in memory: uint8 tensors of one size, and batches of augmented views."""
+"""What a stage sees of a data set: images, their split and their views; here of one size, in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,10 +13,79 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.core.hardware import bring, home_of
-from kd.core.stage import DatasetSpec
+from kd.core.spec import KnownError
+from kd.core.stage import VIEWS, Augment, DatasetSpec
 from kd.datasets import Arrays
-from kd.datasets.images import Images, Part, choose_views, split_of
 from kd.datasets.views import border_of, pad_images, show_views
+
+Part = Literal["val", "test"]
+
+# Two random streams of the split's seed: for the split, and for the choice of views.
+_SPLIT, _VIEWS = 0, 1
+_BATCH, _PIXELS = 1000, 1000 * 64 * 64  # images of a forward pass without gradients, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(ABC):
+    """Labels int64 [sample] on the device, and the images of a data set.
+
+    `train` and `val` are positions in `labels`, so a sample has the same number under every split.
+    """
+
+    spec: DatasetSpec
+    labels: Tensor
+    train: NDArray[np.int64]
+    val: NDArray[np.int64]
+    test_labels: Tensor
+    allowed_views: NDArray[np.int64] | None
+
+    @property
+    @abstractmethod
+    def home(self) -> torch.device:
+        """Where the numbers of samples and views are expected: the device that holds the images."""
+
+    def begin(  # noqa: B027 (most kinds of images have nothing to prepare)
+        self, samples: NDArray[np.int64], views: NDArray[np.int64], advance: Callable[[int], None]
+    ) -> None:
+        """Prepare the views of an epoch's samples [sample]. `advance` gets the number of images that are done."""
+
+    @abstractmethod
+    def show(self, samples: Tensor, views: Tensor) -> Tensor:
+        """These views [batch] of samples [batch], both at `home`: uint8 [batch, 3, height, width], on the device.
+
+        Its memory format is channels_last.
+        """
+
+    def shown(self, samples: Tensor, views: Tensor, places: Sequence[slice]) -> Iterator[Tensor]:
+        """What show() returns for each of the `places`, in order. Images that take time are prepared ahead."""
+        return (self.show(samples[place], views[place]) for place in places)
+
+    @abstractmethod
+    def plain(self, part: Part, places: NDArray[np.int64]) -> Tensor:
+        """Images of a part without augmentation, by their positions in it; as from show()."""
+
+    def batches(self, part: Part) -> Iterator[Tensor]:
+        """All images of a part in order, without augmentation, in batches as from show()."""
+        count, size = len(self.val if part == "val" else self.test_labels), self.eval_batch
+        return (self.plain(part, np.arange(start, min(start + size, count))) for start in range(0, count, size))
+
+    @property
+    def eval_batch(self) -> int:
+        """The number of images in a forward pass without gradients: fewer of large images."""
+        return max(min(_BATCH, _PIXELS // self.spec.image_size**2), 32)
+
+    @property
+    def val_labels(self) -> Tensor:
+        """The labels of the validation images: int64 [sample]."""
+        return self.labels[torch.from_numpy(self.val).to(self.labels.device)]
+
+    def draw_views(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Draw a view for every sample [sample], for one epoch."""
+        if self.allowed_views is None:
+            return rng.integers(0, VIEWS[self.spec.augment], len(self.labels))
+        samples, choices = self.allowed_views.shape
+        chosen: NDArray[np.int64] = self.allowed_views[np.arange(samples), rng.integers(0, choices, samples)]
+        return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +144,45 @@ class Data(Images):
         border = border_of(self.spec.augment)
         inside = slice(border, border + self.spec.image_size)
         return self.padded[torch.from_numpy(self.val).to(self.home)][:, inside, inside]
+
+
+def choose_views(augment: Augment, samples: int, views: int | None, seed: int) -> NDArray[np.int64] | None:
+    """The views [sample, `views`] that each sample may have, without repetition; None if it may have all.
+
+    Random resized crops are drawn from their numbers, so there it is the first ones.
+    """
+    count = VIEWS[augment]
+    if views is None or views >= count:
+        return None
+    if augment == "resized_crop_flip":
+        return np.broadcast_to(np.arange(views), (samples, views))
+    rng = np.random.default_rng(np.random.SeedSequence((seed, _VIEWS)))
+    return rng.random((samples, count)).argpartition(views, axis=1)[:, :views].astype(np.int64)
+
+
+def split_of(spec: DatasetSpec, labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of training and validation samples. Raises KnownError for a split without images."""
+    if spec.val_images:
+        first = len(labels) - spec.val_images
+        return np.arange(first), np.arange(first, len(labels))
+    train, val = split(labels, spec.val_fraction, spec.split_seed)
+    if len(train) == 0 or (len(val) == 0 and spec.val_fraction > 0):
+        raise KnownError(
+            f"dataset.val_fraction: {spec.val_fraction:g} of each class leaves {len(train)} training and "
+            f"{len(val)} validation images; use another fraction, or 0 with train.select=last"
+        )
+    return train, val
+
+
+def split(labels: NDArray[np.int64], fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of training and validation samples, ascending. The split is stratified by class.
+
+    It depends on the arguments only, so all stages of a chain have the same split, whatever their training seed.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence((seed, _SPLIT)))
+    val = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        val.append(members[: round(fraction * len(members))])
+    chosen = np.sort(np.concatenate(val))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen

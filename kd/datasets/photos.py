@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kd.core.hardware import bring
 from kd.core.stage import DatasetSpec
-from kd.datasets.images import Images, Part, choose_views, split_of
+from kd.datasets.data import Images, Part, choose_views, split_of
 from kd.datasets.resized import StoredArrays
 from kd.datasets.views import pad_images, resized_crop, show_views, stacked
 

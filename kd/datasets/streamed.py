@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from kd.core.hardware import bring, cpu_count
 from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec
-from kd.datasets.images import Images, Part, choose_views, split_of
+from kd.datasets.data import Images, Part, choose_views, split_of
 from kd.datasets.layouts import Listing
 from kd.datasets.photos import centre, cut_views
 from kd.datasets.pictures import PictureError, margin, measure, open_picture, read_square

@@ -162,7 +162,7 @@ def _free(path: Path) -> bool:
 
 
 def _take(path: Path, reason: str, dry: bool) -> Leftover:
-    leftover = Leftover(path, reason, size_of(path))
+    leftover = Leftover(path, reason, files.size_of(path))
     if not dry:
         _discard(path)
     return leftover
@@ -178,12 +178,6 @@ def _discard(path: Path) -> None:
         os.rename(path, gone)
     shutil.rmtree(gone)
     files.sync(path.parent)
-
-
-def size_of(path: Path) -> int:
-    """Bytes on the disk, of a file or of all files below a folder; sparse files count the blocks that they use."""
-    below = [path, *path.rglob("*")] if path.is_dir() else [path]
-    return sum(each.lstat().st_blocks * 512 for each in below)
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -10,11 +10,12 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from kd.core.files import size_of
 from kd.core.spec import KnownError
 from kd.core.stage import Stage
 from kd.reporting.console import console, in_bytes
 from kd.store import Store
-from kd.store.housekeeping import dependents, size_of
+from kd.store.housekeeping import dependents
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ from kd.core import files
 from kd.core.hardware import processor
 from kd.core.spec import tilde
 from kd.core.stage import FORMAT
-from kd.datasets.images import Images
+from kd.datasets.data import Images
 from kd.reporting.console import in_bytes
-from kd.store.housekeeping import size_of
 
 # Images in each forward pass of a guide; the last chunk is padded. With one shape, a row does not depend on the other
 # rows or on its position. So logits can be cached, and computed in any order. 128 was the fastest of 64…1,000
@@ -111,7 +110,7 @@ class Bank:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder.parent).free < size + _SPARE:
             raise OSError(f"the disk has no room for {size / 1e9:.2f} GB and 1 GB to spare")
-        if (held := size_of(self.folder.parent)) + size > budget:
+        if (held := files.size_of(self.folder.parent)) + size > budget:
             raise OSError(
                 f"{in_bytes(size)} more than the {in_bytes(held)} of other caches exceed runtime.bank_budget "
                 f"({in_bytes(budget)}); python -m kd.store gc --banks removes all caches"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kd.core.spec import KnownError
 from kd.core.stage import Given, Source, Stage
+from kd.datasets import LARGE
 from kd.store.foreign import load_network
 from kd.training.workplace import Workplace
 
@@ -101,8 +102,6 @@ def _check_loss(stage: Stage) -> None:
 
 def _check_cost(stages: Sequence[Stage], place: Workplace) -> None:
     """Say what stages with photographs cost. Raises KnownError if one does not fit into the memory."""
-    from kd.datasets import LARGE
-
     large = [stage for stage in stages if stage.dataset.image_size > LARGE and stage.dataset.images]
     if not large:
         return

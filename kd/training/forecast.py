@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kd.core.spec import KnownError
 from kd.core.stage import Source, Stage
-from kd.datasets import LARGE
 from kd.losses import CrossEntropy
 from kd.reporting.console import duration, in_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 _WARM = 2  # calls that are not timed
 _LEAST, _TIMED = 3, 0.3  # calls and seconds that are timed at least
@@ -40,14 +43,9 @@ class Forecast:
 
 
 def forecasts(stages: Sequence[Stage], device: str) -> Iterator[Forecast]:
-    """The forecast of each stage with photographs. Raises KnownError for one that does not fit into the memory.
-
-    Small images are no question of memory, and their first steps tell the time.
-    """
+    """The forecast of each stage with photographs. Raises KnownError for one that does not fit into the memory."""
     seen = set[tuple[str, str]]()
     for stage in stages:
-        if stage.dataset.image_size <= LARGE or stage.dataset.images is None:
-            continue
         memory = memory_of(stage)
         free = free_memory(device)
         if free is not None and memory > free:
@@ -77,19 +75,23 @@ def activations(model: str, num_classes: int, size: int) -> tuple[int, int]:
 
     with torch.device("meta"):
         network = build(model, num_classes=num_classes, image_size=size).train()
-        images, kept = torch.empty(2, 3, size, size), dict[int, int]()
-    weights = {id(each.untyped_storage()) for each in network.parameters()}
+        images = torch.empty(2, 3, size, size)
+    kept: list[torch.Tensor] = []  # alive, so that no storage takes the address of another
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor.untyped_storage()) not in weights:
-            kept[id(tensor)] = tensor.numel() * tensor.element_size()
-        saved.append(tensor)  # alive, so that no other tensor gets its id
+        kept.append(tensor)
         return tensor
 
-    saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network(images)
-    return sum(kept.values()) // 2, sum(each.numel() * each.element_size() for each in network.parameters())
+    own = _storages([*network.parameters()])
+    found = {address: size for address, size in _storages(kept).items() if address not in own}
+    return sum(found.values()) // 2, sum(own.values())
+
+
+def _storages(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
+    """The bytes of each storage of tensors, which may share some, by its address: without memory it has no other."""
+    return {(storage := each.untyped_storage())._cdata: storage.nbytes() for each in tensors}
 
 
 def free_memory(device: str) -> int | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd.core.hardware import autocast
 from kd.core.stage import Learner, Need, Outputs
-from kd.datasets.images import Images, Part
+from kd.datasets.data import Images, Part
 from kd.models.folding import fold
 from kd.models.normalization import Normalized
 from kd.models.taps import Tapped, head

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kd.core.spec import NonFiniteError
 from kd.core.stage import DROPOUT, ORDER, VIEW, Stage, random_stream
-from kd.datasets.images import Images
+from kd.datasets.data import Images
 from kd.models.normalization import Normalized
 from kd.reporting.console import Watch
 from kd.store import Metrics, StageResult, TrainedStage

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kd.core.hardware import autocast
 from kd.core.spec import KnownError
 from kd.core.stage import Learner, Outputs
-from kd.datasets.images import Images, Part
+from kd.datasets.data import Images, Part
 from kd.models.normalization import Normalized
 from kd.models.taps import head
 from kd.store import TrainedStage

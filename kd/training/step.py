@@ -16,7 +16,7 @@ from kd.core.hardware import autocast
 from kd.core.settings import TrainSpec
 from kd.core.spec import KnownError
 from kd.core.stage import INIT, LOSS, Batch, Formula, LossContext, Outputs, Stage, random_stream
-from kd.datasets.images import Images
+from kd.datasets.data import Images
 from kd.models import build
 from kd.models.normalization import Normalized
 from kd.store.foreign import initial_weights

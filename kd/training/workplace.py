@@ -19,7 +19,7 @@ from kd.store import Store
 from kd.training.ranks import own_device, world
 
 if TYPE_CHECKING:
-    from kd.datasets.images import Images
+    from kd.datasets.data import Images
     from kd.models.normalization import Normalized
     from kd.training.guide import Guide, LiveGuide
     from kd.training.probe import Probe, ProbedGuide

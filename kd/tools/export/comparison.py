@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.core.spec import KnownError
-from kd.datasets.images import Images
+from kd.datasets.data import Images
 from kd.models.normalization import Normalized
 from kd.tools.export.formats import Logits, Pixels, Run
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.contour import QuadContourSet
     from matplotlib.figure import Figure
 
-    from kd.datasets.images import Images
+    from kd.datasets.data import Images
 
 _LINE_EVERY = 10.0  # seconds between two plain lines
 _INSIDE = 0.9  # of the span: contours are labelled only inside this
