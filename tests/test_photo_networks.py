@@ -176,6 +176,17 @@ def test_costs_are_said_and_what_does_not_fit_is_refused(
     assert "1 kB are free; try a smaller train.batch_size or dataset.image_size" in told
 
 
+def test_a_probe_and_its_students_pay_for_one_pass(
+    job: Job, root: Path, weights: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "step_seconds", lambda stage, device, batch: 3.0 * batch)  # a pass takes a second
+    many = ["dataset.image_size=72", "dry_run=true", "replicates=2", "model.train.epochs=10", "teacher.train.epochs=9"]
+    job(*photos(root, *lcnet(weights), "teacher.freeze=backbone", *many), multirun=True)
+    shown = capsys.readouterr().out
+    assert re.search(r"teacher timm/lcnet_035: .* 64 s \(9 epochs of 32 images\)", shown)  # 2 views
+    assert re.search(r"student resnet8: .* 16 min \(10 epochs of 32 images\), for each of 2 seeds", shown)
+
+
 def test_the_memory_of_activations_is_what_autograd_keeps() -> None:
     bytes_of_one, weights = forecast.activations("resnet8", 10, 32)
     network, kept = build("resnet8", num_classes=10).train(), list[torch.Tensor]()

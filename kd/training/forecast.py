@@ -124,9 +124,11 @@ def _seconds(stage: Stage, device: str, seen: set[tuple[str, str]]) -> float:
     total = float(images * stage.train.epochs)
     shown = total if spec.view_count is None else min(total, float(images * spec.view_count))
 
-    def passes(source: Source, name: str) -> float:
+    def passes(source: Source) -> float:
         """Seconds of forward passes over the views that are new to a network."""
-        known = name, stage.train.precision
+        known = source.key, stage.train.precision
+        if isinstance(source, Stage) and source.freeze and not stage.loss.live:
+            known = source.backbone, source.train.precision
         if known in seen:
             return 0.0
         if spec.view_count is not None and not stage.loss.live:
@@ -134,11 +136,8 @@ def _seconds(stage: Stage, device: str, seen: set[tuple[str, str]]) -> float:
         one = _step_time(source, stage, device) / (1 + _BACKWARD)
         return one * (total if stage.loss.live else shown)
 
-    seconds = passes(stage, stage.backbone) if stage.freeze else total * _step_time(stage, stage, device)
-    for guide in stage.guides:
-        probed = isinstance(guide, Stage) and guide.freeze
-        seconds += passes(guide, guide.backbone if isinstance(guide, Stage) and probed else guide.key)
-    return seconds
+    own = passes(stage) if stage.freeze else total * _step_time(stage, stage, device)
+    return own + sum(map(passes, stage.guides))
 
 
 def _step_time(source: Source, stage: Stage, device: str) -> float:
