@@ -32,7 +32,7 @@ _MESSAGES = {
     "too_short": "should have at least {min_length} entries",
     "finite_number": "should be a finite number",
 }
-_LISTED = 40  # names of a table that a message shows
+_LISTED = 30  # names of a table that a message shows
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
