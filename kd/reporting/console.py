@@ -235,7 +235,8 @@ class StageProgress(Watch):
         self._began = self._phase_began = self._last_line = time.monotonic()
         self._epoch, self._done, self._before, self._guide_done = 0, 0, 0, 0
         self._status = ""
-        self._steps, self._guide_seconds = 0, 0.0
+        self._steps, self._first_epoch = 0, 0
+        self._guide_seconds, self._guide_before = 0.0, 0.0  # in this epoch and in those before it
         self._measured_from: tuple[float, int] | None = None
         columns = (
             TextColumn("{task.description}"),
@@ -257,7 +258,7 @@ class StageProgress(Watch):
     def resumed(self, history: list[Metrics], images: int) -> None:
         for row in history:  # earlier epochs belong to this run's metrics too
             self._log(self._stage, row)
-        self._epoch = len(history)
+        self._epoch = self._first_epoch = len(history)
         self._done = self._before = self._epoch * self._samples + images
 
     def guided(self, images: int) -> None:
@@ -280,7 +281,8 @@ class StageProgress(Watch):
     def epoch_ended(self, metrics: Metrics) -> None:
         self._log(self._stage, metrics)
         self._epoch += 1
-        self._guide_done, self._phase_began = 0, time.monotonic()
+        self._guide_before += self._guide_seconds
+        self._guide_done, self._guide_seconds, self._phase_began = 0, 0.0, time.monotonic()
         shown = [f"loss {metrics['loss']:.4f}"]
         for name in ("val", "test"):
             if (accuracy := metrics.get(f"{name}_acc")) is not None:
@@ -291,7 +293,7 @@ class StageProgress(Watch):
 
     def _announce(self, speed: float) -> None:
         epochs = self._epochs - self._epoch
-        expected = epochs * (self._guide_seconds + self._samples / speed)
+        expected = epochs * self._samples / speed + self._guide_seconds + self._guide_left()
         if expected > _LONG:
             guide = f" and the guide {self._samples / self._guide_seconds:,.0f}" if self._guide_seconds else ""
             self._console.print(
@@ -309,10 +311,26 @@ class StageProgress(Watch):
         return "  ".join(part for part in parts if part)
 
     def _pace(self) -> tuple[float, float]:
-        """Images per second so far, including the guide's time, and the seconds left at this speed."""
-        done = self._done - self._before
-        speed = max(done, 1) / max(time.monotonic() - self._began, 1e-6)
-        return speed, (self._epochs * self._samples - self._done) / speed
+        """Images per second so far, including the guide's time, and the seconds left."""
+        done, elapsed = max(self._done - self._before, 1), max(time.monotonic() - self._began, 1e-6)
+        own = max(elapsed - self._guide_before - self._guide_seconds, 1e-6)
+        left = (self._epochs * self._samples - self._done) * own / done + self._guide_left()
+        return done / elapsed, left
+
+    def _guide_left(self) -> float:
+        """Seconds of the guide's passes in the epochs after this one. A view that the guide has seen costs nothing."""
+        begun = min(self._epoch + 1, self._epochs)
+        seen = self._new_views(self._first_epoch, begun)
+        passed = self._guide_before + self._guide_seconds
+        return passed * self._new_views(begun, self._epochs) / seen if seen else 0.0
+
+    def _new_views(self, first: int, last: int) -> float:
+        """Expected views of a sample that appear for the first time in epochs [first, last): views are drawn at random."""
+        views = self._stage.dataset.view_count
+        if views is None:
+            return last - first
+        drawn_before = 1 - 1 / views
+        return views * (drawn_before**first - drawn_before**last)
 
     def _show(self, doing: str = "") -> None:
         if self._console.is_terminal:
