@@ -325,7 +325,7 @@ class StageProgress(Watch):
         return passed * self._new_views(begun, self._epochs) / seen if seen else 0.0
 
     def _new_views(self, first: int, last: int) -> float:
-        """Expected views of a sample that appear for the first time in epochs [first, last): views are drawn at random."""
+        """Views of a sample that are new in epochs [first, last). An expectation, because views are drawn at random."""
         views = self._stage.dataset.view_count
         if views is None:
             return last - first

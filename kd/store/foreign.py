@@ -116,6 +116,7 @@ def initial_weights(
         classes = _classes(found[part], network)
         had = f"its classifier of {classes:,} classes" if classes else "its file has no classifier; one"
         line = f"{model}: {had} is made anew for {num_classes:,}"
+        usable[part] |= _fresh(_classifier(network))
     return _filled(network, usable[part], file), line
 
 
@@ -277,6 +278,20 @@ def _classifier(network: nn.Module) -> State:
 
     layers = {path: network.get_submodule(path).state_dict() for path in last_layers(network)}
     return {f"{path}.{name}": tensor for path, own in layers.items() for name, tensor in own.items()}
+
+
+def _fresh(classifier: State) -> State:
+    """The weights with which a new classifier begins: small, so that the first steps do not disturb trained weights.
+
+    The networks' own initialisations are for training from scratch. That of EfficientNets is so large for a few classes
+    that a probe still showed it after 100 epochs.
+    """
+    import torch
+
+    return {
+        name: torch.zeros_like(tensor) if tensor.ndim == 1 else torch.randn_like(tensor) * 0.01
+        for name, tensor in classifier.items()
+    }
 
 
 def _filled(network: nn.Module, state: State, file: _File) -> nn.Module:
