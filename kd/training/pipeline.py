@@ -12,7 +12,7 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kd.core import hardware
 from kd.core.files import commit
@@ -29,9 +29,6 @@ from kd.training.checkpoint import Checkpoint, Deferred
 from kd.training.checks import check_students
 from kd.training.ranks import ALONE, Team, is_lost, team
 from kd.training.workplace import Workplace
-
-if TYPE_CHECKING:
-    pass
 
 _NEAR_CHANCE = 2  # times chance
 RETRIED = "in fp32 after"  # a key of stage.json: the error in the stage's own precision
