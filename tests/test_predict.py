@@ -147,6 +147,20 @@ def test_pictures_are_prepared_as_test_images(tmp_path: Path, resize: str, decod
     assert contract.classes == ("ants", "bees")
 
 
+@pytest.mark.parametrize(("background", "shade"), [("white", 255), ("black", 0)])
+def test_what_is_transparent_is_as_in_the_test_images(tmp_path: Path, background: str, shade: int) -> None:
+    for part in ("train", "test"):
+        for name in ("ants", "bees"):
+            (tmp_path / "icons" / part / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGBA", (32, 32)).save(tmp_path / "icons" / part / name / f"{i}.png")
+    fields = {"name": "folder", "root": str(tmp_path / "icons"), "augment": "none", "val_fraction": 0, "split_seed": 0}
+    spec = resolve(DatasetConfig.model_validate({**fields, "background": background}), tmp_path)
+    contract = Contract.of(stage(dataset=spec))  # of squares of one size, which are kept in memory
+    image = contract.image_of(tmp_path / "icons" / "test" / "ants" / "0.png")
+    assert image.unique().tolist() == [shade]
+
+
 def test_an_export_names_classes_and_preprocessing(study: Study) -> None:
     spoken = "upright by its EXIF, white where it is transparent, the shorter side resized to 37, the centre of 32×32"
     for network, own in ((STUDENT, 48), (TEACHER, None)):

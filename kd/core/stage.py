@@ -68,7 +68,7 @@ class DatasetSpec(Frozen):
     images: Annotated[tuple[int, int] | None, Unhashed()] = None  # for training (validation included) and for testing
     val_images: Annotated[int, Field(ge=0), Neutral(0)] = 0  # the last so many training images are a validation split
     resize: Annotated[Resize | None, Neutral(None)] = None  # photographs; null: images of one size, in memory
-    background: Annotated[Background, Neutral("white")] = "white"  # of photographs, behind what is transparent
+    background: Annotated[Background, Neutral("white")] = "white"  # of folders, behind what is transparent
     streamed: Annotated[bool, Neutral(False)] = False  # photographs that are decoded in every epoch
 
     @property

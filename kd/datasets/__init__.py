@@ -237,7 +237,7 @@ def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
         images=facts.images,
         val_images=facts.val_images,
         resize=facts.resize,
-        background=config.background if facts.resize or facts.streamed else "white",
+        background=config.background if facts.content else "white",
         streamed=facts.streamed,
     )
 
