@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import kd
 from kd.app.config import plan
 from kd.app.parsing import parse
-from kd.core.recipes import RECIPES, recipe
+from kd.core.recipes import RECIPES, Task, recipe
 from kd.core.settings import TrainSpec
 from kd.core.spec import KnownError
 from kd.core.stage import Stage, random_stream
@@ -91,6 +91,33 @@ def test_learning_rates_of_every_epoch() -> None:
     assert rates("dataset=cifar100", "model=mobilenetv2", own) == pytest.approx(b, rel=1e-6)
     assert rates("dataset=tiny_imagenet", "model=shufflenetv2", own) == pytest.approx(b, rel=1e-6)
     assert rates("dataset=cifar10", "model=net", own) == [1e-3] * 100
+
+
+def test_takds_learning_rate_at_every_number_of_epochs() -> None:
+    """`epoch < int(epochs * 3 / 4)` keeps .01, in every epoch of 1 to 400."""
+    settings = planned("dataset=cifar10", "model=resnet8")[-1].train.model_dump()
+    for epochs in range(1, 401):
+        known = recipe("reference", "cifar10", "cifar_resnet", task=Task(50_000, 32, epochs=epochs))
+        train = TrainSpec(**{**settings, "epochs": epochs, "milestones": known["milestones"]})
+        theirs = [0.01 if epoch < int(epochs * 3 / 4) else 0.001 for epoch in range(epochs)]
+        assert [learning_rate(train, epoch) for epoch in range(epochs)] == pytest.approx(theirs, rel=1e-9), epochs
+        before = TrainSpec(**{**train.model_dump(), "milestones": (0.75,)})
+        same = [learning_rate(before, epoch) for epoch in range(epochs)] == pytest.approx(theirs, rel=1e-9)
+        assert (known["milestones"] == (0.75,)) == same, epochs  # keys of equal trainings have not moved
+
+
+@pytest.mark.parametrize(("epochs", "kept"), [(1, 0), (2, 1), (5, 3), (10, 7), (50, 37), (101, 75), (160, 120)])
+def test_takds_milestone_moves_with_the_epochs_of_each_network(epochs: int, kept: int) -> None:
+    teacher, student = planned("dataset=cifar100", "model=resnet8", f"teacher.train.epochs={epochs}")
+    assert [learning_rate(teacher.train, epoch) for epoch in range(epochs)].count(0.01) == kept
+    assert student.train.milestones == (0.75,)
+
+
+def test_other_recipes_round_their_milestones() -> None:
+    for overrides in (("mode=paper", "model=resnet8"), ("mode=reference", "model=preresnet20", "teacher=resnet18")):
+        student = planned("dataset=cifar10", "train.epochs=10", *overrides)[-1]
+        assert student.train.milestones == (0.5, 0.75)
+        assert [learning_rate(student.train, epoch) for epoch in (4, 5, 7, 8)] == pytest.approx([0.1, 0.01, 0.01, 1e-3])
 
 
 def test_takds_teacher_is_trained_by_the_rule_of_the_students_family() -> None:
