@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as tv
 
 from kd.core.spec import KnownError, load_attribute
-from kd.core.stage import VIEWS
+from kd.core.stage import VIEWS, DatasetSpec
 from kd.datasets import DATASETS, Arrays, DatasetConfig, Facts, load_data, resolve, specify, statistics
 from kd.datasets.data import Data, split
 from kd.datasets.views import pad_images, show_views
@@ -87,6 +89,43 @@ def test_the_split_is_stratified_and_a_function_of_its_seed() -> None:
     assert np.array_equal(val, split(labels, 0.1, 0)[1])
     assert not np.array_equal(val, split(labels, 0.1, 1)[1])
     assert len(split(labels, 0.0, 0)[1]) == 0
+
+
+def earlier_split(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """The validation samples by the rule of before: a class may have none."""
+    rng = np.random.default_rng(np.random.SeedSequence((seed, 0)))
+    members = (rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels))
+    return np.sort(np.concatenate([each[: round(fraction * len(each))] for each in members]))
+
+
+@pytest.mark.parametrize("rare", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.2])
+def test_a_rare_class_has_a_validation_image(rare: int, fraction: float) -> None:
+    labels = np.repeat(np.arange(4), [60, rare, 60, 2])
+    train, val = split(labels, fraction, 0)
+    assert np.bincount(labels[val]).tolist() == [
+        round(60 * fraction),
+        max(round(rare * fraction), min(rare - 1, 1)),
+        round(60 * fraction),
+        1,
+    ]
+    assert sorted([*train, *val]) == list(range(len(labels)))
+    assert {*earlier_split(labels, fraction, 0)} <= {*val}
+    assert len(split(labels, 0.0, 0)[1]) == 0
+
+
+@given(
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    fraction=st.floats(0, 0.95),
+    seed=st.integers(0, 2),
+)
+def test_a_split_in_which_every_class_had_a_validation_image_is_what_it_was(
+    counts: list[int], fraction: float, seed: int
+) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    before = earlier_split(labels, fraction, seed)
+    assume(len(np.unique(labels[before])) == len(counts))
+    assert np.array_equal(split(labels, fraction, seed)[1], before)
 
 
 def test_crop_flip_is_torchvisions_crop_and_flip() -> None:
@@ -168,6 +207,49 @@ def test_a_folder_is_decoded_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     pixels = np.asarray(Image.open(root / "train" / "dog" / "1.png"))
     assert np.array_equal(data.padded[5], pixels)
     assert data.labels[5] == 1
+
+
+@pytest.mark.parametrize("decode", ["array", "stream"])
+def test_small_classes_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], decode: str) -> None:
+    """A class without a validation image is named. Only where the split is not what it was, the key is another."""
+    root = write_folder(tmp_path / "pets", per_class=10)
+
+    def seen(**changes: object) -> tuple[DatasetSpec, str]:
+        capsys.readouterr()
+        spec = resolve(folder(root, decode=decode, **changes), tmp_path / "data")
+        labels = load_data(spec, tmp_path / "data", "cpu").val_labels
+        assert sorted(labels.tolist()) == sorted(expected)
+        return spec, capsys.readouterr().out
+
+    def leave(images: int) -> None:
+        for path in sorted((root / "train" / "cat").iterdir())[images:]:
+            path.unlink()
+
+    expected = [0, 1]
+    spec, out = seen()
+    assert "rare" not in spec.identity()
+    assert "no validation image" not in out
+    leave(3)
+    spec, out = seen()
+    assert spec.identity()["rare"] == 1
+    assert "no validation image" not in out
+    leave(1)
+    expected = [1]
+    spec, out = seen()
+    assert "rare" not in spec.identity()
+    assert "folder: no validation image of cat: they have one image each" in out.splitlines()
+    expected = [0] + [1] * 9
+    out = seen(val_fraction=0.9)[1]
+    assert "folder: no training image of cat: dataset.val_fraction=0.9 takes all of theirs" in out.splitlines()
+    expected = []
+    assert "no validation image" not in seen(val_fraction=0)[1]
+
+
+def test_statistics_include_the_validation_images(tmp_path: Path) -> None:
+    root, places = write_folder(tmp_path / "pets"), tmp_path / "data"
+    specs = [resolve(folder(root, val_fraction=fraction), places) for fraction in (0, 0.5)]
+    every = statistics(load_data(specs[0], places, "cpu").padded.numpy())  # type: ignore[attr-defined]
+    assert [(spec.mean, spec.std) for spec in specs] == [every, every]
 
 
 def test_a_copy_of_a_folder_is_the_same_data_and_a_change_is_not(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Every network of the table: parameter counts, names, shapes, initialisation, image sizes."""
 
+from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -394,6 +396,27 @@ def test_normalized_takes_both_kinds_of_images() -> None:
     for wrong in (images[:, :1], images[0], images.long()):
         with pytest.raises(ValueError, match="images should be"):
             network(wrong)
+
+
+@pytest.mark.parametrize(
+    ("convert", "dtype"),
+    [
+        (lambda network: network, torch.float32),
+        (lambda network: network.double(), torch.float64),
+        (lambda network: network.to("cpu", torch.float64), torch.float64),
+        (lambda network: network.half().double(), torch.float64),
+        (lambda network: network.double().float(), torch.float32),
+        (lambda network: deepcopy(network.bfloat16()).to(torch.zeros(1, dtype=torch.float64)), torch.float64),
+    ],
+)
+def test_mean_and_std_are_exact_in_the_networks_type(convert: Callable[[nn.Module], nn.Module], dtype: Any) -> None:
+    mean, std = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
+    network = convert(Normalized(nn.Flatten(), mean, std))
+    assert network.mean.flatten().tolist() == torch.tensor(mean, dtype=dtype).tolist()
+    assert network.std.flatten().tolist() == torch.tensor(std, dtype=dtype).tolist()
+    seen = network(torch.full((1, 3, 1, 1), 77, dtype=torch.uint8))[0]
+    exact = [(77 / 255 - m) / s for m, s in zip(mean, std, strict=True)]
+    assert seen.tolist() == pytest.approx(exact, rel=1e-15 if dtype == torch.float64 else 1e-6)
 
 
 # What counts, names and sizes cannot see: the order in which modules are applied, first to last.

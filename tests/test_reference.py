@@ -15,15 +15,15 @@ from torch import Tensor, nn
 import kd
 from kd.app.config import plan
 from kd.app.parsing import parse
-from kd.core.recipes import RECIPES, recipe
+from kd.core.recipes import RECIPES, Task, recipe
 from kd.core.settings import TrainSpec
 from kd.core.spec import KnownError
 from kd.core.stage import Stage, random_stream
-from kd.datasets import Arrays, Facts, specify
+from kd.datasets import DATASETS, Arrays, Facts, specify
 from kd.datasets.data import Data
 from kd.models.normalization import Normalized
 from kd.training import loop as training
-from kd.training.guide import Guide
+from kd.training.guide import Guide, LiveGuide
 from kd.training.loop import train_stage
 from kd.training.step import evaluate, learning_rate, make_network
 from tests.conftest import composed
@@ -91,6 +91,33 @@ def test_learning_rates_of_every_epoch() -> None:
     assert rates("dataset=cifar100", "model=mobilenetv2", own) == pytest.approx(b, rel=1e-6)
     assert rates("dataset=tiny_imagenet", "model=shufflenetv2", own) == pytest.approx(b, rel=1e-6)
     assert rates("dataset=cifar10", "model=net", own) == [1e-3] * 100
+
+
+def test_takds_learning_rate_at_every_number_of_epochs() -> None:
+    """`epoch < int(epochs * 3 / 4)` keeps .01, in every epoch of 1 to 400."""
+    settings = planned("dataset=cifar10", "model=resnet8")[-1].train.model_dump()
+    for epochs in range(1, 401):
+        known = recipe("reference", "cifar10", "cifar_resnet", task=Task(50_000, 32, epochs=epochs))
+        train = TrainSpec(**{**settings, "epochs": epochs, "milestones": known["milestones"]})
+        theirs = [0.01 if epoch < int(epochs * 3 / 4) else 0.001 for epoch in range(epochs)]
+        assert [learning_rate(train, epoch) for epoch in range(epochs)] == pytest.approx(theirs, rel=1e-9), epochs
+        before = TrainSpec(**{**train.model_dump(), "milestones": (0.75,)})
+        same = [learning_rate(before, epoch) for epoch in range(epochs)] == pytest.approx(theirs, rel=1e-9)
+        assert (known["milestones"] == (0.75,)) == same, epochs  # keys of equal trainings have not moved
+
+
+@pytest.mark.parametrize(("epochs", "kept"), [(1, 0), (2, 1), (5, 3), (10, 7), (50, 37), (101, 75), (160, 120)])
+def test_takds_milestone_moves_with_the_epochs_of_each_network(epochs: int, kept: int) -> None:
+    teacher, student = planned("dataset=cifar100", "model=resnet8", f"teacher.train.epochs={epochs}")
+    assert [learning_rate(teacher.train, epoch) for epoch in range(epochs)].count(0.01) == kept
+    assert student.train.milestones == (0.75,)
+
+
+def test_other_recipes_round_their_milestones() -> None:
+    for overrides in (("mode=paper", "model=resnet8"), ("mode=reference", "model=preresnet20", "teacher=resnet18")):
+        student = planned("dataset=cifar10", "train.epochs=10", *overrides)[-1]
+        assert student.train.milestones == (0.5, 0.75)
+        assert [learning_rate(student.train, epoch) for epoch in (4, 5, 7, 8)] == pytest.approx([0.1, 0.01, 0.01, 1e-3])
 
 
 def test_takds_teacher_is_trained_by_the_rule_of_the_students_family() -> None:
@@ -194,15 +221,20 @@ def tt_teacher_loss(z: Tensor, labels: Tensor, guide: Tensor, T: float, w: float
 def by_hand(
     stage: Stage, data: Data, guide: Normalized, loss: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> tuple[nn.Module, list[float]]:
-    """Three steps of SGD with momentum and weight decay: v ← m·v + g + wd·w; w ← w − lr·v."""
-    network = make_network(stage, "cpu").train()
+    """Three steps of SGD with momentum and weight decay: v ← m·v + g + wd·w; w ← w − lr·v.
+
+    Images are normalised here, in float64, by the statistics in the released code.
+    """
+    network = make_network(stage, "cpu").network.train()
     parameters = list(network.parameters())
     velocity = [torch.zeros_like(p) for p in parameters]
     losses = []
+    statistics = [*zip(*(TAKD if stage.dataset.augment == "none" else TRAINED_TEACHER), strict=True)]
     for images, labels in batches_of(stage, data):
-        z = network(images)
+        x = torch.stack([(images[:, c].double() / 255 - mean) / std for c, (mean, std) in enumerate(statistics)], 1)
+        z = network(x)
         with torch.no_grad():
-            taught = guide(images)
+            taught = guide.network(x)
         value = loss(z, labels, taught)
         gradients = torch.autograd.grad(value, parameters)
         losses.append(value.item())
@@ -267,9 +299,24 @@ def test_three_steps(overrides: tuple[str, ...], role: str, loss: Callable[..., 
         stage, data=data, guides=[Guide(guide.eval(), data, "fp64", "cpu")], device="cpu", watch=Silent()
     )
     expected, losses = by_hand(stage, data, guide.double(), loss)
-    assert trained.metrics[0]["loss"] == pytest.approx(np.mean(losses), abs=1e-6)
+    assert trained.metrics[0]["loss"] == pytest.approx(np.mean(losses), abs=1e-6)  # recorded to six digits
     for name, value in expected.state_dict().items():
-        torch.testing.assert_close(trained.state[name.removeprefix("network.")], value, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(trained.state[name], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [Guide, LiveGuide])
+def test_a_guide_of_fp32_sees_exact_images_where_its_student_computes_in_float64(kind: Any) -> None:
+    stage = planned("dataset=cifar10", "model=resnet8", "method=scratch")[-1]
+    data, network = few_images(stage), make_network(stage, "cpu").eval()
+    guide = kind(network, data, "fp64", "cpu", needs=frozenset({"guide"}))
+    samples, views = np.arange(5), np.zeros(5, np.int64)
+    guide.begin(samples, views, lambda images: None)
+    images = data.show(torch.from_numpy(samples), torch.from_numpy(views))
+    x = torch.stack([(images[:, c].double() / 255 - TAKD[0][c]) / TAKD[1][c] for c in range(3)], 1)
+    with torch.no_grad():
+        expected = network.network.double()(x)
+    said = guide.outputs(slice(0, 5), images).logits
+    torch.testing.assert_close(said.log_softmax(1), expected.log_softmax(1), rtol=1e-12, atol=1e-12)
 
 
 # the epoch that is kept -------------------------------------------------------------------------------------------
@@ -320,6 +367,7 @@ def test_a_chain_in_float64_stays_there(job: Callable[..., Any], tmp_path: Any) 
     for outcome in result["chain"]:
         network = kd.load(outcome["key"], tmp_path / "store")
         assert {p.dtype for p in network.parameters()} == {torch.float64}
+        assert network.mean.flatten().tolist() == list(DATASETS["digits"].facts.mean)  # type: ignore[union-attr]
         assert network(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)).dtype == torch.float64
         saved = load_file(tmp_path / "store" / outcome["key"] / "model.safetensors")
         assert all(torch.equal(saved[name], tensor) for name, tensor in network.network.state_dict().items())

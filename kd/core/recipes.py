@@ -47,9 +47,10 @@ _COMMON: Recipe = {
 # 1/2 and 3/4 of the epochs. Plane networks have a constant 0.01, because they do not train at 0.1.
 _STEP: Recipe = {"lr": 0.1, "schedule": "step", "milestones": (0.5, 0.75)}
 _CONSTANT: Recipe = {"lr": 0.01}
+_TAKD_EPOCHS = 160
 _TAKD: dict[str, Recipe] = {
-    "plane": {**_CONSTANT, "epochs": 160},
-    "cifar_resnet": {**_STEP, "epochs": 160},
+    "plane": {**_CONSTANT, "epochs": _TAKD_EPOCHS},
+    "cifar_resnet": {**_STEP, "epochs": _TAKD_EPOCHS},
 }
 
 # params.json of Trained Teacher and Nasty Teacher: A for CIFAR-10, B for CIFAR-100 and Tiny-ImageNet, C for net and mlp
@@ -162,15 +163,26 @@ class Released:
     free: frozenset[str]  # training settings that a run may change; changes of others are refused
 
 
+def _takd_milestones(task: Task) -> tuple[float, ...]:
+    """The fraction of the epochs at which TAKD's code divides the learning rate.
+
+    The code divides at int(3/4·epochs), and we at the rounded epoch. Where these differ, it is the fraction that is
+    rounded to the code's epoch.
+    """
+    epochs = task.epochs or _TAKD_EPOCHS
+    first = epochs * 3 // 4
+    return (0.75 if round(0.75 * epochs) == first else (first + 0.25) / epochs,)
+
+
 def _takd_released(data: str) -> Released:
     # The code never divides the learning rate at 1/2 of the epochs: its condition is never true. It starts at 0.01, the
     # value after that division. The code for crop and flip is never reached.
-    sgd: Recipe = {"lr": 0.01, "epochs": 160, "nesterov": False, "precision": "fp32", "select": "best_test"}
+    sgd: Recipe = {"lr": 0.01, "epochs": _TAKD_EPOCHS, "nesterov": False, "precision": "fp32", "select": "best_test"}
     return Released(
         system="TAKD",
         methods=("scratch", "kd", "ta"),
         data=data,
-        families={"plane": sgd, "cifar_resnet": {**sgd, "schedule": "step", "milestones": (0.75,)}},
+        families={"plane": sgd, "cifar_resnet": {**sgd, "schedule": "step", "milestones": _takd_milestones}},
         mean=(0.507, 0.487, 0.441),
         std=(0.267, 0.256, 0.276),
         normalization="takd",

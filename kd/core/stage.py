@@ -70,6 +70,9 @@ class DatasetSpec(Frozen):
     resize: Annotated[Resize | None, Neutral(None)] = None  # photographs; null: images of one size, in memory
     background: Annotated[Background, Neutral("white")] = "white"  # of folders, behind what is transparent
     streamed: Annotated[bool, Neutral(False)] = False  # photographs that are decoded in every epoch
+    # How many classes are so small that val_fraction rounds to none: one image of each validates all the same. It is
+    # hashed, because under the keys of before these images were for training.
+    rare: Annotated[int, Field(ge=0), Neutral(0)] = 0
 
     @property
     def view_count(self) -> int | None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kd.core.spec import Frozen, KnownError, PathText, Registry, Text, load_attribute
+from kd.core.spec import Frozen, KnownError, PathText, Registry, Text, load_attribute, printable
 from kd.core.stage import Augment, Background, Channels, DatasetSpec, Resize, Seed
 from kd.datasets import class_names
 
@@ -56,6 +56,7 @@ class Facts:
     classes: tuple[str, ...] = ()  # the labels' names; empty: not known
     val_images: int = 0  # the last so many training images are the data set's own validation split
     resize: Resize | None = None  # photographs; None: squares of one size, as they are
+    counts: tuple[int, ...] = ()  # the training images of each class, validation included; empty: not known
     streamed: bool = False  # decoded in every epoch
 
 
@@ -171,6 +172,7 @@ DATASETS: Registry[DatasetEntry] = Registry("kd.datasets", _OWN, DatasetEntry)
 
 
 LARGE = 64  # pixels: larger images are photographs
+_NAMED = 5  # classes that a message names
 _VIEWS = 16  # of a photograph: a teacher's outputs are cached for each
 
 
@@ -194,6 +196,8 @@ def resolve(config: DatasetConfig, data_root: Path, threads: int = 1, image_size
         ) from error
     spec = specify(config, facts)
     _say_choices(config, spec)
+    if facts.classes:
+        _say_missing(config, spec, facts.counts)
     return spec
 
 
@@ -214,6 +218,27 @@ def _say_choices(config: DatasetConfig, spec: DatasetSpec) -> None:
         print(f"{config.title}: images of {size}×{size}: augment={spec.augment}, views={views}", flush=True)
 
 
+def _say_missing(config: DatasetConfig, spec: DatasetSpec, counts: tuple[int, ...]) -> None:
+    """Lines that name the classes without a validation image, and those without a training image."""
+    if not spec.val_fraction:
+        return
+    out = [held_out(count, spec.val_fraction) for count in counts]
+    parts = {
+        "validation": (out, "they have one image each"),
+        "training": (np.subtract(counts, out), f"dataset.val_fraction={spec.val_fraction:g} takes all of theirs"),
+    }
+    for part, (left, why) in parts.items():
+        bare = [printable(name) for name, images in zip(spec.classes, left, strict=True) if not images]
+        if bare:
+            more = f" and {len(bare) - _NAMED:,} more" if bare[_NAMED:] else ""
+            print(f"{config.title}: no {part} image of {', '.join(bare[:_NAMED])}{more}: {why}", flush=True)
+
+
+def held_out(images: int, fraction: float) -> int:
+    """How many of a class's images validate: `fraction` of them, and at least one where there are two."""
+    return round(fraction * images) or int(fraction > 0 and images > 1)
+
+
 def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
     """The spec of a data set whose facts are known."""
     augment = config.augment or "none"  # null: the released code decides, when the stages are planned
@@ -222,6 +247,7 @@ def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
     views = config.views
     if views == "auto":
         views = _VIEWS if augment == "resized_crop_flip" and not facts.streamed else None
+    fraction = 0 if facts.val_images else config.val_fraction
     return DatasetSpec(
         name=config.name,
         content=facts.content,
@@ -231,7 +257,7 @@ def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
         std=facts.std,
         augment=augment,
         views=views,
-        val_fraction=0 if facts.val_images else config.val_fraction,
+        val_fraction=fraction,
         split_seed=config.split_seed,
         classes=facts.classes,
         images=facts.images,
@@ -239,6 +265,7 @@ def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
         resize=facts.resize,
         background=config.background if facts.content else "white",
         streamed=facts.streamed,
+        rare=sum(held_out(count, fraction) > round(fraction * count) for count in facts.counts),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from kd.core.hardware import bring, home_of
 from kd.core.spec import KnownError
 from kd.core.stage import VIEWS, Augment, DatasetSpec
-from kd.datasets import Arrays
+from kd.datasets import Arrays, held_out
 from kd.datasets.views import border_of, pad_images, show_views
 
 Part = Literal["val", "test"]
@@ -178,11 +178,12 @@ def split(labels: NDArray[np.int64], fraction: float, seed: int) -> tuple[NDArra
     """Positions of training and validation samples, ascending. The split is stratified by class.
 
     It depends on the arguments only, so all stages of a chain have the same split, whatever their training seed.
+    Unless `fraction` is 0, each class of two images or more has a validation image.
     """
     rng = np.random.default_rng(np.random.SeedSequence((seed, _SPLIT)))
     val = []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        val.append(members[: round(fraction * len(members))])
+        val.append(members[: held_out(len(members), fraction)])
     chosen = np.sort(np.concatenate(val))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen

@@ -9,7 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,14 @@ def decode(listing: Listing, place: Path, reading: Reading, *, one_size: bool = 
         _keep_root(place / f"{facts.content}.root", listing.root)
     if skipped:
         _say(f"{skipped:,} images of {listing.root} are left out: they cannot be read ({manifest.with_suffix('.txt')})")
-    return facts
+    return replace(facts, counts=_counts(facts, place))
+
+
+def _counts(facts: Facts, place: Path) -> tuple[int, ...]:
+    """The training images of each class."""
+    where = str(facts.content)
+    labels = [x for _, x in listing(place, where).train] if facts.streamed else read_arrays(place / where).labels
+    return tuple(np.bincount(labels, minlength=facts.num_classes).tolist())
 
 
 def listing(place: Path, content: str) -> Listing:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -32,9 +34,17 @@ class Normalized(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.size, self.interpolation = network, size, interpolation
+        self.statistics = mean, std
         # Not saved with the weights, because they belong to the data set.
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Normalized:
+        """What `to()` and `double()` call: mean and std are rounded anew, to the type that the network has now."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for buffer, values in zip((self.mean, self.std), self.statistics, strict=True):
+            buffer.copy_(torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1))
+        return self
 
     @classmethod
     def of(cls, network: nn.Module, normalization: Normalization) -> Normalized:

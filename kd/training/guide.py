@@ -150,8 +150,7 @@ class Guide:
         exact = self._precision == "fp64"
         module = deepcopy(self.network.network).double() if exact else self.network.network
         own = self.network
-        folded = Normalized(fold(module), (0.0,) * 3, (1.0,) * 3, size=own.size, interpolation=own.interpolation)
-        folded.mean, folded.std = self.network.mean, self.network.std
+        folded = Normalized(fold(module), *own.statistics, size=own.size, interpolation=own.interpolation)
         dtype = torch.float64 if exact else torch.float32
         folded = folded.to(memory_format=torch.channels_last).to(self._device, dtype).eval()
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._precision)

@@ -59,8 +59,7 @@ def losses(
 
 def normalized(network: Normalized, images: Tensor) -> Tensor:
     """The normalised inputs for uint8 images [sample, 3, height, width]. They are computed once for all points."""
-    mean, std = (tuple(each.flatten().tolist()) for each in (network.mean, network.std))
-    inputs: Tensor = Normalized(nn.Identity(), mean, std).to(network.mean)(images)
+    inputs: Tensor = Normalized(nn.Identity(), *network.statistics).to(network.mean)(images)
     return inputs
 
 
