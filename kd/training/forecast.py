@@ -206,4 +206,6 @@ def _now(device: str) -> float:
 
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
