@@ -75,6 +75,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
 
 
 if __name__ == "__main__":
+    console.escape_unknown()
     if world().rank:
         sys.exit(follow())
     raise_on_sigterm()

@@ -138,7 +138,7 @@ def test_experiments_and_sweeps_come_last() -> None:
         ("dataset.val_fraction=0", "resnet20: train.select=best_val needs dataset.val_fraction above 0"),
         ("dataset=folder", "dataset.root: dataset=folder needs the path of its images"),
         ("dataset.root=pets", "dataset.root: is only for dataset=folder and dataset=tiny_imagenet"),
-        ("runtime.device=tpu", "runtime.device: should be auto, cpu, cuda or cuda:<number> (got 'tpu')"),
+        ("runtime.device=tpu", "runtime.device: should be auto, cpu, mps, cuda, or the number of a GPU"),
         ("tracking.mode=sometimes", "tracking.mode: should be 'auto', 'online' or 'offline'"),
         ("~model", "model.name: is missing"),
         ("train.epochs=${nothing}", "train.epochs: has no value"),

@@ -167,7 +167,7 @@ def in_job(number: int, launcher: str, mode: RunMode = RunMode.MULTIRUN) -> Dict
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve processors and three GPUs."""
     monkeypatch.setattr("kd.app.jobs.cpu_count", lambda: 12)
-    monkeypatch.setattr(hardware, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(hardware, "may_have_gpu", lambda: True)
     monkeypatch.setattr(hardware, "_gpus", lambda: 3)
 
 
@@ -201,7 +201,7 @@ def test_jobs_that_share_a_terminal_write_lines(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_of_one_gpu_or_none_there_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(hardware, "may_have_gpu", lambda: True)
     for gpus, device in ((0, "cpu"), (1, "cuda"), (2, "cuda:1")):
         monkeypatch.setattr(hardware, "_gpus", lambda gpus=gpus: gpus)
         assert hardware.resolve_device("auto", job=3) == device

@@ -28,6 +28,7 @@ from kd.core.spec import KnownError, tilde
 from kd.core.stage import DatasetSpec, Stage
 from kd.methods.method import Link
 from kd.reporting import summary
+from kd.reporting.console import escape_unknown
 from kd.reporting.results import Job, clear_marks, find_jobs, record_failed
 from kd.reporting.tracking import TrackingSpec, group_of, track_sweep
 from kd.store import Metrics
@@ -47,6 +48,7 @@ def run_job(folder: Path, work: Callable[[], float | None], dry: bool) -> float 
     A single run then exits with 2. In a multirun that would end the whole sweep. So the job writes error.json into its
     folder and returns None, and the sweep goes on. Other failures print their traceback too.
     """
+    escape_unknown()  # of this process, which may be a launcher's
     clear_marks(folder, dry)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:

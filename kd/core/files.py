@@ -139,7 +139,7 @@ def hold_lock(path: Path, waiting: str | None) -> Iterator[bool]:
     try:
         since = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
         with suppress(OSError):  # removing files from a full disk must still work
-            note.write_text(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}))
+            note.write_text(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since}), encoding="utf-8")
         yield True
     finally:
         try:
@@ -177,7 +177,7 @@ def _at_once(lock: BaseFileLock) -> bool:
 def lock_holder(path: Path) -> str:
     """The process that holds a lock, read from the note beside it."""
     try:
-        who = json.loads(path.with_suffix(".holder").read_text())
+        who = json.loads(path.with_suffix(".holder").read_text(encoding="utf-8"))
         return f"another process (pid {who['pid']} on {who['host']}, since {who['since']})"
     except (OSError, ValueError, KeyError, TypeError):  # no note yet, or no longer
         return "another process"

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
+from glob import glob
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,22 +19,20 @@ if TYPE_CHECKING:
     import torch
 
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # two flags of x86, one of arm
+# What Linux has where torch can see a GPU: NVIDIA's driver, also in containers, WSL2, ROCm, Jetson.
+_GPU_FILES = ("/proc/driver/nvidia/version", "/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/nvgpu", "/dev/nvhost-gpu")
+_OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
-@cache
-def has_nvidia_driver() -> bool:
-    """Whether an NVIDIA driver is loaded; a GPU may still be hidden from torch."""
-    return Path("/proc/driver/nvidia/version").exists()
+def may_have_gpu() -> bool:
+    """Whether torch may see a GPU. A wrong yes costs a dry run only the time to import torch, which then decides."""
+    return "torch" in sys.modules or platform.system() != "Linux" or any(map(glob, _GPU_FILES))
 
 
 @cache
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware; False if the system does not say (no /proc/cpuinfo)."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
-    except OSError:
-        return False
-    return bool(words & _BF16_FLAGS)
+    return not _BF16_FLAGS.isdisjoint(_text(Path("/proc/cpuinfo")).split())
 
 
 def processor(device: str) -> str:
@@ -38,24 +41,27 @@ def processor(device: str) -> str:
 
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
+    if device == "mps":
+        return f"Apple's GPU, {platform.machine()}"
     return torch.backends.cpu.get_cpu_capability()
 
 
 def resolve_device(device: str, job: int | None = None) -> str:
-    """`auto` becomes cuda if torch sees a GPU, otherwise cpu. Any other value stays.
+    """`auto` becomes cuda if torch sees a GPU (of NVIDIA, or of AMD by ROCm), otherwise cpu. Any other value stays.
 
     Jobs that run at the same time get the GPUs in turn, by their number `job`. Raises KnownError for a GPU that does
     not exist.
     """
     if device == "auto":
-        return _turn(_gpus() if has_nvidia_driver() else 0, job)
+        return _turn(_gpus() if may_have_gpu() else 0, job)
     if device == "cpu":
         return device
-    gpus = _gpus()
-    if int(device.partition(":")[2] or 0) >= gpus:
-        raise KnownError(
-            f"runtime.device: torch sees {gpus} NVIDIA GPUs here; cpu and auto always work (got {device!r})"
-        )
+    if device == "mps":
+        there, seen = _has_mps(), "no GPU of Apple"
+    else:
+        there, seen = int(device.partition(":")[2] or 0) < _gpus(), f"{_gpus()} GPUs of NVIDIA or AMD"
+    if not there:
+        raise KnownError(f"runtime.device: torch sees {seen} here; cpu and auto always work (got {device!r})")
     return device
 
 
@@ -72,8 +78,29 @@ def _gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def _has_mps() -> bool:
+    import torch
+
+    return torch.backends.mps.is_available()
+
+
+@cache
+def announce(device: str, threads: int) -> None:
+    """Say, once in a process, where networks are trained."""
+    count = f", {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else ""
+    other = "; runtime.device=mps takes Apple's GPU" if device == "cpu" and _has_mps() else ""
+    print(f"device: {device} ({processor(device)}{count}){other}", flush=True)
+
+
 def resolve_precision(precision: str, device: str) -> str:
-    """`auto` becomes bf16 if the device has bf16 hardware, otherwise fp32. Any other value stays."""
+    """`auto` becomes bf16 if the device has bf16 hardware, otherwise fp32. Any other value stays.
+
+    Raises KnownError for what Apple's GPU does not compute, or was never tried there.
+    """
+    if device == "mps":
+        if precision not in ("auto", "fp32"):
+            raise KnownError(f"train.precision: should be fp32 or auto with runtime.device=mps (got {precision!r})")
+        return "fp32"
     if precision != "auto":
         return precision
     if device == "cpu":
@@ -83,9 +110,45 @@ def resolve_precision(precision: str, device: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """The type for long sums: float64, which Apple's GPU does not have."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def cpu_count() -> int:
-    """The number of processors that this process may use. A container or taskset can restrict it."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The number of processors that this process may use: by taskset, a cpuset, or a quota of time, rounded up."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([affinity, *(max(1, ceil(quota)) for quota in _quotas())])
+
+
+def _quotas() -> Iterator[float]:
+    """The processors that Linux's control groups allow this process: its own group, and each group above it.
+
+    A container sees the host's names of its groups, of which only the topmost exists there, as the root.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/scheduler/sched-bwc.html
+    """
+    for line in _text(_OWN_GROUPS).splitlines():
+        _, controllers, path = line.split(":", 2)  # of version 2 there is one line, without controllers
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = _GROUPS / (controllers if (_GROUPS / controllers).is_dir() else "cpu")
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        group = root / path.strip("/")
+        for place in (group, *group.parents[: len(group.parts) - len(root.parts)]):
+            with suppress(ValueError):  # no such files, or `max`
+                quota, period = (int(word) for name in files for word in _text(place / name).split())
+                if quota > 0:  # -1: no limit
+                    yield quota / period
+
+
+def _text(path: Path) -> str:
+    """The text of a small file of the system; "" if there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def describe() -> str:
@@ -94,9 +157,12 @@ def describe() -> str:
 
 
 def home_of(images: int, device: str) -> str:
-    """Where to keep this many bytes of images: on the device, or in main memory if they need half of a GPU's memory."""
-    if device == "cpu":
-        return device
+    """Where to keep this many bytes of images: on the device, or in main memory if they need half of a GPU's memory.
+
+    Apple's GPU has no memory of its own.
+    """
+    if not device.startswith("cuda"):
+        return "cpu"
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
@@ -110,7 +176,9 @@ def bring(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device. A copy from main memory runs while the GPU still computes the last batch."""
     if tensor.device.type == device.type:
         return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def autocast(precision: str, device: str) -> torch.autocast:

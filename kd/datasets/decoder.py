@@ -82,7 +82,7 @@ def listing(place: Path, content: str) -> Listing:
     """The files of streamed pictures, as decode() listed them. Raises KnownError if its file is missing or damaged."""
     path = place / f"{content}.files"
     try:
-        root, tree = json.loads((place / f"{content}.root").read_text()), json.loads(path.read_text())
+        root, tree = (json.loads(each.read_text(encoding="utf-8")) for each in (path.with_suffix(".root"), path))
         train, test = ([(name, label) for name, label in tree[part]] for part in ("train", "test"))
         return Listing(Path(root), tree["classes"], train, test, tree["val_images"])
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -92,7 +92,7 @@ def listing(place: Path, content: str) -> Listing:
 def _keep_root(path: Path, root: Path) -> None:
     """Write where streamed pictures lie, if a copy of them was elsewhere before."""
     told = json.dumps(str(root.absolute()))
-    if not path.is_file() or path.read_text() != told:
+    if not path.is_file() or path.read_text(encoding="utf-8") != told:
         files.write(path, told)
 
 
@@ -146,7 +146,7 @@ def _bytes(count: float) -> str:
 def _own_size(listing: Listing, cache: Path) -> int | None:
     """The size of the pictures, if all that can be read are squares of one size; otherwise None."""
     try:
-        told = json.loads(cache.read_text())
+        told = json.loads(cache.read_text(encoding="utf-8"))
         if told is None or isinstance(told, int):
             return told
     except (OSError, ValueError):
@@ -195,7 +195,7 @@ def _known(manifest: Path, geometry: Geometry) -> tuple[Facts, int] | None:
     if not manifest.exists():
         return None
     try:
-        told: dict[str, Any] = json.loads(manifest.read_text())
+        told: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
         skipped = int(told.pop("skipped"))
         facts = Facts(**{name: _as_tuple(value) for name, value in told.items()})
         if (facts.image_size, facts.resize, facts.streamed) != (

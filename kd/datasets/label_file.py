@@ -91,7 +91,8 @@ def _annotated_test(root: Path, classes: list[str], passed: PassedOver) -> list[
     path = root / ANNOTATIONS
     if not path.is_file():
         raise KnownError(f"dataset.root: {path} is missing: it has the labels of val/images")
-    rows = [line.split("\t") for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = [line.split("\t") for line in lines if line.strip()]
     raise_for(
         f"of {path} are not <file>, <wnid> and box, separated by tabs",
         (repr("\t".join(row)) for row in rows if len(row) < 2 or not all(row[:2])),

@@ -104,7 +104,7 @@ def problem_line(what: str, found: Iterable[str], kind: str = "files", listed: P
         return None
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     if listed is not None and more:
-        listed.write_text("".join(f"{name}\n" for name in names))
+        listed.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         more += f" ({listed})"
     return f"dataset.root: {len(names)} {kind} {what}: {'; '.join(names[:_SHOWN])}{more}"
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from kd.core.hardware import widest_float
 from kd.core.spec import KnownError
 from kd.core.stage import Batch, LossContext, Need
 from kd.losses.maps import FeatureSpec, level, stage_pairs
@@ -15,7 +16,7 @@ from kd.losses.maps import FeatureSpec, level, stage_pairs
 
 def margins(norm: nn.BatchNorm2d) -> Tensor:
     """The mean of what is negative of a Gaussian (bias, |weight|), for each channel; −3·|weight| if that is rare."""
-    weight, mean = (each.detach().double() for each in (norm.weight, norm.bias))
+    weight, mean = (each.detach().to(widest_float(each.device)) for each in (norm.weight, norm.bias))
     deviation = weight.abs().clamp(min=1e-12)
     ratio = mean / deviation
     negative, density = torch.special.ndtr(-ratio), (-ratio.square() / 2).exp() / (2 * torch.pi) ** 0.5

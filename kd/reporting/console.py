@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from multiprocessing import parent_process
 from typing import Literal
 
@@ -29,6 +31,13 @@ SELECTED: dict[Select | None, str] = {
     "best_test_batches": "EPOCH CHOSEN ON THE TEST SET, by the mean of its batches' accuracies, as Trained Teacher did",
     None: "given weights",
 }
+
+
+def escape_unknown() -> None:
+    """Escape what the encoding of the output lacks, as in an ASCII terminal, where print() would raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def console() -> Console:

@@ -127,7 +127,7 @@ def write_result(result: RunResult, folder: Path) -> None:
 def read_result(path: Path) -> RunResult:
     """A run's result.json. Raises KnownError if it is missing or damaged."""
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(encoding="utf-8"))
         return (ReplicatedResult if "replicates" in tree else RunResult).model_validate(tree)
     except (OSError, ValueError, TypeError) as error:  # ValueError is pydantic's and json's too
         raise KnownError(f"{path} is not the result of a run ({str(error).splitlines()[0]})") from error
@@ -156,13 +156,13 @@ def clear_marks(folder: Path, dry: bool) -> None:
 
 def record_failed(folder: Path, reason: str) -> None:
     """Write error.json."""
-    (folder / "error.json").write_text(json.dumps({"error": reason.splitlines()}, indent=2))
+    (folder / "error.json").write_text(json.dumps({"error": reason.splitlines()}, indent=2), encoding="utf-8")
 
 
 def record_pruned(folder: Path, pruned: Pruned) -> None:
     """Write pruned.json."""
     tree = {"epoch": pruned.epoch, "val_acc": pruned.value, "said": str(pruned)}
-    (folder / "pruned.json").write_text(json.dumps(tree))
+    (folder / "pruned.json").write_text(json.dumps(tree), encoding="utf-8")
 
 
 def job_folders(folder: Path) -> list[Path]:
@@ -202,7 +202,7 @@ def _load_yaml(place: Path, name: str) -> Any:
 def _reason(path: Path) -> str:
     """The text that record_failed() or record_pruned() wrote. A job that was killed may leave a damaged file."""
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(encoding="utf-8"))
         return str(tree["said"]) if "said" in tree else "; ".join(tree["error"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{path.name} cannot be read"

@@ -223,14 +223,15 @@ def write_summary(folder: Path, jobs: Sequence[Job], objective: str, missing: in
     for stale in ("best.sh", "summary.png"):
         (folder / stale).unlink(missing_ok=True)
     _write_csv(folder / "summary.csv", rows(jobs))
-    (folder / "summary.md").write_text(_markdown(pool, jobs, added, lines))
+    (folder / "summary.md").write_text(_markdown(pool, jobs, added, lines), encoding="utf-8")
     if pool:
         named = {setting.overrides: index for index, setting in enumerate(pool)}
         circle = (named[best.overrides], best.mean) if best else None
         by = "test" if objective == "test_acc" else "validation"
         draw_summary(folder / "summary.png", pool, _shared(pool), circle, by)
     if best is not None:
-        (folder / "best.sh").write_text(f"# the best setting of {folder.name}: `make best` runs it\n{command(best)}\n")
+        told = f"# the best setting of {folder.name}: `make best` runs it\n{command(best)}\n"
+        (folder / "best.sh").write_text(told, encoding="utf-8")
     return [*([_PAIRED] if added else []), *(f"  {line}" for line in added), *lines]
 
 
@@ -272,7 +273,7 @@ def _numbers(result: RunResult | None) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, table: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, table[0])
         writer.writeheader()
         writer.writerows(table)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, filterwarnings
 
 from kd.core.statistics import spread
 from kd.reporting.console import SELECTED
@@ -46,7 +47,9 @@ def draw_summary(
             panels[0].plot([best[1]], [best[0]], "o", **look)
         handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    with catch_warnings():
+        filterwarnings("ignore", "Glyph")  # a label in letters that matplotlib's font lacks: boxes
+        figure.savefig(path, dpi=150)
 
 
 def varying_numbers(pool: Sequence[Setting]) -> dict[str, list[float]]:

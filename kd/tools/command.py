@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from kd.core.spec import KnownError
+from kd.reporting.console import escape_unknown
 from kd.training.checkpoint import exit_code, raise_on_sigterm
 
 
 def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a command line. A failure with a known reason prints its message, and the exit code is 2."""
+    escape_unknown()
     raise_on_sigterm()
     try:
         sys.exit(main(sys.argv[1:]))

@@ -32,7 +32,7 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
         command.add_argument("key", help="the stage's key, or a beginning of it that is unique")
     verifying.add_argument("key", nargs="?", help="key of one stage; default: all stages")
     evaluating.add_argument("--data", help="folder of the data sets; default: $KD_DATA, or data/ in the repository")
-    evaluating.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
+    evaluating.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<number> or mps")
     cleaning = commands.add_parser("gc", help="remove leftovers; finished stages and files in use stay")
     cleaning.add_argument("--dry-run", action="store_true", help="only list what would be removed")
     cleaning.add_argument(

@@ -122,7 +122,7 @@ class Bank:
             for name, length in ((self.file, size), ("filled.bin", samples * views)):
                 with (partial / name).open("wb") as file:
                     file.truncate(length)  # sparse: blocks are allocated when rows are written
-            (partial / "header.json").write_text(header)
+            (partial / "header.json").write_text(header, encoding="utf-8")
             files.publish(partial, self.folder)
         except OSError:
             if not (self.folder / "header.json").exists():

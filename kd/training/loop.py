@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kd.core.hardware import widest_float
 from kd.core.spec import NonFiniteError
 from kd.core.stage import DROPOUT, ORDER, VIEW, Stage, random_stream
 from kd.datasets.data import Images
@@ -97,9 +98,9 @@ class _Begun:
     generators: list[Tensor] = field(default_factory=list)
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add to a sum, in float64."""
+        """Add to a sum, in float64 where the device has it."""
         if name not in self.sums:
-            self.sums[name] = torch.zeros((), dtype=torch.float64, device=value.device)
+            self.sums[name] = torch.zeros((), dtype=widest_float(value.device), device=value.device)
         self.sums[name] = self.sums[name] + value
 
     def means(self) -> dict[str, float]:
@@ -272,15 +273,16 @@ class Loop:
     @contextmanager
     def _dropout(self, seed: int) -> Iterator[None]:
         """Random numbers for dropout, continued if the epoch is resumed. The global generators do not change."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        kind = self.device.type
+        with torch.random.fork_rng(devices=[] if kind == "cpu" else [self.device], device_type=kind):
             torch.manual_seed(seed)
             for number, state in enumerate(self.begun.generators):
-                torch.cuda.set_rng_state(state, self.device) if number else torch.set_rng_state(state)
+                getattr(torch, kind).set_rng_state(state, self.device) if number else torch.set_rng_state(state)
             yield
 
     def _generators(self) -> list[Tensor]:
-        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return [torch.get_rng_state(), *cuda]
+        kind = self.device.type
+        return [torch.get_rng_state(), *([] if kind == "cpu" else [getattr(torch, kind).get_rng_state(self.device)])]
 
     def _check(self, losses: list[Tensor], epoch: int, first: int) -> None:
         """Raise NonFiniteError if a loss is not finite. The losses are of consecutive steps, from `first` on."""

@@ -40,7 +40,7 @@ def follow() -> int:
     Returns the exit code.
     """
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
             _follow()
     except (KnownError, OSError) as error:
         print(error, file=sys.stderr, flush=True)

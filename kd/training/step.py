@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kd.core.hardware import autocast
+from kd.core.hardware import autocast, widest_float
 from kd.core.settings import TrainSpec
 from kd.core.spec import KnownError
 from kd.core.stage import INIT, LOSS, Batch, Formula, LossContext, Outputs, Stage, random_stream
@@ -132,7 +132,7 @@ def evaluate(
     With `mean_of_batches` it is the mean of the accuracies of batches of that size, as in Trained Teacher's code. A
     smaller last batch then counts too much. The network stays in eval mode.
     """
-    hits = (predict(network, batches, labels.device, precision).argmax(1) == labels).double()
+    hits = (predict(network, batches, labels.device, precision).argmax(1) == labels).to(widest_float(labels.device))
     parts = torch.split(hits, mean_of_batches or len(hits))
     return round(100 * torch.stack([part.mean() for part in parts]).mean().item(), 4)
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field
 
 from kd.core import hardware
 from kd.core.spec import Frozen, PathText
@@ -25,16 +25,18 @@ if TYPE_CHECKING:
     from kd.training.probe import Probe, ProbedGuide
 
 
-def _device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError("should be auto, cpu, cuda or cuda:<number>")
-    return name
+def _device(name: object) -> str:
+    """A device as torch names it; `0` is cuda:0."""
+    text = f"cuda:{name}" if re.fullmatch(r"[0-9]+", str(name)) else str(name).lower()
+    if isinstance(name, (str, int)) and re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", text):
+        return text
+    raise ValueError("should be auto, cpu, mps, cuda, or the number of a GPU; several GPUs: docs/cluster.md")
 
 
 class RuntimeSpec(Frozen):
     """Where and how fast a stage is trained. This is not part of the experiment, so it is in no key."""
 
-    device: Annotated[str, AfterValidator(_device)] = "auto"
+    device: Annotated[str, BeforeValidator(_device)] = "auto"
     threads: int | None = Field(None, ge=1, le=1024)  # null: all processors that this process may use
     workers: int | None = Field(None, ge=1, le=1024)  # threads that decode a folder of images; null as above
     store: PathText | None = None  # null: store/ in the repository; paths are relative to the working directory
@@ -62,6 +64,7 @@ class Workplace:
         """The device, made deterministic. Raises KnownError if it does not exist."""
         device = own_device(hardware.resolve_device(self.runtime.device))
         hardware.make_deterministic(self.threads, device)
+        hardware.announce(device, self.threads)
         return device
 
     @property

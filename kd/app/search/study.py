@@ -127,7 +127,7 @@ def _open(name: str, storage: str, direction: str) -> Study:
 def _folder(place: Path, name: str) -> Path:
     """The folder of the study's trials: the one of its first start, or a new one below the working directory."""
     told = place / "folder.txt"
-    known = Path(told.read_text()) if told.exists() else Path()
+    known = Path(told.read_text(encoding="utf-8")) if told.exists() else Path()
     return known if known.is_absolute() and known.is_dir() else Path("multirun", name).absolute()
 
 

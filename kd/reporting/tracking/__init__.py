@@ -100,11 +100,11 @@ class Tracker:
         for source in {source.key: source for source in sources}.values():
             self._before[source.key] = epochs
             epochs += source.train.epochs if isinstance(source, Stage) else 0
-        self._file.write_text("")
+        self._file.write_text("", encoding="utf-8")
 
     def log(self, stage: Stage, metrics: Metrics) -> None:
         """Record an epoch of a stage."""
-        with self._file.open("a") as file:
+        with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"role": stage.role, "key": stage.key, **metrics}) + "\n")
         step = self._before[stage.key] + int(metrics["epoch"] or 0)
         self._page.log(self._axes[stage.key], step, metrics)

@@ -46,13 +46,13 @@ class RunId:
         except Timeout:
             return
         try:
-            kept = _Record.model_validate_json(path.read_text())
+            kept = _Record.model_validate_json(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             kept = None
         if kept is not None and kept.run == run:
             self.value = kept.id
         else:
-            path.write_text(_Record(id=self.value, run=run).model_dump_json())
+            path.write_text(_Record(id=self.value, run=run).model_dump_json(), encoding="utf-8")
 
     def release(self) -> None:
         """Let another process have the id."""
@@ -113,7 +113,7 @@ class WandbPage(Page):
 
     def _leave(self) -> None:
         for log in self._folder.glob("wandb/*/logs/*.log"):  # they contain the home folder
-            log.write_text(tilde(log.read_text(errors="replace")))
+            log.write_text(tilde(log.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
         if self._id is not None:
             self._id.release()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from kd.core.hardware import widest_float
 from kd.models.normalization import Normalized
 
 _BATCH = 250  # images: few enough that their features stay in a CPU's cache
@@ -65,7 +66,7 @@ def normalized(network: Normalized, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _loss(network: nn.Module, weights: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> float:
-    total = torch.zeros((), dtype=torch.float64, device=labels.device)
+    total = torch.zeros((), dtype=widest_float(labels.device), device=labels.device)
     for batch, right in zip(torch.split(inputs, _BATCH), torch.split(labels, _BATCH), strict=True):
         logits = functional_call(network, weights, (batch,))
         total += cross_entropy(logits, right, reduction="sum")
