@@ -154,8 +154,8 @@ def test_what_is_transparent_is_as_in_the_test_images(tmp_path: Path, background
             (tmp_path / "icons" / part / name).mkdir(parents=True)
             for i in range(3):
                 Image.new("RGBA", (32, 32)).save(tmp_path / "icons" / part / name / f"{i}.png")
-    fields = {"name": "folder", "root": str(tmp_path / "icons"), "augment": "none", "val_fraction": 0.4, "split_seed": 0}
-    spec = resolve(DatasetConfig.model_validate({**fields, "background": background}), tmp_path)
+    fields = {"name": "folder", "root": str(tmp_path / "icons"), "augment": "none", "split_seed": 0}
+    spec = resolve(DatasetConfig.model_validate({**fields, "background": background, "val_fraction": 0.4}), tmp_path)
     contract = Contract.of(stage(dataset=spec))  # of squares of one size, which are kept in memory
     image = contract.image_of(tmp_path / "icons" / "test" / "ants" / "0.png")
     assert image.unique().tolist() == [shade]
