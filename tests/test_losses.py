@@ -17,6 +17,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
+from kd.app.parsing import parse
+from kd.core.spec import KnownError
 from kd.core.stage import Batch, Formula, Outputs
 from kd.losses import LOSSES, CrossEntropy, Distill, TeachableTeacher, kl
 from kd.losses.distillation import standardized
@@ -24,7 +26,7 @@ from kd.losses.dkd import DKD, others
 from kd.losses.nkd import NKD
 from kd.losses.wsld import WSLD
 from kd.methods.method import LossChoice
-from tests.conftest import ROOT
+from tests.conftest import ROOT, composed
 
 OURS = ["dkd", "dist", "nkd", "wsld", "label_smoothing", "tf_kd"]
 LOGIT = [name for name in LOSSES if LOSSES[name].needs <= {"guide"}]
@@ -412,7 +414,7 @@ def test_label_smoothing_is_torchs() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_logits_stay_finite(name: str, dtype: torch.dtype) -> None:
     """Value and gradient, in fp32, as kd/training/step.py converts what networks compute in bf16."""
-    temperatures = [1e-3, 1.0, 1e4] if "T" in LOSSES[name].model_fields else [None]
+    temperatures = [1e-3, 1.0, 100.0] if "T" in LOSSES[name].model_fields else [None]
     flags = [{"standardize": flag} for flag in (False, True) if "standardize" in LOSSES[name].model_fields]
     for size in (60.0, 1e4):
         row = torch.tensor([size, -size, 0.0, size / 3])
@@ -445,6 +447,53 @@ def test_confident_logits_keep_their_value(name: str) -> None:
         exact = loss_of(name)(batch(scale * net, labels, -scale * guide, epoch=30))["loss"]
         found = loss_of(name)(batch((scale * net).float(), labels, (-scale * guide).float(), epoch=30))["loss"]
         assert found.item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+WITH_T = [name for name in LOGIT if "T" in LOSSES[name].model_fields]
+
+
+@pytest.mark.parametrize("name", WITH_T)
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+@pytest.mark.parametrize("apart", [1, 0.1])
+def test_fp32_is_right_at_the_highest_temperature(name: str, classes: int, apart: float) -> None:
+    """Of the guide's term alone, also for a net that is close to its guide, where the KL is small."""
+    net, guide, labels = drawn(14, 128, classes)
+    net, guide = (each.float().double() for each in (guide + apart * (net - guide), guide))
+    alone = {"lambda": 1, "weight": 1, "ce": 0, "warmup": 0, "alpha": 1}
+    loss = loss_of(name, T=100, **{key: value for key, value in alone.items() if key in fields_of(name)})
+    exact, found = (loss(batch(each, labels, guide.to(each.dtype))) for each in (net, net.float()))
+    free = {"teachable_teacher": "ce"}.get(name)  # its CE has no weight
+    values = [parts["loss"].item() - (parts[free].item() if free else 0) for parts in (exact, found)]
+    assert values[1] == pytest.approx(values[0], rel=0.01)
+    slope, right = (gradient(loss, each, labels, guide.to(each.dtype)).double() for each in (net.float(), net))
+    assert (slope - right).norm() <= 0.01 * right.norm()
+
+
+def fields_of(name: str) -> set[str]:
+    return {field.serialization_alias or key for key, field in LOSSES[name].model_fields.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_T if name != "tf_kd"])
+@pytest.mark.parametrize("T", [0, -1, 100.5, 1e4, 1e5, 1e300])
+def test_a_temperature_that_fp32_cannot_compute_is_refused(name: str, T: float) -> None:
+    with pytest.raises(ValidationError, match="should be at most 100" if T > 0 else "greater than 0"):
+        loss_of(name, T=T)
+
+
+@pytest.mark.parametrize("key", ["method.T", "method.assistant.T", "method.teacher.T"])
+def test_the_line_names_the_key_of_the_temperature(key: str) -> None:
+    method = "trained_teacher" if "teacher" in key else "ta"
+    with pytest.raises(KnownError, match=rf"^{key}: should be at most 100: .* \(got 10000\.0\)$"):
+        parse(composed(f"method={method}", f"{key}=1e4"))
+    assert parse(composed(f"method={method}", f"{key}=100"))
+
+
+def test_the_virtual_teachers_temperature_has_no_limit() -> None:
+    """It is no divisor of the net's logits, so nothing cancels."""
+    net, _, labels = drawn(15, 64, 100)
+    for T in (1e2, 1e4, 1e6):
+        exact, found = (loss_of("tf_kd", T=T, alpha=1)(batch(each, labels))["loss"] for each in (net, net.float()))
+        assert found.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 # The table

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kd.core.stage import Batch, Formula
+from kd.core.stage import Batch, Formula, Temperature
 
 
 def correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
@@ -29,7 +29,7 @@ class DIST(Formula):
     """
 
     name: Literal["dist"] = "dist"
-    T: float = Field(gt=0)
+    T: Temperature
     beta: float = Field(2.0, ge=0)
     gamma: float = Field(2.0, ge=0)
     ce: float = Field(1.0, ge=0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from kd.core.spec import Neutral
-from kd.core.stage import Batch, Formula, Reduction
+from kd.core.stage import Batch, Formula, Reduction, Temperature
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class Distill(Formula):
     name: Literal["distill"] = "distill"
     option: ClassVar[str] = "kd"
     usual: ClassVar[bool] = True
-    T: float = Field(gt=0)
+    T: Temperature
     lam: float = Field(ge=0, le=1, validation_alias="lambda", serialization_alias="lambda")
     reduction: Reduction = "batchmean"
     weight: Annotated[float, Field(gt=0), Neutral(1.0)] = 1.0

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kd.core.stage import Batch, Formula
+from kd.core.stage import Batch, Formula, Temperature
 from kd.losses.distillation import kl, standardized
 
 
@@ -35,7 +35,7 @@ class DKD(Formula):
 
     name: Literal["dkd"] = "dkd"
     growth: ClassVar[str] = "warmup"
-    T: float = Field(gt=0)
+    T: Temperature
     alpha: float = Field(1.0, ge=0)
     beta: float = Field(8.0, ge=0)
     warmup: int = Field(20, ge=0)  # epochs; 0: none

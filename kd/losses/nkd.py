@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kd.core.stage import Batch, Formula
+from kd.core.stage import Batch, Formula, Temperature
 from kd.losses.dkd import others
 
 
@@ -21,7 +21,7 @@ class NKD(Formula):
     """
 
     name: Literal["nkd"] = "nkd"
-    T: float = Field(gt=0)
+    T: Temperature
     gamma: float = Field(1.5, ge=0)
     ce: float = Field(1.0, ge=0)
 

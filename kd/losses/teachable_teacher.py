@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
-from kd.core.stage import Batch, Formula
+from kd.core.stage import Batch, Formula, Temperature
 from kd.losses.distillation import kl
 
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ class TeachableTeacher(Formula):
 
     name: Literal["teachable_teacher"] = "teachable_teacher"
     usual: ClassVar[bool] = True
-    T: float = Field(gt=0)
+    T: Temperature
     weight: float
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:

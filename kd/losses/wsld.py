@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kd.core.stage import Batch, Formula
+from kd.core.stage import Batch, Formula, Temperature
 
 
 class WSLD(Formula):
@@ -20,7 +20,7 @@ class WSLD(Formula):
     """
 
     name: Literal["wsld"] = "wsld"
-    T: float = Field(gt=0)
+    T: Temperature
     weight: float = Field(2.25, gt=0)  # the paper's λ is not the method's λ
     ce: float = Field(1.0, ge=0)
 

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from kd.core.spec import Frozen
-from kd.core.stage import LossSpec, Need, Reduction, Role, Seed
+from kd.core.stage import LossSpec, Need, Reduction, Role, Seed, Temperature
 from kd.losses import LOSSES, CrossEntropy
 from kd.models import NetworkName
 
@@ -105,7 +105,7 @@ class Method(Frozen, ABC):
 class DistillingMethod(Method):
     """A method with a distilled student. T and λ apply to the student's stage only."""
 
-    T: float = Field(gt=0)
+    T: Temperature
     lam: float = Field(ge=0, le=1, validation_alias="lambda", serialization_alias="lambda")
 
     def student_of(self, ends: Ends, guides: tuple[Link, ...] | None = None, weights: tuple[float, ...] = ()) -> Link:
@@ -117,7 +117,7 @@ class DistillingMethod(Method):
 class AssistantSettings(Frozen):
     """The settings of every assistant. They stay the same when the student's T, λ and seed are swept."""
 
-    T: float = Field(gt=0)
+    T: Temperature
     lam: float = Field(ge=0, le=1, validation_alias="lambda", serialization_alias="lambda")
     seed: Seed
 

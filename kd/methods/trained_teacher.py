@@ -1,8 +1,7 @@
 """trained_teacher: a teacher that first learns to teach, with a frozen small network as its guide (Displays 2023)."""
 
-from pydantic import Field
-
 from kd.core.spec import Frozen
+from kd.core.stage import Temperature
 from kd.losses import CrossEntropy, TeachableTeacher
 from kd.methods.method import AssistedMethod, Ends, Link
 from kd.models import NetworkName
@@ -11,7 +10,7 @@ from kd.models import NetworkName
 class TeacherSettings(Frozen):
     """The divergence term of the teacher's own training."""
 
-    T: float = Field(gt=0)
+    T: Temperature
     weight: float  # below 0: a nasty teacher, which cannot be distilled (ICLR 2021)
 
 
