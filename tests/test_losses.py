@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy, kl_div, one_hot
 
 from kd.app.parsing import parse
 from kd.core.spec import KnownError
@@ -447,6 +447,31 @@ def test_confident_logits_keep_their_value(name: str) -> None:
         exact = loss_of(name)(batch(scale * net, labels, -scale * guide, epoch=30))["loss"]
         found = loss_of(name)(batch((scale * net).float(), labels, (-scale * guide).float(), epoch=30))["loss"]
         assert found.item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.005, -0.04])  # trained, nasty
+@pytest.mark.parametrize(("size", "T"), [(60, 1), (240, 4), (2000, 20)])
+def test_where_the_originals_teacher_loss_is_nan_ours_is_finite(weight: float, size: float, T: float) -> None:
+    """docs/migration.md: probabilities are the target of their `kl_div`, whose slope at 0 is infinite."""
+    row = torch.tensor([size, -size, 0.0])
+    net, guide, labels = torch.stack([row, row.roll(1)]), torch.stack([-row, row]), torch.tensor([0, 1])
+    logit = net.clone().requires_grad_()
+    theirs = kl_div((guide / T).log_softmax(1), (logit / T).softmax(1), reduction="batchmean")
+    (cross_entropy(logit, labels) + weight * T**2 * theirs).backward()  # type: ignore[no-untyped-call]
+    assert logit.grad is not None
+    assert logit.grad.isnan().any()
+    loss = TeachableTeacher(T=T, weight=weight)
+    exact = gradient(loss, net.double(), labels, guide.double())
+    torch.testing.assert_close(gradient(loss, net, labels, guide).double(), exact, rtol=1e-5, atol=1e-9)
+
+
+def test_t_squared_stays_without_labels() -> None:
+    """docs/migration.md: at alpha 0 torchdistill's loss is the KL alone, which is ours at λ 1 divided by T²."""
+    net, guide, labels = drawn(16, 6, 4)
+    for T in (1, 4, 20):
+        theirs = kl_div((net / T).log_softmax(1), (guide / T).softmax(1), reduction="batchmean")
+        ours = Distill(T=T, lam=1)(batch(net, labels, guide))["loss"]
+        torch.testing.assert_close(ours, T**2 * theirs)
 
 
 WITH_T = [name for name in LOGIT if "T" in LOSSES[name].model_fields]
