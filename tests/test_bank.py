@@ -119,7 +119,7 @@ def test_a_crash_between_data_and_mark_leaves_nothing_wrong(
     def pulled(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "fdatasync", pulled)
+    monkeypatch.setattr(os, "fsync", pulled)
     with pytest.raises(KeyboardInterrupt):
         Guide(network, data, "bf16", "cpu", opened(tmp_path, data)).logits(samples, views, nobody)
     monkeypatch.undo()
@@ -129,7 +129,7 @@ def test_a_crash_between_data_and_mark_leaves_nothing_wrong(
     assert bank.filled(samples, views).all()
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
+@pytest.mark.parametrize("call", ["pathlib.Path.open", "os.fsync"])
 def test_a_disk_that_fills_up(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str
 ) -> None:
@@ -137,11 +137,11 @@ def test_a_disk_that_fills_up(
     samples, views = rows()
     plain = Guide(network, data, "bf16", "cpu").logits(samples, views, nobody)
 
-    def full(*arguments: Any) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
     guide = Guide(network, data, "bf16", "cpu", opened(tmp_path, data))
-    monkeypatch.setattr(os, call, full)
+    monkeypatch.setattr(call, full)
     assert torch.equal(guide.logits(samples, views, nobody), plain)
     assert torch.equal(guide.logits(samples, views, nobody), plain)
     assert capsys.readouterr().out.count("not cached from here on: [Errno 28] No space left on device") == 1

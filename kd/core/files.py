@@ -21,6 +21,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from kd.core.spec import KnownError
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)@(?P<host>.+)\.(?P<kind>\w+)")
+_WINDOWS = os.name == "nt"
 _FOREIGN = 3600  # seconds after which temporary files of another host count as abandoned
 
 
@@ -84,10 +85,19 @@ def make(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the entries of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Force a file, or the entries of a folder, to disk. Windows and some file systems cannot do that with a folder."""
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows forces what may be written
+    except PermissionError:
+        if folder and os.access(path, os.R_OK):  # Windows opens no folder
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (folder and error.errno == errno.EINVAL):  # some network file systems
+            raise
     finally:
         os.close(descriptor)
 
@@ -105,11 +115,11 @@ def temporaries(folder: Path, name: str = "*", kind: str = "*") -> list[Path]:
 def abandoned(path: Path) -> bool:
     """Whether a temporary file or folder has no owner: its process has ended, or this process left it earlier.
 
-    Processes of another host cannot be checked. Their files count as abandoned after an hour.
+    Processes of another host, or on Windows, cannot be checked. Their files count as abandoned after an hour.
     """
     named = _TEMPORARY.fullmatch(path.name)
     assert named is not None
-    if named["host"] != platform.node():
+    if named["host"] != platform.node() or _WINDOWS:  # where os.kill(pid, 0) would be Ctrl-C
         with suppress(FileNotFoundError):
             return time.time() - path.stat().st_mtime > _FOREIGN
         return False
@@ -184,6 +194,9 @@ def lock_holder(path: Path) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes on the disk, of a file or of all files below a folder; sparse files count the blocks that they use."""
-    below = [path, *path.rglob("*")] if path.is_dir() else [path]
-    return sum(each.lstat().st_blocks * 512 for each in below)
+    """Bytes on the disk, of a file or of all files below a folder; sparse files count the blocks that they use.
+
+    Windows does not say the blocks: there it is the length.
+    """
+    below = [path.lstat() for path in ([path, *path.rglob("*")] if path.is_dir() else [path])]
+    return sum(each.st_blocks * 512 if hasattr(each, "st_blocks") else each.st_size for each in below)

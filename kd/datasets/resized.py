@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,13 +50,11 @@ class StoredArrays:
         if len(indices) and not 0 <= indices.min() <= indices.max() < count:
             raise IndexError(f"numbers should be 0 to {count - 1} (got {indices.min()} to {indices.max()})")
         size = self.side * self.side * 3
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
+        with path.open("rb", buffering=0) as file:
             for picture, index in zip(pictures, indices.tolist(), strict=True):
-                if os.preadv(descriptor, [picture.data.cast("B")], self.offset + index * size) != size:
+                file.seek(self.offset + index * size)
+                if file.readinto(picture.data.cast("B")) != size:
                     raise KnownError(f"{path} is cut off: remove {self.folder}, and start again to make it again")
-        finally:
-            os.close(descriptor)
         return pictures
 
 

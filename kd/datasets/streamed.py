@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, floor
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,8 @@ def _by_workers(files: _Files, workers: int) -> Generator[Tensor, None, None]:
         batch_size=None,
         num_workers=workers,
         prefetch_factor=_AHEAD if workers else None,
-        multiprocessing_context="fork" if workers else None,
+        # Windows has no fork: its workers start anew.
+        multiprocessing_context="fork" if workers and "fork" in get_all_start_methods() else None,
         # One of its own: a DataLoader draws its workers' seeds, and torch's global generator is the training's.
         generator=torch.Generator(),
     )
@@ -161,6 +163,9 @@ def _say_once(line: str) -> None:
 @contextmanager
 def _signals_held() -> Iterator[None]:
     """Signals wait until the end of the block. In processes that are forked in it they wait for ever."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     held = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:

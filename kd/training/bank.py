@@ -94,14 +94,16 @@ class Bank:
         order = np.argsort(rows)  # ascending, so that neighbours share a page
         size = values.itemsize * self.shape[2]
         data = np.ascontiguousarray(values[order]).tobytes()
-        # Not through a memory map: on a full disk that kills the process, and pwrite raises OSError.
-        with (self.folder / self.file).open("r+b") as file:
+        # Not through a memory map: on a full disk that kills the process, and write raises OSError.
+        with (self.folder / self.file).open("r+b", buffering=0) as file:
             for i, row in enumerate(rows[order].tolist()):
-                os.pwrite(file.fileno(), data[i * size : (i + 1) * size], row * size)
-            os.fdatasync(file.fileno())
-        with (self.folder / "filled.bin").open("r+b") as file:
+                file.seek(row * size)
+                file.write(data[i * size : (i + 1) * size])
+            os.fsync(file.fileno())
+        with (self.folder / "filled.bin").open("r+b", buffering=0) as file:
             for row in rows[order].tolist():
-                os.pwrite(file.fileno(), b"\x01", row)
+                file.seek(row)
+                file.write(b"\x01")
 
     def _make(self, header: str, budget: float) -> None:
         """Write the files under a temporary name first. If two processes make a bank, both use the first one's."""

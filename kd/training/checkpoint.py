@@ -20,7 +20,8 @@ _DIGEST = hashlib.sha256().digest_size  # bytes; the hash comes first in the fil
 
 
 _ASKING = (signal.SIGINT, signal.SIGTERM)
-_SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # they ask for an end only if they have a handler, as under submitit
+# They ask for an end only if they have a handler, as under submitit. Windows has neither.
+_SCHEDULERS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 _SAID = b"\nasked to end: writing a checkpoint first; the same signal again ends at once\n"
 
 
@@ -90,7 +91,7 @@ class Deferred:
             handler(number, None)
         else:  # the default action of the system: the process ends here
             signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
         if number in self._kept:
