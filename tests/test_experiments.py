@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -29,6 +30,7 @@ PUBLISHED = {  # by group: how the names begin, and how they go on
         "scratch": "plane2 resnet8 resnet20 resnet110",
         "kd": "plane10_plane2 resnet110_resnet8 resnet110_resnet20",
         "ta": "plane10_plane4_plane2 resnet110_resnet20_resnet8 resnet110_resnet14_resnet8",
+        "tuned_kd": "resnet110_resnet20",
     },
     "takd/cifar100": {
         "scratch": "plane2 resnet8",
@@ -36,7 +38,7 @@ PUBLISHED = {  # by group: how the names begin, and how they go on
         "ta": "plane10_plane4_plane2 resnet110_resnet20_resnet8",
         "tuned_scratch": "resnet8 resnet20 resnet110",
         "tuned_kd": "resnet110_resnet8 resnet110_resnet20",
-        "tuned_ta": "resnet110_resnet20_resnet8",
+        **dict.fromkeys(("tuned_ta", "tuned_T10_ta", "tuned_T5_ta"), "resnet110_resnet20_resnet8"),
     },
     "takd/imagenet": {
         "scratch": "resnet14",
@@ -80,12 +82,12 @@ def listed(group: str) -> set[str]:
 
 
 def test_every_published_row_is_an_option() -> None:
-    """97 names, under which results have been published. Our own experiments in conf/paper have another group."""
+    """100 names, under which results have been published. Our own experiments in conf/paper have another group."""
     expected = {
         group: {f"{beginning}_{end}" for beginning, ends in kinds.items() for end in ends.split()}
         for group, kinds in PUBLISHED.items()
     }
-    assert sum(map(len, expected.values())) == 97
+    assert sum(map(len, expected.values())) == 100
     assert {name for name in experiments() if name.startswith(("takd/", "tt/"))} == {
         f"{group}/{name}" for group, names in expected.items() for name in names
     }
@@ -103,7 +105,7 @@ def test_each_trains_the_networks_that_it_is_named_after() -> None:
     lines = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| `")]
     assert len(lines) == len(experiments())
     for name, about, stages, _, mode in [line for line in lines if line[0].startswith(("`takd/", "`tt/"))]:
-        kind, *_ = own = name.strip("`").rpartition("/")[2].removeprefix("tuned_").split("_")
+        kind, *_ = own = re.sub(r"^tuned_(T\d+_)?", "", name.strip("`").rpartition("/")[2]).split("_")
         networks = [
             stage.split()[0].replace("resnext29_8x64d", "resnext29").removesuffix("_imagenet")
             for stage in stages.split(" → ")
@@ -141,6 +143,11 @@ def test_the_authors_tuned_settings() -> None:
     assert direct[0].key == teacher.key
     assert chain("takd/cifar100/tuned_kd_resnet110_resnet20")[1].key == assistant.key
     assert chain("takd/cifar100/tuned_scratch_resnet110")[0].train.lr == 0.01
+    assert chain("takd/cifar10/tuned_kd_resnet110_resnet20")[1].loss == Distill(T=4, lam=0.4, reduction="mean")
+    for T in (10, 5):
+        first, *rest = chain(f"takd/cifar100/tuned_T{T}_ta_resnet110_resnet20_resnet8")
+        assert first.key == teacher.key
+        assert [stage.loss for stage in rest] == [Distill(T=T, lam=0.04, reduction="mean")] * 2
 
 
 @pytest.mark.parametrize(
