@@ -165,7 +165,7 @@ def split_of(spec: DatasetSpec, labels: NDArray[np.int64]) -> tuple[NDArray[np.i
     if spec.val_images:
         first = len(labels) - spec.val_images
         return np.arange(first), np.arange(first, len(labels))
-    train, val = split(labels, spec.val_fraction, spec.split_seed)
+    train, val = split(labels, spec.val_fraction, spec.split_seed, rare=spec.rare > 0)
     if len(train) == 0 or (len(val) == 0 and spec.val_fraction > 0):
         raise KnownError(
             f"dataset.val_fraction: {spec.val_fraction:g} of each class leaves {len(train)} training and "
@@ -174,16 +174,18 @@ def split_of(spec: DatasetSpec, labels: NDArray[np.int64]) -> tuple[NDArray[np.i
     return train, val
 
 
-def split(labels: NDArray[np.int64], fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split(
+    labels: NDArray[np.int64], fraction: float, seed: int, *, rare: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions of training and validation samples, ascending. The split is stratified by class.
 
     It depends on the arguments only, so all stages of a chain have the same split, whatever their training seed.
-    Unless `fraction` is 0, each class of two images or more has a validation image.
+    With `rare`, each class of two images or more has a validation image, unless `fraction` is 0.
     """
     rng = np.random.default_rng(np.random.SeedSequence((seed, _SPLIT)))
     val = []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        val.append(members[: held_out(len(members), fraction)])
+        val.append(members[: held_out(len(members), fraction) if rare else round(fraction * len(members))])
     chosen = np.sort(np.concatenate(val))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen

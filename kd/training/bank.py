@@ -95,12 +95,13 @@ class Bank:
         size = values.itemsize * self.shape[2]
         data = np.ascontiguousarray(values[order]).tobytes()
         # Not through a memory map: on a full disk that kills the process, and write raises OSError.
-        with (self.folder / self.file).open("r+b", buffering=0) as file:
+        with (self.folder / self.file).open("r+b") as file:
             for i, row in enumerate(rows[order].tolist()):
                 file.seek(row * size)
                 file.write(data[i * size : (i + 1) * size])
+            file.flush()  # until all is written, or an error: a write() of the system may take a part only
             os.fsync(file.fileno())
-        with (self.folder / "filled.bin").open("r+b", buffering=0) as file:
+        with (self.folder / "filled.bin").open("r+b") as file:
             for row in rows[order].tolist():
                 file.seek(row)
                 file.write(b"\x01")
