@@ -131,7 +131,16 @@ def _rows(path: Path) -> list[tuple[str, str, str | None]]:
         f"line {number}" for number, row in body if len(row) <= last or not row[file].strip() or not row[label].strip()
     )
     raise_for(f"of {path} have no file, label or split", short, "lines")
-    return [(r[file].strip(), r[label].strip(), None if split is None else r[split]) for _, r in body]
+    named = (_from(path.parent, r[file].strip()) for _, r in body)
+    return [
+        (name, r[label].strip(), None if split is None else r[split]) for name, (_, r) in zip(named, body, strict=True)
+    ]
+
+
+def _from(root: Path, name: str) -> str:
+    """A file's one name, relative to the folder: `./a.png`, `b/../a.png` and its absolute path become `a.png`."""
+    base = os.path.abspath(root)
+    return os.path.relpath(os.path.join(base, name), base)
 
 
 def _column(names: Sequence[str], known: Sequence[str]) -> int | None:
