@@ -124,7 +124,7 @@ def _photo_lr(task: Task) -> float:
     return 3e-3 if task.frozen else 2e-4 if task.begun else 1e-3
 
 
-# Our own, for photographs (docs/own_images.md): AdamW with a warm-up and a cosine, as most of timm's recipes. Labels
+# Our own, for photographs (docs/own_images.md): AdamW with a warm-up and a cosine. The decay is of all weights. Labels
 # are not smoothed: a teacher of smoothed labels teaches worse (Müller et al., NeurIPS 2019).
 _PHOTOS: Recipe = {
     "epochs": _photo_epochs,

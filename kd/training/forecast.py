@@ -23,6 +23,7 @@ _LONG = 3.0  # seconds after which one timed call is enough
 _STEP = 8  # images of a measured step at most
 _BACKWARD = 2  # times the forward pass
 _PROCESS = 600_000_000  # bytes of a process that has loaded torch
+_GROUP = Path("/sys/fs/cgroup")  # of a container, by version 2
 _WORKING = 1.3  # times the activations: gradients and copies that live for a moment
 
 
@@ -63,7 +64,8 @@ def memory_of(stage: Stage) -> int:
     if stage.freeze:
         return int(_PROCESS + weights + _WORKING * each * 8)  # no gradients: few activations live at once
     width = 0.5 if stage.train.precision in ("bf16", "fp16") else 2.0 if stage.train.precision == "fp64" else 1.0
-    return int(_PROCESS + 4 * weights + _WORKING * width * each * stage.train.batch_size)
+    batch = min(stage.train.batch_size, stage.dataset.train_images or stage.train.batch_size)
+    return int(_PROCESS + 4 * weights + _WORKING * width * each * batch)
 
 
 @cache
@@ -105,10 +107,19 @@ def free_memory(device: str) -> int | None:
     except OSError:
         return None
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    limit, used = (_number(_GROUP / name) for name in ("memory.max", "memory.current"))
     if free is None or limit is None:
         return free
-    return min(free, limit - (used or 0))
+    return min(free, limit - (used or 0) + _cached())
+
+
+def _cached() -> int:
+    """Bytes of files in a container's memory that are given back when it is needed: read photographs are among them."""
+    try:
+        rows = [line.split() for line in (_GROUP / "memory.stat").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return 0
+    return sum(int(value) for name, value in rows if name == "inactive_file")
 
 
 def _number(path: Path) -> int | None:
