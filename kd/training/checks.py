@@ -25,7 +25,7 @@ def check_students(
     missing = [source for source in chain if place.runtime.retrain or not place.store.whole(source.key)]
     for source in missing:
         if isinstance(source, Given) and checkpoint is not None:
-            load_network(checkpoint, source)
+            load_network(checkpoint, source, print)
     stages = [source for source in missing if isinstance(source, Stage)]
     _check_initial(stages, place)
     if networks and missing:
