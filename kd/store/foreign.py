@@ -342,7 +342,8 @@ def _explain(
             f"{file.key}: {file.path}{whose} is not a {wanted.model} of {wanted.classes} classes "
             f"for {wanted.image_size}×{wanted.image_size} images{hint}"
         )
-        if not others and (library := _library_of(state, file)):
+        foreign = state.keys() - expected.keys() and expected.keys() - state.keys()
+        if not others and foreign and (library := _library_of(state, file)):
             yield (
                 f"  its names are those of {library}: teacher={library.partition('/')[0]} "
                 f"teacher.arch={library.partition('/')[2]} teacher.init={file.path} takes it"
