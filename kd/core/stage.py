@@ -193,6 +193,11 @@ class LossSpec(Frozen, ABC):
         return bool(self.needs)
 
     @property
+    def label_weight(self) -> float:
+        """The weight in the loss of the part `ce`, the labels' cross-entropy: the field `ce`, if there is one."""
+        return float(getattr(self, "ce", 1.0))
+
+    @property
     def live(self) -> bool:
         """Whether the guide has to run at every step: maps are too large to be cached."""
         return bool(self.needs & {"stages", "pre"})
