@@ -6,6 +6,8 @@ import argparse
 import os
 import pickle
 import subprocess
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,7 +24,8 @@ from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec, Given, Normalization
 from kd.datasets import digits
 from kd.models import build
-from kd.store.foreign import allowed_globals, fingerprint, initial_weights, load_network
+from kd.store.foreign import fingerprint, initial_weights, load_network
+from kd.store.weights_file import allowed_globals
 from tests.conftest import QUICK, run_py
 from tests.test_stage import DATASET
 
@@ -158,8 +162,130 @@ def test_of_two_networks_that_fit_one_must_be_named(tmp_path: Path) -> None:
     same_logits(load(tmp_path / "both.pt", part="student"), student)
     same_logits(load(tmp_path / "both.pt", part="teacher"), teacher)
     torch.save(student.state_dict(), tmp_path / "one.pt")
-    with pytest.raises(KnownError, match=r"has no student\.\*; it holds one network"):
+    with pytest.raises(KnownError, match=r"has no student that fits; it holds one network"):
         load(tmp_path / "one.pt", part="student")
+
+
+# every weight is there, under other names or beside others -------------------------------------------------------
+
+
+def told(file: Path, model: str = "resnet8", **changes: Any) -> tuple[State, list[str]]:
+    lines: list[str] = []
+    return load_network(file, given(model, sha256=fingerprint(file), **changes), lines.append).state_dict(), lines
+
+
+BESIDE: dict[str, Callable[[State], Any]] = {
+    "kuangliu": lambda state: {"net": state, "acc": 93.1, "epoch": 199},
+    "every name behind net.": lambda state: prefixed("net.", state),
+    "Lightning with a criterion": lambda state: {
+        "state_dict": {**prefixed("model.", state), "criterion.weight": torch.ones(10)},
+        "pytorch-lightning_version": "2.4.0",
+    },
+    "a profiler's counts": lambda state: {
+        **state,
+        "total_ops": torch.zeros(1),
+        "conv1.total_ops": torch.zeros(1),
+        "conv1.total_params": torch.zeros(1),
+    },
+    "AveragedModel": lambda state: {**prefixed("module.", state), "n_averaged": torch.tensor(9)},
+    "an unknown holder": lambda state: {"generator": {"weights": state}, "discriminator": {"w": torch.ones(2)}},
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_every_weight_is_found(tmp_path: Path, kind: str) -> None:
+    network = network_of()
+    torch.save(BESIDE[kind](network.state_dict()), tmp_path / "net.pt")
+    state, lines = told(tmp_path / "net.pt")
+    same_logits(state, network)
+    beside = {"criterion.weight", "total_ops", "n_averaged"}
+    assert sum(any(name in line for name in beside) for line in lines) == len(lines)
+    begins, _ = begun(tmp_path / "net.pt")
+    same_logits(begins.state_dict(), network)
+
+
+def test_a_deeper_network_is_not_the_network_with_entries_beside(tmp_path: Path) -> None:
+    torch.save({"net": network_of("resnet14").state_dict()}, tmp_path / "r14.pt")
+    assert "36 unexpected" in refused(tmp_path / "r14.pt")
+
+
+@pytest.mark.parametrize("names", [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("net", "ema")])
+def test_averaged_weights_are_said_and_chosen(tmp_path: Path, names: tuple[str, str]) -> None:
+    raw, averaged = network_of(seed=1), network_of(seed=2)
+    torch.save(dict(zip(names, (raw.state_dict(), averaged.state_dict()), strict=True)), tmp_path / "both.pt")
+    state, lines = told(tmp_path / "both.pt")
+    same_logits(state, raw)
+    assert lines == [f"both.pt: {names[0]} are the weights; teacher.part=ema takes the averaged ones ({names[1]})"]
+    state, lines = told(tmp_path / "both.pt", part="ema")
+    same_logits(state, averaged)
+    assert lines == [f"both.pt: {names[1]} are the weights, averaged over steps"]
+    assert given(part="ema").key != given().key
+
+
+def test_of_several_that_fit_a_key_chooses(tmp_path: Path) -> None:
+    one, other = network_of(seed=1), network_of(seed=2)
+    torch.save({"a": one.state_dict(), "b": {"c": other.state_dict()}}, tmp_path / "two.pt")
+    assert "holds a and b.c, and all of them fit: teacher.key=" in refused(tmp_path / "two.pt")
+    same_logits(told(tmp_path / "two.pt", entry="b.c")[0], other)
+    with pytest.raises(KnownError, match=r"teacher\.key: .* has no d with tensors; it has a and b\.c"):
+        told(tmp_path / "two.pt", entry="d")
+    torch.save({"a": one.state_dict(), "b": one.state_dict()}, tmp_path / "same.pt")
+    same_logits(told(tmp_path / "same.pt")[0], one)
+
+
+def test_torchvisions_names_with_a_small_stem(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=10)
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    theirs.train()(torch.rand(4, 3, 16, 16))
+    torch.save(theirs.state_dict(), tmp_path / "r18.pt")
+    state, lines = told(tmp_path / "r18.pt", "resnet18")
+    same_logits(state, theirs.eval(), "resnet18")
+    assert lines == ["r18.pt: names of other code are read as ours: downsample → shortcut, fc → linear"]
+
+
+def test_a_network_of_torchvision_is_named(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18(num_classes=1000).state_dict(), tmp_path / "resnet18-f37072fd.pth")
+    with pytest.raises(KnownError) as caught:
+        told(tmp_path / "resnet18-f37072fd.pth", "resnet18")
+    line = str(caught.value).splitlines()[1]
+    assert "its names are those of torchvision/resnet18: teacher=torchvision teacher.arch=resnet18" in line
+    assert "teacher.init=" in line
+
+
+def _pack_tar(file: Path) -> None:
+    with tarfile.open(file, "w") as packed:
+        packed.add(__file__, "a.py")
+
+
+def _pack_zip(file: Path) -> None:
+    with zipfile.ZipFile(file, "w") as packed:
+        packed.writestr("a.jpg", b"0")
+
+
+OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "lfs": (
+        lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "is a pointer of Git LFS, not the file itself: git lfs pull",
+    ),
+    "html": (lambda file: file.write_text("\n<!DOCTYPE html>\n<html></html>"), "is a web page"),
+    "tar": (lambda file: _pack_tar(file), "is a tar archive: unpack it"),
+    "zip": (lambda file: _pack_zip(file), "is a zip archive of other files"),
+    "gzip": (lambda file: file.write_bytes(b"\x1f\x8b\x08"), "is compressed by gzip"),
+    "keras": (lambda file: file.write_bytes(b"\x89HDF\r\n"), "is an HDF5 file"),
+    "picture": (lambda file: file.write_bytes(b"\x89PNG\r\n"), "is a picture"),
+    "index": (lambda file: file.write_text('{"metadata": {}, "weight_map": {}}'), "is the index of weights"),
+    "script": (lambda file: torch.jit.script(nn.Linear(2, 2)).save(file), "is a TorchScript archive, which holds code"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_what_is_no_file_of_weights_is_named(tmp_path: Path, kind: str) -> None:
+    write, what = OTHERS[kind]
+    write(tmp_path / "net.pt")
+    assert what in refused(tmp_path / "net.pt")
 
 
 # what does not fit ------------------------------------------------------------------------------------------------
@@ -315,7 +441,7 @@ def test_a_run_refuses_a_malicious_pickle_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot be loaded as weights and plain data alone"),
+        (b"", "is empty"),
         (b"half of a", "cannot be loaded as weights and plain data alone"),
         (b"PK\x03\x04 torn", "cannot be loaded as weights and plain data alone"),
         ({"epoch": 3, "weights": 4}, "holds no weights: .* its keys are epoch, weights"),

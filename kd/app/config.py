@@ -295,6 +295,7 @@ def _given_teacher(teacher: TeacherConfig, dataset: DatasetSpec, sha256: str) ->
         model=teacher.name,
         sha256=sha256,
         part=teacher.part,
+        entry=teacher.key,
         normalize=teacher.normalize
         or preprocessing(teacher.name, teacher.image_size, dataset)
         or Normalization(mean=dataset.mean, std=dataset.std),

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from kd.core.recipes import RELEASED
 from kd.core.settings import TrainOverrides
-from kd.core.spec import Frozen, PathText
+from kd.core.spec import Frozen, PathText, Text
 from kd.core.stage import DatasetSpec, Normalization, Part, Seed
 from kd.datasets import DATASETS
 from kd.models import NetworkName, preprocessing_of
@@ -75,7 +75,8 @@ class TeacherConfig(NetworkConfig):
 
     seed: Seed
     checkpoint: PathText | None = None  # a file of trained weights: then no teacher is trained
-    part: Part | None = None  # which network, if the file holds two
+    part: Part | None = None  # which network, if the file holds several
+    key: Text | None = None  # the keys that lead to its weights in the file, if several fit: ema.model
     normalize: Annotated[Normalization | None, BeforeValidator(_named)] = None  # null: the network's own, or the data's
     min_acc: float | None = Field(None, ge=0, le=100)  # a teacher with a lower test accuracy is refused
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 Role = Literal["reference", "teacher", "assistant", "student"]
-Part = Literal["student", "teacher"]
+Part = Literal["student", "teacher", "ema"]
 Reduction = Literal["batchmean", "mean"]  # the divisor of the summed KL: batch size, or batch size · classes
 Augment = Literal["none", "crop_flip", "rotate_flip", "resized_crop_flip"]
 # How a photograph of any shape becomes a square: its shorter side is resized and the centre cut out; it is distorted;
@@ -207,6 +207,11 @@ class LossSpec(Frozen, ABC):
         return bool(self.needs)
 
     @property
+    def label_weight(self) -> float:
+        """The weight in the loss of the part `ce`, the labels' cross-entropy: the field `ce`, if there is one."""
+        return float(getattr(self, "ce", 1.0))
+
+    @property
     def live(self) -> bool:
         """Whether the guide has to run at every step: maps are too large to be cached."""
         return bool(self.needs & {"stages", "pre"})
@@ -327,6 +332,7 @@ class Given(Frozen):
     model: str
     sha256: str
     part: Part | None = None  # which network, if the file holds several
+    entry: Annotated[str | None, Neutral(None)] = None  # the keys that lead to its weights in the file: ema.model
     normalize: Normalization  # as in its own training
     dataset: DatasetSpec  # the data on which it is evaluated and used as a guide
 

@@ -65,6 +65,10 @@ class Distill(Formula):
         }
 
     @property
+    def label_weight(self) -> float:
+        return 1 - self.lam
+
+    @property
     def settings(self) -> str:
         weight = f" weight={self.weight:g}" if self.weight != 1 else ""
         standardize = " standardize=true" if self.standardize else ""

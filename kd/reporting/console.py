@@ -66,7 +66,7 @@ def print_run(result: RunResult) -> None:
         if outcome.select != student.select:
             images = f", teacher.normalize is {outcome.normalize}" if outcome.normalize else ""
             out.print(f"{outcome.role} {outcome.model}: {SELECTED[outcome.select]}{images}", highlight=False)
-    for line in _lessons(result.chain):
+    for line in (*_lessons(result.chain), *_evidence(result.chain)):
         out.print(line, highlight=False, markup=False)
     if isinstance(result, ReplicatedResult):
         for line in _replicate_lines(result):
@@ -85,6 +85,11 @@ def _lessons(chain: Sequence[Outcome]) -> list[str]:
         if above or by:
             lines.append(f"{outcome.role} {outcome.model} learns{above}{by}")
     return lines
+
+
+def _evidence(chain: Sequence[Outcome]) -> list[str]:
+    """How the guides taught."""
+    return [f"{each.role} {each.model}: {each.evidence}" for each in chain if each.evidence and str(each.evidence)]
 
 
 def _replicate_lines(result: ReplicatedResult) -> tuple[str, str]:

@@ -22,6 +22,20 @@ _MARKS = (".hydra/config.yaml", "result.json", "error.json", "pruned.json")
 Objective = Literal["val_acc", "test_acc"]
 
 
+class Evidence(Frozen):
+    """How a guide taught, in the last epoch; null where it was not measured."""
+
+    guide_share: float | None = None  # of the loss's gradient with respect to what the loss reads, 0 to 1
+    guide_acc: float | None = None  # of the guide (the worst of several) on the training views, in percent
+    train_acc: float | None = None  # of its student on the same views, in train mode
+
+    def __str__(self) -> str:
+        share = None if self.guide_share is None else f"{100 * self.guide_share:.0f} % of the gradient is the guide's"
+        views = None if self.guide_acc is None else f"on the training views the guide has {self.guide_acc:.2f} %"
+        own = None if views is None or self.train_acc is None else f" and its student {self.train_acc:.2f} %"
+        return "; ".join(text for text in (share, f"{views}{own or ''}" if views else None) if text)
+
+
 class Outcome(Frozen):
     """One stage of a run, trained or loaded; accuracies in percent. Training facts of given weights are null."""
 
@@ -39,6 +53,7 @@ class Outcome(Frozen):
     select: Select | None  # how its epoch was chosen
     normalize: Normalization | None = None  # of given weights
     reused: bool
+    evidence: Evidence | None = None  # of a stage with a guide
 
 
 class Replicate(Frozen):

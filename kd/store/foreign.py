@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import warnings
-import zipfile
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kd.core.files import replacing
 from kd.core.spec import KnownError
 from kd.core.stage import Given
 from kd.models import MODELS, LibraryEntry, build
-from kd.models.libraries import library_name, published_weights
+from kd.models.libraries import LIBRARIES, library_name, published_weights
+from kd.store.weights_file import State, WeightsFile, some
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-State = dict[str, "Tensor"]
-
-# The key of the weights in a checkpoint: of TAKD; of Trained Teacher and Nasty Teacher; of RepDistiller, mdistiller and
-# torchdistill.
+# Where a checkpoint has its weights: of TAKD; of Trained Teacher and Nasty Teacher; of RepDistiller, mdistiller and
+# torchdistill. They come first if several dictionaries fit.
 _HOLDERS = ("model_state_dict", "state_dict", "model")
 _PARTS = ("student", "teacher")  # mdistiller's files hold both
-_SHOWN = 20  # names in a line
+_EMA = re.compile(r"(^|[._])ema($|[._])", re.IGNORECASE)
+# What tools leave beside a network's weights: thop's counts, the step of torch's AveragedModel.
+_COUNTS = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$")
+# Names of the same layers in other code: torchvision's and timm's residual networks, and those after kuangliu's.
+_RENAMINGS: tuple[dict[str, str], ...] = (
+    {},
+    {"downsample": "shortcut", "fc": "linear"},
+    {"shortcut": "downsample", "linear": "fc"},
+)
 
 
 class _Wanted(NamedTuple):
@@ -40,84 +44,92 @@ class _Wanted(NamedTuple):
         return build(self.model, num_classes=self.classes, image_size=self.image_size)
 
 
-class _File(NamedTuple):
-    """A file of weights, and the key that names it in messages."""
+class _Fit(NamedTuple):
+    """Weights in a file that fit a network, under the network's own names."""
 
-    path: Path
-    key: str
+    place: str  # the keys that lead to them, and the prefix of their names
+    state: State
+    passed_over: tuple[str, ...]  # names beside them
+    renamed: tuple[str, ...]  # "fc → linear"
 
-    def error(self, text: str) -> KnownError:
-        return KnownError(f"{self.key}: {self.path} {text}")
+    @property
+    def kind(self) -> str:
+        """`student`, `teacher` or `ema` by its place; "" for any other."""
+        words = self.place.split(".")
+        return next((part for part in _PARTS if part in words), "ema" if _EMA.search(self.place) else "")
+
+    def __str__(self) -> str:
+        return self.place or "its weights"
 
 
 def fingerprint(path: Path, key: str = "teacher.checkpoint") -> str:
     """The sha256 of a file, in hex. Raises KnownError, which begins with `key`, if the file cannot be read."""
-    file = _File(path, key)
-    try:
-        status = path.stat()
-        if not (path.is_file() or path.is_dir()):  # reading a pipe or a device might never end
-            raise file.error("cannot be read (it is not a file)")
-        return _digest(path, status.st_size, status.st_mtime_ns)
-    except OSError as error:
-        raise file.error(f"cannot be read ({error.strerror})") from error
+    return WeightsFile(path, key).fingerprint()
 
 
-@cache
-def _digest(path: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _silent(line: str) -> None:
+    """Tells nobody."""
 
 
-def load_network(path: Path, given: Given) -> nn.Module:
-    """The network in a checkpoint of TAKD, Trained Teacher, RepDistiller, mdistiller, torchdistill or of plain weights.
+def load_network(path: Path, given: Given, tell: Callable[[str], None] = _silent) -> nn.Module:
+    """The network in a checkpoint, wherever its weights are in it: of other projects' trainings, or plain weights.
 
-    Raises KnownError if the file has no weights, needs to run code, or has changed since the run was planned. Raises it
-    too if the weights do not fit `given.model`, with all names that are missing, unexpected or of another shape.
+    `tell` gets a line for each choice among them. Raises KnownError if the file has no weights, needs to run code, or
+    has changed since the run was planned. Raises it too if no weights fit `given.model`, with all names that are
+    missing, unexpected or of another shape.
     """
-    file = _File(path, "teacher.checkpoint")
-    found = _contents(file, given.sha256)
+    file = WeightsFile(path, "teacher.checkpoint")
+    states = file.states(given.sha256)
+    if given.entry is not None:
+        if given.entry not in states:
+            raise KnownError(f"teacher.key: {path} has no {given.entry} with tensors; it has {' and '.join(states)}")
+        states = {given.entry: states[given.entry]}
     wanted = _Wanted(given.model, given.dataset.num_classes, given.input_size)
     network = wanted.build()
+    fits = _fits(states, network)
     if given.part is not None:
-        if given.part not in found:
-            raise KnownError(f"teacher.part: {path} has no {given.part}.*; it holds {' and '.join(found)}")
-        found = {given.part: found[given.part]}
-    fitting = _fitting(found, network)
-    if len(fitting) > 1:
-        raise KnownError(f"teacher.part: {path} holds {' and '.join(fitting)}, and both fit; choose one of them")
-    if not fitting:
-        raise KnownError("\n".join(_explain(file, wanted, found, network)))
-    return _filled(network, found[fitting[0]], file)
+        fits = [fit for fit in fits if fit.kind == given.part]
+        if not fits:
+            held = _places(states) or "one network"
+            raise KnownError(f"teacher.part: {path} has no {given.part} that fits; it holds {held}")
+    if not fits:
+        raise KnownError("\n".join(_explain(file, wanted, states, network)))
+    fit = _chosen(file, fits)
+    for line in _about(file, fit, fits):
+        tell(line)
+    return _filled(network, fit.state, file)
 
 
 def initial_weights(
-    path: Path, sha256: str, model: str, *, num_classes: int, image_size: int, key: str = "init"
+    path: Path,
+    sha256: str,
+    model: str,
+    *,
+    num_classes: int,
+    image_size: int,
+    key: str = "init",
+    tell: Callable[[str], None] = _silent,
 ) -> tuple[nn.Module, str | None]:
     """A network that begins with a file's weights; and a line that says so if its classifier is new, or else None.
 
     The classifier is made anew, from torch's global generator, if the file's has another number of classes, or if the
     file has none. Everything else has to fit, as in load_network(). Raises KnownError, which begins with `key`.
     """
-    file, wanted = _File(path, key), _Wanted(model, num_classes, image_size)
-    found = _contents(file, sha256)
-    network = wanted.build()
-    usable = {part: _with_classifier(state, network) for part, state in found.items()}
-    fitting = _fitting(usable, network)
-    if len(fitting) > 1:
-        raise file.error(f"holds {' and '.join(fitting)}, and both fit; save one of them in a file of its own")
-    if not fitting:
-        raise KnownError("\n".join(_explain(file, wanted, found, network, renew=True)))
-    (part,) = fitting
-    line = None
-    if usable[part] is not found[part]:
-        classes = _classes(found[part], network)
+    file, wanted = WeightsFile(path, key), _Wanted(model, num_classes, image_size)
+    states, network = file.states(sha256), wanted.build()
+    fits = _fits(states, network, renew=True)
+    if not fits:
+        raise KnownError("\n".join(_explain(file, wanted, states, network, renew=True)))
+    fit, line = _chosen(file, fits), None
+    for each in _about(file, fit, fits):
+        tell(each)
+    state = _with_classifier(fit.state, network)
+    if state is not fit.state:
+        classes = _classes(fit.state, network)
         had = f"its classifier of {classes:,} classes" if classes else "its file has no classifier; one"
         line = f"{model}: {had} is made anew for {num_classes:,}"
-        usable[part] |= _fresh(_classifier(network))
-    return _filled(network, usable[part], file), line
+        state |= _fresh(_classifier(network))
+    return _filled(network, state, file), line
 
 
 def fetched(name: str, data_root: Path, key: str = "init") -> Path:
@@ -143,103 +155,94 @@ def fetched(name: str, data_root: Path, key: str = "init") -> Path:
     return place
 
 
-def allowed_globals() -> list[Any]:
-    """The only classes that a file may use besides tensors and plain data: argparse.Namespace and numpy's numbers."""
-    import argparse
-
-    import numpy as np
-
-    scalar = np.float64(0).__reduce__()[0]
-    kinds = np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"
-    return [
-        argparse.Namespace,  # options in checkpoints of RepDistiller and torchdistill
-        (scalar, "numpy.core.multiarray.scalar"),  # accuracies, by numpy 1's name
-        (scalar, "numpy._core.multiarray.scalar"),  # and by numpy 2's
-        np.dtype,
-        *{type(np.dtype(kind)) for kind in kinds},
-    ]
+def _fits(states: dict[str, State], network: nn.Module, *, renew: bool = False) -> list[_Fit]:
+    """All weights among the dictionaries that fit a network. With `renew` the classifier may be another."""
+    expected, found = network.state_dict(), list[_Fit]()
+    for place, state in states.items():
+        for renaming in _RENAMINGS:
+            fits = list(_fits_under(place, state, renaming, expected, network if renew else None))
+            found += fits
+            if fits:
+                break
+    return sorted(found, key=lambda fit: (fit.kind == "ema", fit.place.split(".")[0] not in _HOLDERS))
 
 
-def _contents(file: _File, sha256: str) -> dict[str, State]:
-    """The networks in a file that has this hash, by part."""
-    if fingerprint(*file) != sha256:
-        raise file.error("has changed since this run began")
-    return _networks(_read(file), file)
+def _fits_under(
+    place: str, state: State, renaming: dict[str, str], expected: State, renewed: nn.Module | None
+) -> Iterator[_Fit]:
+    """The weights of a dictionary that fit after a renaming: one for each prefix before the network's names."""
+    own_names = {name: ".".join(renaming.get(word, word) for word in name.split(".")) for name in state}
+    used = [f"{a} → {b}" for a, b in renaming.items() if any(a in name.split(".") for name in own_names)]
+    if renaming and not used:
+        return
+    first = next(iter(expected))
+    ends = [name for name in own_names.values() if name == first or name.endswith(f".{first}")]
+    for prefix in sorted((name.removesuffix(first) for name in ends), key=len, reverse=True):
+        counts = [name for name, own in own_names.items() if _COUNTS.search(own)]
+        inside = {
+            own.removeprefix(prefix): state[name]
+            for name, own in own_names.items()
+            if own.startswith(prefix) and name not in counts
+        }
+        usable = inside if renewed is None else _with_classifier(inside, renewed)
+        if not any(_mismatches(usable, expected)):
+            beside = tuple(name for name, own in own_names.items() if not own.startswith(prefix) or name in counts)
+            yield _Fit(".".join(filter(None, (place, prefix.rstrip(".")))), inside, beside, tuple(used))
 
 
-def _read(file: _File) -> Any:
-    """The content of the file: tensors and plain data only. Nothing in it is executed."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = file.path
-    try:
-        if _is_safetensors(path):
-            return load_file(path)
-        _refuse_bombs(file)
-        with torch.serialization.safe_globals(allowed_globals()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's guesses about files of another kind
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except KnownError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise file.error(f"cannot be read ({' '.join(str(error).split())})") from error
-    except Exception as error:  # damaged files raise many types of exceptions in torch
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = "it holds something else, or is damaged"
-        if asked:
-            reason = f"it needs the Python object {asked[1]}; save it by torch.save(network.state_dict(), …) instead"
-        raise file.error(f"cannot be loaded as weights and plain data alone ({reason})") from error
+def _chosen(file: WeightsFile, fits: list[_Fit]) -> _Fit:
+    """The weights to take: those of an average only if there are no others. Raises KnownError if several are left."""
+    left = [fit for fit in fits if fit.kind != "ema"] or fits
+    others = [fit for fit in left[1:] if not _equal(fit.state, left[0].state)]
+    if not others:
+        return left[0]
+    kinds = [fit.kind for fit in left]
+    parts = set(kinds) == set(_PARTS)
+    places = " and ".join(kinds if parts else map(str, left))
+    if file.key != "teacher.checkpoint":
+        raise file.error(f"holds {places}, and both fit; save one of them in a file of its own")
+    if parts:
+        raise KnownError(f"teacher.part: {file.path} holds {places}, and both fit; choose one of them")
+    raise file.error(f"holds {places}, and all of them fit: teacher.key=<one of them> chooses")
 
 
-def _refuse_bombs(file: _File) -> None:
-    """Raise KnownError for a zip whose content is larger than the file: torch.save never compresses."""
-    with file.path.open("rb") as opened:
-        if opened.read(4) != b"PK\x03\x04":  # torch recognises a zip by these bytes
-            return
-    try:
-        with zipfile.ZipFile(file.path) as packed:
-            held = sum(member.file_size for member in packed.infolist())
-    except zipfile.BadZipFile as error:  # torch may read it all the same: it searches farther
-        raise file.error(f"cannot be loaded as weights and plain data alone (it is damaged: {error})") from error
-    if held > file.path.stat().st_size:
-        raise file.error(f"claims {held:,} bytes of content, more than its own size")
+def _equal(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Whether a file is safetensors, by its name or its first bytes: the header's length in eight, then JSON."""
-    with path.open("rb") as file:
-        return path.suffix.lower() == ".safetensors" or file.read(9)[8:] == b"{"
+def _about(file: WeightsFile, fit: _Fit, fits: list[_Fit]) -> Iterator[str]:
+    """Lines about the choice of weights in a file."""
+    name = file.path.name
+    averaged = [str(other) for other in fits if other.kind == "ema" and other.place != fit.place]
+    if averaged:
+        yield f"{name}: {fit} are the weights; teacher.part=ema takes the averaged ones ({averaged[0]})"
+    elif fit.kind == "ema":
+        yield f"{name}: {fit} are the weights, averaged over steps"
+    if fit.renamed:
+        yield f"{name}: names of other code are read as ours: {', '.join(fit.renamed)}"
+    if fit.passed_over and fit.kind not in _PARTS:
+        names = ", ".join(fit.passed_over[:3]) + (" …" if fit.passed_over[3:] else "")
+        yield f"{name}: passed over beside the network: {len(fit.passed_over)} ({names})"
 
 
-def _networks(loaded: Any, file: _File) -> dict[str, State]:
-    """The networks in a file's content, by part; a single one is called "one network"."""
-    tree = loaded if isinstance(loaded, dict) else {}
-    held = [tree, *(tree[holder] for holder in _HOLDERS if holder in tree)]
-    states = [candidate for candidate in held if _is_state(candidate)]
-    if not states:
-        keys = f"; its keys are {_some(list(map(str, tree)))}" if tree else ""
-        raise file.error(
-            f"holds no weights: neither the file nor its {', '.join(_HOLDERS)} is a dictionary of tensors{keys}"
-        )
-    state = _unwrapped(states[0])
+def _places(states: dict[str, State]) -> str:
+    """The networks of mdistiller's files, or else the keys that lead to weights; "" if the file is the weights."""
+    words = [place for place in states if place]
+    parts = [part for part in _PARTS if any(part in name.split(".") for state in states.values() for name in state)]
+    return " and ".join(parts or words)
+
+
+def _parts(states: dict[str, State]) -> dict[str, State]:
+    """The networks that a file seems to hold, by part, for a message; a single one is "one network"."""
+    state = _unwrapped(max(states.values(), key=len))
     parts = {part: {k: v for k, v in state.items() if k.startswith(f"{part}.")} for part in _PARTS}
     found = {part: _unwrapped(_without(own, f"{part}.")) for part, own in parts.items() if own}
     return found or {"one network": state}
 
 
-def _is_state(candidate: Any) -> bool:
-    from torch import Tensor
-
-    if not isinstance(candidate, dict) or not candidate:
-        return False
-    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in candidate.items())
-
-
 def _unwrapped(state: State) -> State:
-    """The weights by the network's own names, without the prefixes of DataParallel, torch.compile, Lightning and kd."""
-    prefixes = ("module.", "_orig_mod.", "model.", "network.")
+    """The weights without the prefixes of DataParallel, torch.compile, Lightning and kd."""
+    prefixes = ("module.", "_orig_mod.", "model.", "network.", "net.")
     while found := [prefix for prefix in prefixes if all(name.startswith(prefix) for name in state)]:
         state = _without(state, found[0])
     return state
@@ -247,12 +250,6 @@ def _unwrapped(state: State) -> State:
 
 def _without(state: State, prefix: str) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-
-
-def _fitting(found: dict[str, State], network: nn.Module) -> list[str]:
-    """The parts whose weights fit a network."""
-    expected = network.state_dict()
-    return [part for part, state in found.items() if not any(_mismatches(state, expected))]
 
 
 def _with_classifier(state: State, network: nn.Module) -> State:
@@ -294,13 +291,13 @@ def _fresh(classifier: State) -> State:
     }
 
 
-def _filled(network: nn.Module, state: State, file: _File) -> nn.Module:
+def _filled(network: nn.Module, state: State, file: WeightsFile) -> nn.Module:
     """The network with these weights, which fit."""
     network.load_state_dict(state, strict=False)  # old files have no num_batches_tracked
     # The weights are in fp32 now; large float64 values have become infinite.
     broken = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
     if broken:
-        raise file.error(f"holds weights that are not finite in fp32: {_some(broken)}")
+        raise file.error(f"holds weights that are not finite in fp32: {some(broken)}")
     return network
 
 
@@ -321,7 +318,7 @@ def _mismatches(state: State, expected: State) -> Iterator[str]:
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "of another kind": kinds}
     for what, names in problems.items():
         if names:
-            yield f"{len(names)} {what}: {_some(names)}"
+            yield f"{len(names)} {what}: {some(names)}"
 
 
 def _copies_to(tensor: Tensor, place: Tensor) -> bool:
@@ -333,11 +330,11 @@ def _copies_to(tensor: Tensor, place: Tensor) -> bool:
 
 
 def _explain(
-    file: _File, wanted: _Wanted, found: dict[str, State], network: nn.Module, *, renew: bool = False
+    file: WeightsFile, wanted: _Wanted, states: dict[str, State], network: nn.Module, *, renew: bool = False
 ) -> Iterator[str]:
     """Why no part of a file fits. With `renew` another number of classes is no reason."""
     expected = network.state_dict()
-    for part, state in found.items():
+    for part, state in _parts(states).items():
         whose = f"'s {part}" if part in _PARTS else ""
         others = _recognize(state, wanted)
         hint = f"; it is a {others}" if others else ""
@@ -345,6 +342,12 @@ def _explain(
             f"{file.key}: {file.path}{whose} is not a {wanted.model} of {wanted.classes} classes "
             f"for {wanted.image_size}×{wanted.image_size} images{hint}"
         )
+        foreign = state.keys() - expected.keys() and expected.keys() - state.keys()
+        if not others and foreign and (library := _library_of(state, file)):
+            yield (
+                f"  its names are those of {library}: teacher={library.partition('/')[0]} "
+                f"teacher.arch={library.partition('/')[2]} teacher.init={file.path} takes it"
+            )
         usable = _with_classifier(state, network)
         yield from (f"  {line}" for line in _mismatches(usable if renew else state, expected))
         if not any(_mismatches(usable, expected)):
@@ -352,6 +355,29 @@ def _explain(
                 f"  everything but the classifier fits: teacher.init={file.path} makes a new one for {wanted.classes} "
                 "classes and trains it; with teacher.freeze=backbone it is trained alone, which is fast"
             )
+
+
+def _library_of(state: State, file: WeightsFile) -> str:
+    """The network of torchvision or timm that has these names and shapes but for the classifier; "" if none is found.
+
+    timm has too many to try: only the one with the longest name with which the file's name begins.
+    """
+    import torch
+
+    stem = re.sub(r"\W", "_", file.path.stem)
+    for library in sorted(LIBRARIES.values(), key=lambda each: each.name != "torchvision"):
+        if find_spec(library.name) is None:
+            continue
+        names = [name for name in library.names() if library.name == "torchvision" or stem.startswith(name)]
+        for name in names if library.name == "torchvision" else sorted(names, key=len)[-1:]:
+            try:
+                with torch.device("meta"):
+                    network = build(f"{library.name}/{name}", num_classes=2, image_size=224)
+            except KnownError:  # it has more outputs than logits
+                continue
+            if not any(_mismatches(_with_classifier(state, network), network.state_dict())):
+                return f"{library.name}/{name}"
+    return ""
 
 
 def _recognize(state: State, wanted: _Wanted) -> str:
@@ -373,8 +399,3 @@ def _recognize(state: State, wanted: _Wanted) -> str:
             if not any(_mismatches(state, same.state_dict())):
                 return f"{name} of {classes} classes"
     return ""
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(name[:100] for name in names[:_SHOWN]) + more

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from kd.core.spec import KnownError
@@ -25,7 +24,7 @@ def check_students(
     missing = [source for source in chain if place.runtime.retrain or not place.store.whole(source.key)]
     for source in missing:
         if isinstance(source, Given) and checkpoint is not None:
-            load_network(checkpoint, source)
+            load_network(checkpoint, source, print)
     stages = [source for source in missing if isinstance(source, Stage)]
     _check_initial(stages, place)
     if networks and missing:
@@ -56,10 +55,11 @@ def _check_networks(chain: Sequence[Source]) -> None:
         for source in chain:
             network = build(source.model, num_classes=source.dataset.num_classes, image_size=source.input_size)
             sizes[source.key] = sum(each.numel() for each in network.parameters())
-    for guide, stage in pairwise(chain):
-        if stage.role == "assistant" and sizes[stage.key] > sizes[guide.key]:
-            told = f"{stage.model} ({sizes[stage.key]:,} parameters)", f"{guide.model} ({sizes[guide.key]:,})"
-            print(f"{stage.role} {told[0]} is larger than its guide, {guide.role} {told[1]}", flush=True)
+    for stage in _alike([source for source in chain if isinstance(source, Stage)]):
+        for guide in stage.guides:
+            if stage.loss.name != "teachable_teacher" and sizes[stage.key] > sizes[guide.key]:
+                told = f"{stage.model} ({sizes[stage.key]:,} parameters)", f"{guide.model} ({sizes[guide.key]:,})"
+                print(f"{stage.role} {told[0]} is larger than its guide, {guide.role} {told[1]}", flush=True)
 
 
 def _check_initial(stages: Sequence[Stage], place: Workplace) -> None:

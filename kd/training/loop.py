@@ -21,11 +21,13 @@ from kd.models.normalization import Normalized
 from kd.reporting.console import Watch
 from kd.store import Metrics, StageResult, TrainedStage
 from kd.training.checkpoint import Checkpoint
+from kd.training.evidence import alarms, hits
 from kd.training.guide import Guide, LiveGuide
 from kd.training.probe import Probe, ProbedGuide
 from kd.training.ranks import ALONE, Team, batches, length, share_of
 from kd.training.step import Step, evaluate, learning_rate
 
+_GUIDE = "guide "  # and its number: the sum of its hits
 _HELP = "try a lower train.lr, a train.warmup, or train.precision=fp32"
 
 
@@ -96,6 +98,7 @@ class _Begun:
     samples: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     generators: list[Tensor] = field(default_factory=list)
+    share: float | None = None  # the guide's, of the gradient of the epoch's first batch
 
     def add(self, name: str, value: Tensor) -> None:
         """Add to a sum, in float64 where the device has it."""
@@ -104,8 +107,11 @@ class _Begun:
         self.sums[name] = self.sums[name] + value
 
     def means(self) -> dict[str, float]:
-        """Means over the samples."""
-        return {name: round(total.item() / self.samples, 6) for name, total in self.sums.items()}
+        """Means over the samples, the accuracy of the worst guide, and the guides' share of the gradient."""
+        found = {name: round(total.item() / self.samples, 6) for name, total in self.sums.items()}
+        guides = [found.pop(name) for name in [*found] if name.startswith(_GUIDE)]
+        accuracy = {"guide_acc": min(guides)} if guides else {}
+        return {**found, **accuracy, **({} if self.share is None else {"guide_share": self.share})}
 
 
 def train_stage(
@@ -184,17 +190,25 @@ class Loop:
                     self._pause()
                 right = labels[share.where]
                 guided = [guide.outputs(share.where, images) for guide in self.guides]
-                logits, parts = self.step(images, right, numbers[share.where], guided, share.part)
+                first_batch = begun.steps == 0
+                logits, parts = self.step(images, right, numbers[share.where], guided, share.part, measure=first_batch)
+                if first_batch:
+                    begun.share = self.step.guide_share
                 losses.append(parts["loss"])
                 if self.device.type == "cpu":
                     self._check(losses[-1:], epoch, begun.steps)
                 for name, value in parts.items():
                     begun.add(name, value * share.batch)
                 begun.add("train_acc", 100 * (logits.argmax(1) == right).sum())
+                for number, (guide, said) in enumerate(zip(self.guides, guided, strict=True)):
+                    if (right_or_not := hits(guide.learner, said, right)) is not None:
+                        begun.add(f"{_GUIDE}{number}", 100 * right_or_not.sum())
                 begun.steps, begun.samples = begun.steps + 1, begun.samples + share.batch
                 self.watch.stepped(share.batch)
         self._check(losses, epoch, first)
-        begun.sums["train_acc"] = self.team.total(begun.sums["train_acc"])
+        for name in begun.sums:
+            if name == "train_acc" or name.startswith(_GUIDE):
+                begun.sums[name] = self.team.total(begun.sums[name])
         self.begun = _Begun()
         return begun.means()
 
@@ -212,6 +226,7 @@ class Loop:
         last_of_equals = self.train.select == "best_test_batches"  # as in Trained Teacher's code
         self.kept.offer(self.step.network.network, epoch + 1, self._score(row), row["val_acc"], last_of_equals)
         self.history.append(row)
+        self._warn()
         checkpoint = self.checkpoint
         try:
             self.watch.epoch_ended(row)
@@ -233,6 +248,13 @@ class Loop:
             seconds=round(time.perf_counter() - self.began, 3),
         )
         return TrainedStage({name: tensor.cpu() for name, tensor in self.kept.state.items()}, self.history, result)
+
+    def _warn(self) -> None:
+        """Print the alarms after the last epoch, each kind once."""
+        said = {alarm.kind for end in range(1, len(self.history)) for alarm in alarms(self.stage, self.history[:end])}
+        for alarm in alarms(self.stage, self.history):
+            if alarm.kind not in said:
+                print(alarm.text, flush=True)
 
     def _score(self, row: Metrics) -> float:
         score = row[{"best_val": "val_acc", "last": "epoch"}.get(self.train.select, "test_acc")]

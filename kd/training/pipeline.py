@@ -21,7 +21,7 @@ from kd.core.spec import KnownError, NonFiniteError
 from kd.core.stage import Given, Source, Stage
 from kd.core.statistics import spread
 from kd.reporting.console import StageProgress, Unwatched
-from kd.reporting.results import Outcome, Replicate, ReplicatedResult, RunResult
+from kd.reporting.results import Evidence, Outcome, Replicate, ReplicatedResult, RunResult
 from kd.reporting.tracking import Tracker
 from kd.store import Metrics, StageResult, TrainedStage
 from kd.store.foreign import load_network
@@ -109,8 +109,14 @@ class Pipeline(Workplace):
             select=stage.train.select if stage else None,
             normalize=None if stage else source.normalize,
             reused=reused,
+            evidence=self._evidence(stage) if stage and stage.guides else None,
             **result.model_dump(exclude={"selected_epoch"}),
         )
+
+    def _evidence(self, stage: Stage) -> Evidence:
+        """How the stage's guide taught; empty for stages that were trained before it was measured."""
+        last = self.store.metrics(stage.key)[-1]
+        return Evidence(**{name: last.get(name) for name in Evidence.model_fields})
 
     def _accept(self, outcome: Outcome) -> Outcome:
         if outcome.role == "teacher" and self.min_acc is not None and outcome.test_acc < self.min_acc:

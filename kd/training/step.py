@@ -20,6 +20,7 @@ from kd.datasets.data import Images
 from kd.models import build
 from kd.models.normalization import Normalized
 from kd.store.foreign import initial_weights
+from kd.training.evidence import guide_share
 from kd.training.guide import LOGITS, Guide, LiveGuide, learner, said, tap
 from kd.training.probe import Probe, ProbedGuide
 from kd.training.ranks import ALONE, Team
@@ -214,6 +215,7 @@ class Step:
         self._optimizer = make_optimizer([*self.network.parameters(), *self._modules.parameters()], stage.train)
         self._scaler = torch.amp.GradScaler(device.partition(":")[0], enabled=stage.train.precision == "fp16")
         self._epoch = 0
+        self.guide_share: float | None = None  # of the gradient, in the last batch that was measured
 
     def begin_epoch(self, epoch: int) -> None:
         """Set train mode, and the learning rate of the epoch, counted from 0."""
@@ -223,11 +225,19 @@ class Step:
         self.network.train()
 
     def __call__(
-        self, images: Tensor, labels: Tensor, samples: Tensor, guided: Sequence[Outputs], part: float = 1.0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        samples: Tensor,
+        guided: Sequence[Outputs],
+        part: float = 1.0,
+        *,
+        measure: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Train on this rank's `part` of a batch. Returns its logits, and the loss and its parts for the whole batch.
 
         Images uint8 [sample, 3, height, width]; labels and samples' numbers [sample]; what each guide says about them.
+        With `measure`, `guide_share` is measured on it.
         """
         precision = self.stage.train.precision
         # Only full batches are compiled; an epoch's last batch may be smaller.
@@ -236,12 +246,14 @@ class Step:
         with autocast(precision, self.device):
             logits = forward(images)
         # The loss is computed in fp32, or in fp64 if the network computes in fp64.
-        net = at_least_fp32(said(logits, self._tapped))
+        net = separate(at_least_fp32(said(logits, self._tapped)))
         batches = [
             Batch(labels, samples, net, at_least_fp32(guide), self._epoch, self.team.gather)
             for guide in guided or [Outputs({})]
         ]
         parts = self._combined([loss(batch) for loss, batch in zip(self._losses, batches, strict=True)])
+        if measure:
+            self.guide_share = guide_share(parts, self.stage.loss.label_weight, net) if guided else None
         self._optimizer.zero_grad()
         self._scaler.scale(self.team.weigh(parts["loss"], part)).backward()  # type: ignore[no-untyped-call]
         self._scaler.step(self._optimizer)
@@ -273,6 +285,11 @@ class Step:
         self._modules.load_state_dict(state.get("losses", {}))  # absent in checkpoints from before losses had any
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
+
+
+def separate(outputs: Outputs) -> Outputs:
+    """The same tensors, none of which is computed from another: gradients reach each of them from the loss alone."""
+    return Outputs({name: each.view_as(each) for name, each in outputs.tensors.items()})
 
 
 def at_least_fp32(outputs: Outputs) -> Outputs:

@@ -1,0 +1,103 @@
+"""Evidence that a guide teaches: what is measured in every epoch, and the lines that say what looks wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from kd.core.stage import Learner, Outputs, Stage
+from kd.store import Metrics
+
+_LEAST, _MOST = 0.01, 0.999  # shares of the gradient beyond which one side hardly counts
+
+
+def guide_share(parts: Mapping[str, Tensor], label_weight: float, net: Outputs) -> float | None:
+    """The guide's share of the loss's gradient: ‖g‖ / (‖g‖ + ‖h‖), between 0 and 1.
+
+    g is the gradient of what the guide adds to the loss, and h that of the labels' cross-entropy, with its weight. Both
+    are with respect to what the loss reads of the network: its logits, and features if the loss reads these. The
+    network itself is not passed. None if the loss has no part `ce`, or if neither has a gradient.
+    """
+    if "ce" not in parts:
+        return None
+    read = [tensor for tensor in net.tensors.values() if tensor.requires_grad]
+    whole, labels = (_gradient(parts[name], read) for name in ("loss", "ce"))
+    labels = label_weight * labels
+    of_guide, of_labels = vector_norm(whole - labels).item(), vector_norm(labels).item()
+    total = of_guide + of_labels
+    # A difference of rounding errors is no gradient.
+    return None if total == 0 else 0.0 if of_guide < 1e-6 * of_labels else round(of_guide / total, 6)
+
+
+def _gradient(part: Tensor, read: Sequence[Tensor]) -> Tensor:
+    """The gradient of a part with respect to what the loss reads, as one vector."""
+    if not part.requires_grad:
+        return torch.zeros(1, device=part.device)
+    found = torch.autograd.grad(part, read, retain_graph=True, allow_unused=True)
+    pairs = zip(found, read, strict=True)
+    return torch.cat([(torch.zeros_like(each) if gradient is None else gradient).flatten() for gradient, each in pairs])
+
+
+def hits(guide: Learner, said: Outputs, labels: Tensor) -> Tensor | None:
+    """Whether a guide knew the label [sample]; None if it said neither logits nor what its classifier takes."""
+    if "logits" in said.tensors:
+        return said.logits.argmax(1) == labels
+    if "pooled" not in said.tensors or not isinstance(guide.head, torch.nn.Linear):
+        return None
+    with torch.no_grad():
+        logits: Tensor = guide.head.to(labels.device)(said.pooled.to(guide.head.weight.dtype))
+    return logits.argmax(1) == labels
+
+
+def near_chance(accuracy: float, classes: int) -> bool:
+    """Whether an accuracy in percent is less than a fifth of the way from chance to 100 %."""
+    chance = 100 / classes
+    return accuracy < chance + 0.2 * (100 - chance)
+
+
+class Alarm(NamedTuple):
+    """Something that looks wrong: its kind, said once for a stage, and a line."""
+
+    kind: str
+    text: str
+
+
+def alarms(stage: Stage, history: Sequence[Metrics]) -> Iterator[Alarm]:
+    """What looks wrong after the last epoch of a history."""
+    row, who = history[-1], f"{stage.role} {stage.model}"
+    guides = " and ".join(guide.model for guide in stage.guides)
+    share, accuracy, own = row.get("guide_share"), row.get("guide_acc"), row.get("train_acc")
+    # The reference of a trained teacher is a smaller network, and has a small weight: it is to be so.
+    taught = stage.loss.name != "teachable_teacher"
+    if share is not None:
+        yield from _about_share(stage, share, f"{who}: {guides}", taught)
+    if (term := _term(stage, row)) is not None and len(history) > 1 and term == _term(stage, history[-2]):
+        yield Alarm("constant", f"{who}: the term of {guides} was {term:g} in two epochs: it does not change")
+    if not taught or accuracy is None:
+        return
+    if near_chance(accuracy, stage.dataset.num_classes):
+        text = f"{who}: {guides} knows {accuracy:.2f} % of the images that it is asked about"
+        yield Alarm("chance", f"{text}: that is near chance")
+    elif own is not None and own > accuracy:
+        text = f"{who} knows {own:.2f} % of the training images, and its guide {guides} {accuracy:.2f} %"
+        yield Alarm("worse", f"{text}: the guide is worse than its student")
+
+
+def _about_share(stage: Stage, share: float, who: str, taught: bool) -> Iterator[Alarm]:
+    percent = f"{100 * share:.3g} %"
+    if share == 0:
+        yield Alarm("zero", f"{who} teaches nothing: its term has no gradient ({stage.loss.described})")
+    elif share < _LEAST and taught and not stage.loss.growth:
+        yield Alarm("small", f"{who} makes only {percent} of the gradient ({stage.loss.described})")
+    elif share > _MOST and stage.loss.label_weight:
+        yield Alarm("large", f"{who} makes {percent} of the gradient: the labels hardly count ({stage.loss.described})")
+
+
+def _term(stage: Stage, row: Metrics) -> float | None:
+    """What the guide added to the loss, a mean over an epoch."""
+    loss, ce = row.get("loss"), row.get("ce")
+    return None if loss is None or ce is None else round(loss - stage.loss.label_weight * ce, 6)

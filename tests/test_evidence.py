@@ -1,0 +1,220 @@
+"""Evidence that a guide teaches: what is measured, and an alarm within two epochs for each planted fault."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from kd.core.stage import Batch, LossSpec, Outputs, Stage
+from kd.datasets.data import Data
+from kd.losses import LOSSES, Distill, TeachableTeacher, kl
+from kd.models.normalization import Normalized
+from kd.store import Metrics, TrainedStage
+from kd.training.evidence import alarms, guide_share, near_chance
+from kd.training.guide import Guide
+from kd.training.loop import train_stage
+from kd.training.step import make_network
+from tests.test_train import Silent, a_stage, data, spec
+
+__all__ = ["data"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def teacher(data: Data) -> tuple[Stage, Normalized]:
+    """A teacher that knows its digits."""
+    stage = a_stage(data, model="net", seed=9, epochs=6, lr=0.05)
+    network = make_network(stage, "cpu")
+    network.network.load_state_dict(train_stage(stage, data=data, device="cpu", watch=Silent()).state)
+    return stage, network.eval()
+
+
+def taught(
+    data: Data, teacher: tuple[Stage, Normalized], loss: LossSpec | None = None, guide: Any = None, **changes: Any
+) -> TrainedStage:
+    """A student of two epochs."""
+    student = Stage(
+        role="student",
+        model="mlp",
+        loss=loss or Distill(T=4, lam=0.5),
+        dataset=data.spec,
+        train=spec(**{"epochs": 2, "lr": 0.05, **changes}),
+        seed=0,
+        guide=teacher[0],
+    )
+    made = guide or Guide(teacher[1], data, "fp32", "cpu", needs=student.loss.needs)
+    return train_stage(student, data=data, guides=[made], device="cpu", watch=Silent())
+
+
+# what is measured -------------------------------------------------------------------------------------------------
+
+
+def outputs(logits: Tensor, **others: Tensor) -> Outputs:
+    return Outputs({"logits": logits, **others})
+
+
+def test_the_share_of_a_distilled_network() -> None:
+    torch.manual_seed(0)
+    net, guide = torch.randn(8, 5, dtype=torch.float64, requires_grad=True), torch.randn(8, 5, dtype=torch.float64)
+    labels, loss = torch.arange(8) % 5, Distill(T=3, lam=0.7)
+    share = guide_share(loss(Batch(labels, labels, outputs(net), outputs(guide))), loss.label_weight, outputs(net))
+    # By hand: the gradient of KL is (q − p)/T, that of CE is q − y; both divided by the batch.
+    net = net.detach()
+    of_guide = 0.7 * 9 * ((net / 3).softmax(1) - (guide / 3).softmax(1)) / 3
+    of_labels = 0.3 * (net.softmax(1) - torch.eye(5, dtype=torch.float64)[labels])
+    assert share == pytest.approx(float(of_guide.norm() / (of_guide.norm() + of_labels.norm())), abs=1e-6)
+
+
+@pytest.mark.parametrize(("loss", "share"), [(Distill(T=3, lam=0), 0), (Distill(T=3, lam=1), 1)])
+def test_one_side_alone(loss: Distill, share: float) -> None:
+    torch.manual_seed(0)
+    net, guide, labels = torch.randn(8, 5, requires_grad=True), torch.randn(8, 5), torch.arange(8) % 5
+    assert (
+        guide_share(loss(Batch(labels, labels, outputs(net), outputs(guide))), loss.label_weight, outputs(net)) == share
+    )
+
+
+def test_a_loss_on_features_counts_the_gradient_of_features() -> None:
+    net, pooled = torch.randn(4, 3, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    ce, term = cross_entropy(net, torch.zeros(4, dtype=torch.long)), pooled.square().sum()
+    labels, features = torch.autograd.grad(ce, net, retain_graph=True)[0].norm(), 2 * pooled.detach().norm()
+    share = guide_share({"loss": ce + term, "ce": ce}, 1.0, outputs(net, pooled=pooled))
+    assert share == pytest.approx(float(features / (features + labels)), abs=1e-6)
+    assert guide_share({"loss": ce}, 1.0, outputs(net)) is None  # a loss without the part `ce`
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].needs])
+def test_every_loss_says_the_weight_of_its_labels(name: str) -> None:
+    """The rest of the loss has no gradient of the labels: it does not depend on the labels' cross-entropy alone."""
+    fields = {"name": name, "T": 4.0, "lambda": 0.3, "weight": 0.2}
+    kind = LOSSES[name]
+    taken = {
+        key: value
+        for key, value in fields.items()
+        if key == "name" or kind.model_fields.get(key.replace("lambda", "lam"))
+    }
+    loss = kind.model_validate(taken)
+    assert loss.label_weight == (0.7 if name == "distill" else 0 if name == "simkd" else 1)
+    if "ce" in kind.model_fields:
+        assert kind.model_validate({**taken, "ce": 0.4}).label_weight == 0.4
+
+
+def test_a_healthy_training_is_measured_and_raises_no_alarm(
+    data: Data, teacher: tuple[Stage, Normalized], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = taught(data, teacher).metrics
+    for row in rows:
+        assert 0.2 < row["guide_share"] < 0.99  # type: ignore[operator]
+        assert row["guide_acc"] > 80  # type: ignore[operator]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_stage_without_a_guide_has_none(data: Data) -> None:
+    row = train_stage(a_stage(data, epochs=1), data=data, device="cpu", watch=Silent()).metrics[0]
+    assert not {"guide_share", "guide_acc"} & row.keys()
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "classes", "near"), [(24.72, 10, True), (55, 2, True), (75, 2, False), (30, 100, False)]
+)
+def test_near_chance(accuracy: float, classes: int, near: bool) -> None:
+    assert near_chance(accuracy, classes) is near
+
+
+# planted faults ---------------------------------------------------------------------------------------------------
+
+
+class Faulty(Guide):
+    """A guide whose logits are spoiled."""
+
+    spoil: Callable[[Tensor], Tensor]
+
+    def outputs(self, where: slice, images: Tensor) -> Outputs:
+        return Outputs({"logits": self.spoil(super().outputs(where, images).logits)})
+
+
+def faulty(network: Normalized, data: Data, spoil: Callable[[Tensor], Tensor]) -> Guide:
+    guide = Faulty(network, data, "fp32", "cpu")
+    guide.spoil = spoil
+    return guide
+
+
+def test_a_random_classifier(data: Data, teacher: tuple[Stage, Normalized], capsys: pytest.CaptureFixture[str]) -> None:
+    stage, network = teacher
+    spoiled = make_network(stage, "cpu")
+    spoiled.network.load_state_dict(network.network.state_dict())
+    torch.manual_seed(1)
+    last = [each for each in spoiled.modules() if isinstance(each, torch.nn.Linear)][-1]
+    last.reset_parameters()
+    taught(data, (stage, spoiled.eval()))
+    assert "net knows" in (said := capsys.readouterr().out)
+    assert "that is near chance" in said
+
+
+@pytest.mark.parametrize("spoil", [torch.zeros_like, lambda logits: logits.roll(1, 0)], ids=["zeroed", "other images"])
+def test_logits_that_say_nothing_of_the_image(
+    data: Data,
+    teacher: tuple[Stage, Normalized],
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Tensor], Tensor],
+) -> None:
+    taught(data, teacher, guide=faulty(teacher[1], data, spoil))
+    assert "that is near chance" in capsys.readouterr().out
+
+
+def test_a_detached_term(
+    data: Data, teacher: tuple[Stage, Normalized], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def detached(target: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+        return kl(target, logits.detach(), *rest)
+
+    monkeypatch.setattr("kd.losses.distillation.kl", detached)
+    taught(data, teacher)
+    assert "student mlp: net teaches nothing: its term has no gradient (kd T=4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("loss", "line"),
+    [
+        (Distill(T=4, lam=0), "net teaches nothing: its term has no gradient (kd T=4 lambda=0)"),
+        (Distill(T=1e-3, lam=0.5), "net makes only"),
+        (Distill(T=100, lam=0.99999), "net makes 100 % of the gradient: the labels hardly count"),
+    ],
+    ids=["lambda 0", "T 1e-3", "large"],
+)
+def test_settings_under_which_one_side_vanishes(
+    data: Data, teacher: tuple[Stage, Normalized], capsys: pytest.CaptureFixture[str], loss: Distill, line: str
+) -> None:
+    taught(data, teacher, loss)
+    assert line in capsys.readouterr().out
+
+
+def test_a_term_that_does_not_change(data: Data, teacher: tuple[Stage, Normalized]) -> None:
+    stage = a_stage(data, guide=teacher[0])
+    rows: list[Metrics] = [{"epoch": 1, "loss": 1.5, "ce": 1.0}, {"epoch": 2, "loss": 1.25, "ce": 0.5}]
+    assert [alarm.kind for alarm in alarms(stage, rows)] == ["constant"]
+    rows[1]["loss"] = 1.3
+    assert not [*alarms(stage, rows)]
+
+
+def test_a_guide_that_is_worse_than_its_student(data: Data, teacher: tuple[Stage, Normalized]) -> None:
+    stage = a_stage(data, guide=teacher[0])
+    row: Metrics = {"epoch": 1, "loss": 1.5, "ce": 1.0, "train_acc": 90.0, "guide_acc": 80.0}
+    (alarm,) = alarms(stage, [row])
+    assert alarm.text == (
+        "student plane2 knows 90.00 % of the training images, and its guide net 80.00 %: "
+        "the guide is worse than its student"
+    )
+    reference = Stage(**{**vars(stage), "loss": TeachableTeacher(T=4, weight=0.005)})
+    assert not [*alarms(reference, [{**row, "guide_share": 0.001}])]  # a trained teacher's reference is a small network
+
+
+def test_an_alarm_is_said_once(
+    data: Data, teacher: tuple[Stage, Normalized], capsys: pytest.CaptureFixture[str]
+) -> None:
+    taught(data, teacher, Distill(T=4, lam=0), epochs=3)
+    assert capsys.readouterr().out.count("teaches nothing") == 1
