@@ -36,6 +36,7 @@ def test_a_round_of_the_benchmark_and_its_figure(monkeypatch: pytest.MonkeyPatch
     assert "images a second" in (tmp_path / "speed.svg").read_text()
 
 
+@pytest.mark.slow
 def test_a_round_of_every_loss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(losses, "IMAGES", 500)
     monkeypatch.setattr(losses, "BATCH", 8)
@@ -57,6 +58,7 @@ for epoch in range(int(value["--epochs"])):
 """
 
 
+@pytest.mark.slow
 def test_photographs_beside_timm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a script in place of timm's, which is not in its wheel: ours trains, and what theirs prints is read."""
     timm, safetensors = pytest.importorskip("timm"), pytest.importorskip("safetensors.torch")
