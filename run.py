@@ -10,8 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kd.app import jobs
+from kd.app.command_line import read_command
 from kd.app.config import initial_files, plan
-from kd.app.parsing import parse, recorded, register
+from kd.app.effects import said
+from kd.app.parsing import by_key, parse, recorded, register
 from kd.core.spec import KnownError, tilde
 from kd.datasets import resolve
 from kd.reporting import console
@@ -37,7 +39,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     config = parse(cfg, jobs.typed())
     dataset = resolve(config.dataset, config.data_root, config.workers, config.image_size)
     students = plan(config, dataset)
-    for line in (*jobs.choices(config, dataset), *jobs.without_effect(config), *jobs.still_growing(students[0])):
+    for line in said(config, dataset, students[0], by_key(jobs.typed())):
         print(line, flush=True)
     store = Store(config.store_root)
     if config.dry_run:
@@ -46,7 +48,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
         console.print_plan(config.mode, students, store, config.runtime.retrain)
         return None
     runtime = jobs.with_share(config.runtime)
-    with track(config.tracking, folder, students, recorded(cfg), store, jobs.group()) as tracker:
+    with track(config.tracking, folder, students, recorded(cfg, jobs.typed()), store, jobs.group()) as tracker:
         pipeline = Pipeline(
             store=store,
             data_root=config.data_root,
@@ -82,8 +84,9 @@ if __name__ == "__main__":
     ranks = team()
     try:
         register()
+        sys.argv[1:] = read_command(sys.argv[1:])
         main()
-    except KnownError as error:  # a mistake in conf/paper: nothing has begun
+    except KnownError as error:  # a mistake in conf/paper or on the command line: nothing has begun
         print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:

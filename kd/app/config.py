@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -272,11 +273,18 @@ def _overrides(config: Config, role: Role) -> dict[str, Any]:
 
 def _without_idle(settings: dict[str, Any]) -> dict[str, Any]:
     """Reset settings that the optimiser or the schedule does not read, so that they do not change the key."""
+    usual = {"momentum": 0.0, "nesterov": False, "milestones": (), "gamma": GAMMA}
+    return settings | {name: usual[name] for name in idle(settings)}
+
+
+def idle(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that the optimiser or the schedule does not read, with what does not read them."""
+    found = dict[str, str]()
     if settings["optimizer"] in ("adam", "adamw"):
-        settings |= {"momentum": 0.0, "nesterov": False}
+        found |= dict.fromkeys(("momentum", "nesterov"), f"train.optimizer={settings['optimizer']}")
     if settings["schedule"] != "step":
-        settings |= {"milestones": (), "gamma": GAMMA}
-    return settings
+        found |= dict.fromkeys(("milestones", "gamma"), f"train.schedule={settings['schedule']}")
+    return found
 
 
 def check_system(config: Config, role: Role, model: str) -> None:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -22,11 +22,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd.app.config import Config, chain, for_photos
+from kd.app.config import Config
 from kd.core.hardware import cpu_count, resolve_device
 from kd.core.spec import KnownError, tilde
-from kd.core.stage import DatasetSpec, Stage
-from kd.methods.method import Link
+from kd.core.stage import Stage
 from kd.reporting import summary
 from kd.reporting.console import escape_unknown
 from kd.reporting.results import Job, clear_marks, find_jobs, record_failed
@@ -119,58 +118,6 @@ def processors_of_a_job(launcher: DictConfig, processors: int) -> int:
     return max(int(asked or 1), 1)
 
 
-def without_effect(config: Config) -> Iterator[str]:
-    """A line for each part of the losses that the command line sets and that has no effect."""
-    asked = {override.partition("=")[0].lstrip("+") for override in typed()}
-    links, method = chain(config, config.seed), f"method={config.method.name}"
-    learning: dict[str, Link] = {link.role: link for link in links}  # assistants learn by the same loss
-    for key, role, section, choice in (
-        ("loss", "student", "method", config.loss),
-        ("assistant_loss", "assistant", "method.assistant", config.assistant_loss),
-    ):
-        link, called = learning.get(role), f"{key}={choice.option}"
-        if link is None:
-            if _is_set(key, asked):
-                yield f"{called} has no effect: {method} has no {role}"
-        elif link.loss.name != choice.name:
-            if _is_set(key, asked):
-                yield f"{called} has no effect: it needs a guide, and {method} gives the {role} none"
-        else:
-            yield from (
-                f"{section}.{name} has no effect: {called} does not read it"
-                for name in ("T", "lambda")
-                if f"{section}.{name}" in asked and not choice.reads(name)
-            )
-            if link is not links[0] and not link.loss.guided:
-                yield f"{called} needs no guide: no network teaches the {role}"
-
-
-def still_growing(student: Stage) -> Iterator[str]:
-    """A line for each loss whose weight grows until its network's training ends."""
-    keys, lines = {"student": "loss", "assistant": "assistant_loss"}, list[str]()
-    for stage in student.chain:
-        if isinstance(stage, Stage) and stage.role in keys and (grows := stage.loss.growth):
-            key, epochs, growing = keys[stage.role], stage.train.epochs, getattr(stage.loss, grows)
-            if epochs <= growing:
-                called, said = stage.loss.option or stage.loss.name, f"{key}.{grows}={growing}, train.epochs={epochs}"
-                lines.append(f"{key}={called}: its weight grows until training ends: {said}")
-    yield from dict.fromkeys(lines)
-
-
-def choices(config: Config, dataset: DatasetSpec) -> Iterator[str]:
-    """A line for each choice that the images decide."""
-    networks = {link.model for link in chain(config, config.seed)}
-    for key, named in (("init", config.init), ("freeze", config.freeze)):
-        for other in sorted({*named} - networks):
-            yield f"{key}={other} has no effect: no network of the chain has this name"
-    if (name := for_photos(config.train.recipe, dataset.image_size)) is not None:
-        yield f"train={name}: images of {dataset.image_size} pixels are photographs; train=<recipe> takes another"
-
-
-def _is_set(key: str, asked: set[str]) -> bool:
-    return any(each in (key, f"loss@{key}") or each.startswith(f"{key}.") for each in asked)
-
-
 def pruning(config: Config, students: Sequence[Stage]) -> Callable[[Metrics], None] | None:
     """The function that ends the training of a pruned trial; None if the job is not pruned.
 
@@ -202,6 +149,7 @@ class Multirun(Callback):
         if world().size > 1:
             _check_plugins(config)
         _check_slurm(config)
+        _check_direction(config)
         Multirun.search, Multirun.began = None, time.time() - 1  # file times are coarse
         if config.hydra.sweeper.get("custom_search_space") != SEARCH:
             Multirun.folder, Multirun.expected = Path(config.hydra.sweep.dir), _jobs_of_a_grid(config)
@@ -239,6 +187,28 @@ def _check_plugins(config: DictConfig) -> None:
             choice = config.hydra.runtime.choices[f"hydra/{part}"]
             print(f"hydra/{part}: should be basic under torchrun (got {choice!r})", file=sys.stderr, flush=True)
             sys.exit(2)
+
+
+_MAXIMISES = {  # how sweepers that search are told to maximise; all of them minimise by themselves
+    "direction": "maximize",  # Optuna
+    "optim.maximize": True,  # Nevergrad
+    "ax_config.experiment.minimize": False,  # Ax
+}
+
+
+def _check_direction(config: DictConfig) -> None:
+    """Let a search maximise, because jobs return accuracies. Exit if the command line says the opposite."""
+    typed_keys = {str(each).lstrip("+").partition("=")[0] for each in config.hydra.overrides.hydra}
+    for name, wanted in _MAXIMISES.items():
+        given, key = OmegaConf.select(config.hydra.sweeper, name), f"hydra.sweeper.{name}"
+        if given is None or getattr(given, "name", given) == wanted:
+            continue
+        told = f"{key}={str(wanted).lower()}"
+        if key in typed_keys:
+            print(f"{key}: a search maximises accuracy; {told} or nothing", file=sys.stderr, flush=True)
+            sys.exit(2)
+        print(f"{told}: jobs return accuracies; sweep=tpe is a search that can be continued", flush=True)
+        OmegaConf.update(config, key, wanted)
 
 
 def _check_slurm(config: DictConfig) -> None:

@@ -33,6 +33,11 @@ SELECTED: dict[Select | None, str] = {
 }
 
 
+def without_comment(words: Sequence[str]) -> list[str]:
+    """Arguments up to a lone #. zsh hands a comment over as arguments where it is pasted."""
+    return [*words][: [*words, "#"].index("#")]
+
+
 def escape_unknown() -> None:
     """Escape what the encoding of the output lacks, as in an ASCII terminal, where print() would raise."""
     for stream in (sys.stdout, sys.stderr):

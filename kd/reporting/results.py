@@ -194,7 +194,8 @@ def find_jobs(folder: Path, since: float = 0.0) -> list[Job]:
 
 
 def _read_job(place: Path, number: str) -> Job:
-    overrides = [tilde(str(override)) for override in _load_yaml(place, "overrides") or ()]
+    # The command line adds ++ where other jobs of the sweep do not have the key.
+    overrides = [tilde(str(override)).removeprefix("++") for override in _load_yaml(place, "overrides") or ()]
     if (place / "result.json").exists():
         try:
             return Job(number, overrides, read_result(place / "result.json"), "")
