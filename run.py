@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kd.app import jobs
-from kd.app.config import initial_files, plan
+from kd.app.config import initial_files, plan, plan_alone
 from kd.app.parsing import parse, recorded, register
 from kd.core.spec import KnownError, tilde
 from kd.datasets import resolve
@@ -37,16 +37,17 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     config = parse(cfg, jobs.typed())
     dataset = resolve(config.dataset, config.data_root, config.workers, config.image_size)
     students = plan(config, dataset)
+    alone = plan_alone(config, dataset, students)
     for line in (*jobs.choices(config, dataset), *jobs.without_effect(config), *jobs.still_growing(students[0])):
         print(line, flush=True)
     store = Store(config.store_root)
     if config.dry_run:
         place = Workplace(store, config.data_root, config.runtime, initial=initial_files(config))
-        check_students(place, students, config.teacher.file, networks=False)
-        console.print_plan(config.mode, students, store, config.runtime.retrain)
+        check_students(place, [*students, *alone], config.teacher.file, networks=False)
+        console.print_plan(config.mode, students, store, config.runtime.retrain, alone)
         return None
     runtime = jobs.with_share(config.runtime)
-    with track(config.tracking, folder, students, recorded(cfg), store, jobs.group()) as tracker:
+    with track(config.tracking, folder, students, recorded(cfg), store, jobs.group(), alone) as tracker:
         pipeline = Pipeline(
             store=store,
             data_root=config.data_root,
@@ -61,7 +62,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
         )
         labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
         try:
-            result = run_students(pipeline, students, labels)
+            result = run_students(pipeline, students, labels, alone)
         except Pruned as pruned:
             tracker.summarize({"pruned_after_epoch": pruned.epoch})
             print(pruned, flush=True)

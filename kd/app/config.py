@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ from kd.core.stage import DatasetSpec, Given, LossSpec, Normalization, Role, See
 from kd.datasets import DATASETS, LARGE, DatasetConfig
 from kd.losses import LOSSES, CrossEntropy
 from kd.methods.method import Ends, Link, LossChoice, Method
+from kd.methods.scratch import Scratch
 from kd.models import MODELS, own_size
 from kd.reporting.results import Objective
 from kd.reporting.tracking import TrackingSpec
@@ -61,6 +63,7 @@ class Config(Frozen):
     sweep: SweepSpec
     seed: Seed
     replicates: Annotated[int, Field(ge=1, le=1000)]  # limited, because all are planned at once
+    baseline: bool  # the same students alone, beside the run
     dry_run: bool
 
     @property
@@ -106,6 +109,16 @@ def plan(config: Config, dataset: DatasetSpec) -> list[Stage]:
         return [_student(config, dataset, seed, given) for seed in seeds]
     except ValidationError as error:
         raise KnownError("\n".join(explain(error))) from error
+
+
+def plan_alone(config: Config, dataset: DatasetSpec, students: Sequence[Stage]) -> list[Stage]:
+    """The same students alone, as method=scratch plans them. None without baseline=true, or if no network teaches them.
+
+    Raises KnownError as plan() does.
+    """
+    if not config.baseline or not students[0].guides:
+        return []
+    return plan(config.model_copy(update={"method": Scratch(name="scratch")}), dataset)
 
 
 def _student(config: Config, dataset: DatasetSpec, seed: int, given: Given | None) -> Stage:

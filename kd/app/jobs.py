@@ -120,10 +120,12 @@ def processors_of_a_job(launcher: DictConfig, processors: int) -> int:
 
 
 def without_effect(config: Config) -> Iterator[str]:
-    """A line for each part of the losses that the command line sets and that has no effect."""
+    """A line for each part of the losses that the command line sets and that has no effect, and for such a baseline."""
     asked = {override.partition("=")[0].lstrip("+") for override in typed()}
     links, method = chain(config, config.seed), f"method={config.method.name}"
     learning: dict[str, Link] = {link.role: link for link in links}  # assistants learn by the same loss
+    if config.baseline and not links[-1].loss.guided:
+        yield f"baseline=true has no effect: {method}, and no network teaches the student"
     for key, role, section, choice in (
         ("loss", "student", "method", config.loss),
         ("assistant_loss", "assistant", "method.assistant", config.assistant_loss),

@@ -65,6 +65,28 @@ class Replicate(Frozen):
     test_acc: float
 
 
+class Baseline(Frozen):
+    """The same students alone, as by method=scratch, beside those of a run; accuracies in percent."""
+
+    student: Outcome  # that of the first seed
+    replicates: tuple[Replicate, ...]  # all students, by seed
+    test_acc: float  # their mean
+    difference: float  # the run's mean less theirs, in points of test accuracy
+    std: float | None = None  # of the paired differences; from here to p null for one seed
+    ci95: tuple[float, float] | None = None
+    p: float | None = None  # of a paired t-test; null, too, if all differences are equal
+    seeds_needed: int | None = None  # to find this difference with a power of 80 %; null if that cannot be told
+    seconds: float  # of the training of these students, now or earlier
+    taught_seconds: float  # of the training of the run's students and their chain
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Columns for a table of runs."""
+        low, high = self.ci95 or (None, None)
+        named = self.model_dump(exclude={"student", "replicates", "ci95"})
+        return {f"baseline/{name}": value for name, value in {**named, "ci95_low": low, "ci95_high": high}.items()}
+
+
 class RunResult(Frozen):
     """result.json of a run, for scripts."""
 
@@ -74,12 +96,14 @@ class RunResult(Frozen):
     method: str
     dataset: str  # its name in tables
     classes: tuple[str, ...] = ()  # the labels' names; empty: the data set has none
+    baseline: Baseline | None = None  # of baseline=true
 
     @property
     def columns(self) -> dict[str, Any]:
         """Columns for a table of runs, besides the stages' accuracies; `test_acc` is the student's."""
         common = self.model_dump(include={"objective", "mode", "method", "dataset"})
-        return {**common, "test_acc": self.chain[-1].test_acc}
+        beside = self.baseline.columns if self.baseline else {}
+        return {**common, "test_acc": self.chain[-1].test_acc, **beside}
 
     @property
     def networks(self) -> str:

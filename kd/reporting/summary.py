@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from kd.core.statistics import paired, spread
+from kd.core.statistics import spread, told
 from kd.reporting.console import console, count, headline, interval, narrow_table, percent, test_of, test_set_choices
 from kd.reporting.results import Job, RunResult
 from kd.reporting.summary_figure import draw_summary
@@ -90,6 +90,12 @@ class Setting:
     def by_seed(self) -> dict[int, float]:
         """The test accuracy of each student, by its seed."""
         return {student.seed: student.test_acc for result in self.results for student in result.students}
+
+    @property
+    def alone(self) -> dict[int, float]:
+        """The test accuracy of each student of the jobs' own baselines, by its seed."""
+        baselines = [result.baseline for result in self.results if result.baseline]
+        return {student.seed: student.test_acc for baseline in baselines for student in baseline.replicates}
 
     @property
     def val(self) -> float | None:
@@ -183,28 +189,19 @@ def command(setting: Setting) -> str:
 def differences(pool: Sequence[Setting]) -> list[str]:
     """The difference in test accuracy between students and the same students of method=scratch, one line per setting.
 
-    A setting without such a baseline has no line.
+    A setting without such a baseline, of its own (baseline=true) or in the multirun, has no line.
     """
     shared, lines = _shared(pool), []
-    baselines = {setting.traits: setting for setting in reversed(pool) if setting.results[0].method == "scratch"}
+    scratch = {setting.traits: setting for setting in reversed(pool) if setting.results[0].method == "scratch"}
     for setting in pool:
-        baseline = baselines.get(setting.traits)
-        if setting.results[0].method != "scratch" and baseline is not None:
-            seeds = [seed for seed in setting.by_seed if seed in baseline.by_seed]
-            values, others = ([each.by_seed[seed] for seed in seeds] for each in (setting, baseline))
+        if setting.results[0].method != "scratch":
+            found = scratch.get(setting.traits)
+            alone = {**(found.by_seed if found else {}), **setting.alone}
+            seeds = [seed for seed in setting.by_seed if seed in alone]
+            values, others = ([each[seed] for seed in seeds] for each in (setting.by_seed, alone))
             if seeds:
-                lines.append(f"{setting.label(shared)}: {_paired(values, others)}")
+                lines.append(f"{setting.label(shared)}: {told(values, others)}")
     return lines
-
-
-def _paired(values: Sequence[float], others: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0] - others[0]:+.2f}, one seed"
-    known = paired(values, others)
-    if known.p is None:
-        return f"{known.mean:+.2f} at every seed, {known.n} seeds"
-    low, high = known.ci95
-    return f"{known.mean:+.2f} ({low:+.2f} to {high:+.2f}) over {known.n} seeds"
 
 
 def write_summary(folder: Path, jobs: Sequence[Job], objective: str, missing: int = 0) -> list[str]:
@@ -265,6 +262,7 @@ def _numbers(result: RunResult | None) -> dict[str, Any]:
         "test_acc": round(sum(test) / len(test), 4) if test else None,
         "std": spread(test).std if len(test) > 1 else None,
         "n": len(test),
+        "difference to scratch": result.baseline.difference if result and result.baseline else None,
         "chain": result.networks if result else None,
         "student": result.chain[-1].key if result else None,
         "mode": result.mode if result else None,

@@ -21,6 +21,7 @@ PROTOCOL = ("mode=paper", "train.select=best_val", "train.test_curve=true", "tra
 _OTHERWISE = {
     "seed": "--seeds",
     "replicates": "--seeds",
+    "baseline": "a row of method=scratch, as most tables have one",
     "teacher.seed": "--vary",
     "method.assistant.seed": "--vary",
     "dry_run": "--plan",
