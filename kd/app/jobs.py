@@ -22,7 +22,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd.app.config import Config, chain, for_photos
+from kd.app.config import Config, chain, for_photos, trained_networks
 from kd.core.hardware import cpu_count, resolve_device
 from kd.core.spec import KnownError, tilde
 from kd.core.stage import DatasetSpec, Stage
@@ -120,10 +120,14 @@ def processors_of_a_job(launcher: DictConfig, processors: int) -> int:
 
 
 def without_effect(config: Config) -> Iterator[str]:
-    """A line for each part of the losses that the command line sets and that has no effect, and for such a baseline."""
+    """A line for each part of the losses that the command line sets and that has no effect, and for vary, baseline."""
     asked = {override.partition("=")[0].lstrip("+") for override in typed()}
-    links, method = chain(config, config.seed), f"method={config.method.name}"
+    links, method = chain(config), f"method={config.method.name}"
     learning: dict[str, Link] = {link.role: link for link in links}  # assistants learn by the same loss
+    if config.vary == "chain" and config.replicates == 1:
+        yield "vary=chain has no effect: replicates=1 has one student"
+    elif config.vary == "chain" and len(trained_networks(config)) == 1:
+        yield f"vary=chain has no effect: {method}, and no network but the student is trained"
     if config.baseline and not links[-1].loss.guided:
         yield f"baseline=true has no effect: {method}, and no network teaches the student"
     for key, role, section, choice in (
@@ -161,7 +165,7 @@ def still_growing(student: Stage) -> Iterator[str]:
 
 def choices(config: Config, dataset: DatasetSpec) -> Iterator[str]:
     """A line for each choice that the images decide."""
-    networks = {link.model for link in chain(config, config.seed)}
+    networks = {link.model for link in chain(config)}
     for key, named in (("init", config.init), ("freeze", config.freeze)):
         for other in sorted({*named} - networks):
             yield f"{key}={other} has no effect: no network of the chain has this name"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kd.core.statistics import paired, seeds_needed, told
-from kd.reporting.results import Baseline, Outcome, Replicate, RunResult
+from kd.reporting.results import Baseline, Outcome, Replicate, ReplicatedResult, RunResult, whose_seeds
 
 
 def compare_alone(chains: Sequence[Sequence[Outcome]], alone: Sequence[Outcome]) -> Baseline:
@@ -43,9 +43,10 @@ def baseline_lines(result: RunResult) -> Iterator[str]:
     if len(alone) > 1:
         each = ", ".join(f"{accuracy:.2f}" for accuracy in alone)
         yield f"{len(alone)} students alone, at the same seeds: test {each}, mean {baseline.test_acc:.2f} %"
+    whose = whose_seeds(result.varied) if isinstance(result, ReplicatedResult) else ""
     interval = ", 95 % interval" if baseline.p is not None else ""
     more = "" if len(alone) > 1 else "; replicates=3 gives an interval"
-    yield f"difference to the student alone in test accuracy{interval}: {told(taught, alone, 'of the student')}{more}"
+    yield f"difference to the student alone in test accuracy{interval}: {told(taught, alone, whose)}{more}"
     if baseline.p is not None:
         seeds = "more than 10,000" if baseline.seeds_needed is None else f"{baseline.seeds_needed:,}"
         yield f"a paired t-test at 5 % finds an effect of this size with {seeds} seeds (power 80 %)"

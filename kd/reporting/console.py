@@ -18,7 +18,7 @@ from rich.text import Text
 from kd.core.settings import Select, TrainSpec
 from kd.core.stage import Given, Normalization, Source, Stage
 from kd.reporting.baseline import baseline_lines
-from kd.reporting.results import Outcome, ReplicatedResult, RunResult
+from kd.reporting.results import Outcome, ReplicatedResult, RunResult, whose_seeds
 from kd.store import Metrics, Store
 
 _LINE_EVERY = 10.0  # seconds between two plain lines
@@ -74,7 +74,7 @@ def print_run(result: RunResult) -> None:
     if isinstance(result, ReplicatedResult):
         for line in _replicate_lines(result):
             out.print(line, highlight=False)
-    for line in baseline_lines(result):
+    for line in baseline_lines(result) if result.baseline else ():
         out.print(line, highlight=False)
     out.print(f'the student: kd.load("{student.key}")', highlight=False)
 
@@ -100,7 +100,10 @@ def _evidence(chain: Sequence[Outcome]) -> list[str]:
 def _replicate_lines(result: ReplicatedResult) -> tuple[str, str]:
     each = ", ".join(f"{replicate.test_acc:.2f}" for replicate in result.replicates)
     seeds = f"seeds {result.replicates[0].seed}–{result.replicates[-1].seed}"
-    above = " over one chain" if len(result.chain) > 1 else ""
+    if whose_seeds(result.varied) != whose_seeds():
+        above = f", each with its own {result.varied.removeprefix('the whole ').removeprefix('a ')}"
+    else:
+        above = " over one chain" if len(result.chain) > 1 else ""
     mean = f"mean {result.mean:.2f} ± {result.std:.2f} %, 95 % interval {interval(result.ci95)}"
     return f"{result.n} students{above}, {seeds}: test {each}", mean
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from kd.core.statistics import spread, told
 from kd.reporting.console import console, count, headline, interval, narrow_table, percent, test_of, test_set_choices
-from kd.reporting.results import Job, RunResult
+from kd.reporting.results import Job, ReplicatedResult, RunResult, what_varied, whose_seeds
 from kd.reporting.summary_figure import draw_summary
 
 # Overrides that may differ between jobs and do not change results.
@@ -23,7 +23,7 @@ _SEED = "seed="
 _MACHINE = ("tracking", "runtime.store", "runtime.data", "runtime.device", "runtime.threads", "runtime.compile")
 # Overrides for how a student is taught. A student and its baseline may differ only in these.
 _TEACHING = ("method", "teacher", "loss", "experiment")
-_PAIRED = "difference to method=scratch in test accuracy, paired by seed, 95 % interval:"
+_PAIRED = "difference to method=scratch in test accuracy, paired by the student's seed, 95 % interval:"
 
 
 def print_jobs(jobs: Sequence[Job]) -> None:
@@ -90,6 +90,14 @@ class Setting:
     def by_seed(self) -> dict[int, float]:
         """The test accuracy of each student, by its seed."""
         return {student.seed: student.test_acc for result in self.results for student in result.students}
+
+    @property
+    def whose(self) -> str:
+        """Whose seeds its interval is over, where it is not the student's alone: "of the whole chain"."""
+        several = (result.varied for result in self.results if isinstance(result, ReplicatedResult))
+        chains = [[outcome.key for outcome in result.chain] for result in self.results]
+        known = whose_seeds(next(several, what_varied(chains)))
+        return "" if known == whose_seeds() else known
 
     @property
     def alone(self) -> dict[int, float]:
@@ -200,7 +208,7 @@ def differences(pool: Sequence[Setting]) -> list[str]:
             seeds = [seed for seed in setting.by_seed if seed in alone]
             values, others = ([each[seed] for seed in seeds] for each in (setting.by_seed, alone))
             if seeds:
-                lines.append(f"{setting.label(shared)}: {told(values, others)}")
+                lines.append(f"{setting.label(shared)}: {told(values, others, setting.whose)}")
     return lines
 
 
@@ -255,6 +263,14 @@ def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     ]
 
 
+def _whose(pool: Sequence[Setting]) -> list[str]:
+    """Sentences on whose seeds the intervals are over."""
+    shared = _shared(pool)
+    usual = ["It is over the students' seeds."] if not all(setting.whose for setting in pool) else []
+    others = [f"Of {each.label(shared)} it is over seeds {each.whose}." for each in pool if each.whose]
+    return [*usual, *others]
+
+
 def _numbers(result: RunResult | None) -> dict[str, Any]:
     test = [student.test_acc for student in result.students] if result else []
     return {
@@ -290,7 +306,12 @@ def _markdown(pool: Sequence[Setting], jobs: Sequence[Job], added: Sequence[str]
         lines += ["| setting | chain | validation % | test % (mean ± std) | n | 95 % interval |", "|---" * 6 + "|"]
         for setting in pool:
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in setting.cells(shared)) + " |")
-        lines += ["", "Students that differ only in their seed are one line. The interval is Student's t.", ""]
+        lines += [
+            "",
+            "Students that differ only in their seed are one line. The interval is Student's t.",
+            *_whose(pool),
+            "",
+        ]
     if added:
         lines += [_PAIRED.capitalize(), "", *(f"- {line}" for line in added), ""]
     lines += [f"{line}\n" for line in best]

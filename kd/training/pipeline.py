@@ -22,7 +22,7 @@ from kd.core.stage import Given, Source, Stage
 from kd.core.statistics import spread
 from kd.reporting.baseline import compare_alone
 from kd.reporting.console import StageProgress, Unwatched, count
-from kd.reporting.results import Baseline, Evidence, Outcome, Replicate, ReplicatedResult, RunResult
+from kd.reporting.results import Baseline, Evidence, Outcome, Replicate, ReplicatedResult, RunResult, what_varied
 from kd.reporting.tracking import Tracker
 from kd.store import Metrics, StageResult, TrainedStage
 from kd.store.foreign import load_network
@@ -242,7 +242,8 @@ def run_students(
         for student, outcome in zip(students, outcomes, strict=True)
     ]
     statistics = spread([outcome.test_acc for outcome in outcomes]).model_dump()
-    return ReplicatedResult.model_validate({**common, "replicates": replicates, **statistics})
+    varied = what_varied([[each.key for each in chain] for chain in chains])
+    return ReplicatedResult.model_validate({**common, "replicates": replicates, "varied": varied, **statistics})
 
 
 def _baseline(pipeline: Pipeline, chains: Sequence[Sequence[Outcome]], alone: Sequence[Stage]) -> Baseline:
