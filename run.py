@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from kd.app import jobs
 from kd.app.config import initial_files, plan, plan_alone
 from kd.app.parsing import parse, recorded, register
+from kd.core.hardware import bind_threads, resolve_device
 from kd.core.spec import KnownError, tilde
 from kd.datasets import resolve
 from kd.reporting import console
@@ -35,6 +36,9 @@ def main(cfg: DictConfig) -> float | None:
 
 def _job(cfg: DictConfig, folder: Path) -> float | None:
     config = parse(cfg, jobs.typed())
+    runtime = jobs.with_share(config.runtime)
+    if not config.dry_run:
+        bind_threads(runtime.threads, resolve_device(runtime.device))
     dataset = resolve(config.dataset, config.data_root, config.workers, config.image_size)
     students = plan(config, dataset)
     alone = plan_alone(config, dataset, students)
@@ -46,7 +50,6 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
         check_students(place, [*students, *alone], config.teacher.file, networks=False)
         console.print_plan(config.mode, students, store, config.runtime.retrain, alone)
         return None
-    runtime = jobs.with_share(config.runtime)
     with track(config.tracking, folder, students, recorded(cfg), store, jobs.group(), alone) as tracker:
         pipeline = Pipeline(
             store=store,
