@@ -11,9 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd.app import jobs
 from kd.app.command_line import read_command
-from kd.app.config import initial_files, plan
-from kd.app.effects import said
+from kd.app.config import initial_files, plan, plan_alone
+from kd.app.effects import remarks
 from kd.app.parsing import by_key, parse, recorded, register
+from kd.core.hardware import bind_threads, resolve_device
 from kd.core.spec import KnownError, tilde
 from kd.datasets import resolve
 from kd.reporting import console
@@ -37,18 +38,21 @@ def main(cfg: DictConfig) -> float | None:
 
 def _job(cfg: DictConfig, folder: Path) -> float | None:
     config = parse(cfg, jobs.typed())
+    runtime = jobs.with_share(config.runtime)
+    if not config.dry_run:
+        bind_threads(runtime.threads, resolve_device(runtime.device))
     dataset = resolve(config.dataset, config.data_root, config.workers, config.image_size)
     students = plan(config, dataset)
-    for line in said(config, dataset, students[0], by_key(jobs.typed())):
+    alone = plan_alone(config, dataset, students)
+    for line in remarks(config, dataset, students[0], by_key(jobs.typed())):
         print(line, flush=True)
     store = Store(config.store_root)
     if config.dry_run:
         place = Workplace(store, config.data_root, config.runtime, initial=initial_files(config))
-        check_students(place, students, config.teacher.file, networks=False)
-        console.print_plan(config.mode, students, store, config.runtime.retrain)
+        check_students(place, [*students, *alone], config.teacher.file, networks=False)
+        console.print_plan(config.mode, students, store, config.runtime.retrain, alone)
         return None
-    runtime = jobs.with_share(config.runtime)
-    with track(config.tracking, folder, students, recorded(cfg, jobs.typed()), store, jobs.group()) as tracker:
+    with track(config.tracking, folder, students, recorded(cfg, jobs.typed()), store, jobs.group(), alone) as tracker:
         pipeline = Pipeline(
             store=store,
             data_root=config.data_root,
@@ -63,7 +67,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
         )
         labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
         try:
-            result = run_students(pipeline, students, labels)
+            result = run_students(pipeline, students, labels, alone)
         except Pruned as pruned:
             tracker.summarize({"pruned_after_epoch": pruned.epoch})
             print(pruned, flush=True)

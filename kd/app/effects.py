@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kd.app.config import Config, chain, for_photos, idle
+from kd.app.config import Config, chain, for_photos, idle, trained_networks
 from kd.app.parsing import foreign
 from kd.core.settings import TrainSpec
 from kd.core.stage import DatasetSpec, Stage
@@ -18,7 +18,7 @@ from kd.losses import CrossEntropy
 from kd.methods.method import Link
 
 
-def said(config: Config, dataset: DatasetSpec, student: Stage, given: Mapping[str, str]) -> Iterator[str]:
+def remarks(config: Config, dataset: DatasetSpec, student: Stage, given: Mapping[str, str]) -> Iterator[str]:
     """All lines, each once. `given` has the keys that are typed, with the texts of their values."""
     lines = (choices(config, dataset), Effects(config, student, given).lines(), still_growing(student))
     yield from dict.fromkeys(line for each in lines for line in each)
@@ -39,12 +39,13 @@ class Effects:
         yield from self._of_assistants()
         yield from self._of_the_teacher()
         yield from self._of_training()
+        yield from self._of_students()
         if self.config.sweep.join and self.config.runtime.trial is None:
             yield "sweep.join has no effect: this run is not a trial of a search"
 
     @property
     def _links(self) -> list[Link]:
-        return chain(self.config, self.config.seed)
+        return chain(self.config)
 
     @property
     def _method(self) -> str:
@@ -122,6 +123,15 @@ class Effects:
                     if all(reasons):
                         yield f"{section}.{name} has no effect: {reasons[-1]}"
 
+    def _of_students(self) -> Iterator[str]:
+        """What vary and baseline would change, if there were more students or networks."""
+        if self.config.vary == "chain" and self.config.replicates == 1:
+            yield "vary=chain has no effect: replicates=1 has one student"
+        elif self.config.vary == "chain" and len(trained_networks(self.config)) == 1:
+            yield f"vary=chain has no effect: {self._method}, and no network but the student is trained"
+        if self.config.baseline and not self._links[-1].loss.guided:
+            yield f"baseline=true has no effect: {self._method}, and no network teaches the student"
+
     def _idle(self, name: str, stage: Stage, shared: bool) -> str | None:
         """Why a stage does not read a training setting, if it does not; `shared` is for all stages of the chain."""
         own: dict[str, Any] = {"student": self.config.model.train, "teacher": self.config.teacher.train}
@@ -148,7 +158,7 @@ def still_growing(student: Stage) -> Iterator[str]:
 
 def choices(config: Config, dataset: DatasetSpec) -> Iterator[str]:
     """A line for each choice that the images decide."""
-    networks = {link.model for link in chain(config, config.seed)}
+    networks = {link.model for link in chain(config)}
     for key, named in (("init", config.init), ("freeze", config.freeze)):
         for other in sorted({*named} - networks):
             yield f"{key}={other} has no effect: no network of the chain has this name"

@@ -359,6 +359,8 @@ def _sweep(sections: dict[str, Any]) -> Iterator[str]:
         yield "sweep.prune: compares validation accuracies: it needs a validation split and sweep.objective=val_acc"
     if sections.get("replicates", 1) > 1:
         yield f"sweep.prune: works with one student per trial (got replicates={sections['replicates']})"
+    if sections.get("baseline"):
+        yield "sweep.prune: works with one student per trial (got baseline=true)"
 
 
 def _training(sections: dict[str, Any]) -> Iterator[str]:
