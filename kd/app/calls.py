@@ -100,7 +100,7 @@ def _entered(cfg: DictConfig, folder: Path) -> DictConfig:
 
 def _refuse_plan(cfg: DictConfig) -> None:
     if jobs.is_dry(cfg):
-        raise KnownError("dry_run: a plan has no result to return; python run.py … dry_run=true prints it")
+        raise KnownError("dry_run and why print, and have no result to return: python run.py … dry_run=true")
 
 
 def _refuse_plugins(cfg: DictConfig) -> None:

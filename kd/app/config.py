@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, InstanceOf, ValidationError
+from pydantic import BeforeValidator, Field, InstanceOf, ValidationError
 
 from kd.app.networks import Freeze, InitText, ModelConfig, NetworkConfig, TeacherConfig, initial_file, preprocessing
 from kd.core.hardware import cpu_count, resolve_device, resolve_precision
@@ -43,6 +43,11 @@ class SweepSpec(Frozen):
     prune: bool = False  # end a trial early if it is behind the others at the same epoch
 
 
+def _listed(keys: Any) -> Any:
+    """One key may stand without brackets."""
+    return [keys] if isinstance(keys, str) else keys
+
+
 class Config(Frozen):
     """The whole configuration of run.py, validated."""
 
@@ -62,6 +67,7 @@ class Config(Frozen):
     seed: Seed
     replicates: Annotated[int, Field(ge=1, le=1000)]  # limited, because all are planned at once
     dry_run: bool
+    why: Annotated[tuple[Text, ...], BeforeValidator(_listed)] = ()  # keys of which a run says where they come from
 
     @property
     def store_root(self) -> Path:

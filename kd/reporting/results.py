@@ -232,10 +232,12 @@ def _last_change(place: Path) -> float:
 
 
 def _is_dry(place: Path) -> bool:
-    """Whether the job was a dry run that did not fail: it has no result to show."""
+    """Whether the job was a dry run that did not fail, or asked `why`: it has no result to show."""
     config = _load_yaml(place, "config")
-    dry = isinstance(config, DictConfig) and OmegaConf.select(config, "dry_run", throw_on_resolution_failure=False)
-    return bool(dry) and not (place / "error.json").exists()
+    asked = isinstance(config, DictConfig) and any(
+        OmegaConf.select(config, key, throw_on_resolution_failure=False) for key in ("dry_run", "why")
+    )
+    return asked and not (place / "error.json").exists()
 
 
 def student_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
