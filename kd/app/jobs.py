@@ -31,6 +31,7 @@ from kd.datasets import resolve
 from kd.methods.method import Link
 from kd.reporting import summary
 from kd.reporting.console import print_plan, print_run
+from kd.reporting.curves import draw_curves
 from kd.reporting.results import (
     Job,
     Pruned,
@@ -83,18 +84,27 @@ def run_job(folder: Path, work: Callable[[], T], dry: bool) -> T | None:
 
 
 def is_dry(cfg: DictConfig) -> bool:
-    """Whether a configuration, perhaps an invalid one, asks for the plan alone."""
-    return OmegaConf.select(cfg, "dry_run", throw_on_resolution_failure=False) is True
+    """Whether a configuration, perhaps an invalid one, asks for the plan, or for the reasons of values, alone."""
+    asked = [OmegaConf.select(cfg, key, throw_on_resolution_failure=False) for key in ("dry_run", "why")]
+    return asked[0] is True or bool(asked[1])
 
 
 def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
-    """One job: parse, look up the data, plan, load or train, and leave the result in `folder`. None of a dry run."""
+    """One job: parse, look up the data, plan, load or train, and leave the result in `folder`.
+
+    None if the job prints the plan, or the reasons of values, and trains nothing.
+    """
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.RUN and hydra.sweeper.get("custom_search_space") == SEARCH and not is_dry(cfg):
         raise KnownError("sweep: a search needs -m: python run.py -m sweep=…")
     config = parse(cfg, typed())
     dataset = resolve(config.dataset, config.data_root, config.workers, config.image_size)
     students = plan(config, dataset)
+    if config.why:
+        from kd.app.provenance import reasons
+
+        print("\n".join(reasons(cfg, config, students[0], typed())), flush=True)
+        return None
     for line in (*choices(config, dataset), *without_effect(config), *still_growing(students[0])):
         print(line, flush=True)
     store = Store(config.store_root)
@@ -112,6 +122,7 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         write_result(found, folder)
         tracker.summarize(found.columns)
     print_run(found)
+    draw_curves(folder, found)
     print(tilde(f"this run: {folder}"))
     return found
 
@@ -328,7 +339,7 @@ def _jobs_of_a_grid(config: DictConfig) -> int:
     told = [f"{name}={values}" for name, values in (config.hydra.sweeper.params or {}).items()]
     overrides = OverridesParser.create().parse_overrides([*told, *config.hydra.overrides.task])
     given = {each.get_key_element(): each for each in overrides}
-    if "dry_run" in given and given["dry_run"].value() is True:
+    if ("dry_run" in given and given["dry_run"].value() is True) or "why" in given:
         return 0
     return prod(len(list(each.sweep_string_iterator())) for each in given.values() if each.is_sweep_override())
 
