@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, InstanceOf, ValidationError
+from pydantic import BeforeValidator, Field, InstanceOf, ValidationError
 
 from kd.app.networks import Freeze, InitText, ModelConfig, NetworkConfig, TeacherConfig, initial_file, preprocessing
 from kd.core.hardware import cpu_count, resolve_device, resolve_precision
@@ -48,6 +48,11 @@ class SweepSpec(Frozen):
     prune: bool = False  # end a trial early if it is behind the others at the same epoch
 
 
+def _listed(keys: Any) -> Any:
+    """One key may stand without brackets."""
+    return [keys] if isinstance(keys, str) else keys
+
+
 class Config(Frozen):
     """The whole configuration of run.py, validated."""
 
@@ -69,6 +74,7 @@ class Config(Frozen):
     vary: Vary  # what differs between them
     baseline: bool  # the same students alone, beside the run
     dry_run: bool
+    why: Annotated[tuple[Text, ...], BeforeValidator(_listed)] = ()  # keys of which a run says where they come from
 
     @property
     def store_root(self) -> Path:

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from glob import glob
 from math import ceil
@@ -236,3 +236,24 @@ def make_deterministic(threads: int | None, device: str = "cpu") -> None:
     torch.set_num_threads(threads or cpu_count())
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """A block after which what make_deterministic() changes in this process is as before."""
+    import torch
+
+    variable = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, threads = torch.utils.deterministic.fill_uninitialized_memory, torch.get_num_threads()  # type: ignore[attr-defined]
+    current = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch.set_num_threads(threads)
+        if current is not None:
+            torch.cuda.set_device(current)
+        if variable is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

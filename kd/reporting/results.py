@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,8 @@ from kd.losses import Loss
 _MARKS = (".hydra/config.yaml", "result.json", "error.json", "pruned.json")
 
 _USUAL = "the student's seed"
+# Columns that every student's row has, after what was set for its job
+_COLUMNS = ("dataset", "method", "mode", "seed", "chain", "val_acc", "test_acc", "student", "failure")
 
 Objective = Literal["val_acc", "test_acc"]
 
@@ -272,7 +274,44 @@ def _last_change(place: Path) -> float:
 
 
 def _is_dry(place: Path) -> bool:
-    """Whether the job was a dry run that did not fail: it has no result to show."""
+    """Whether the job was a dry run that did not fail, or asked `why`: it has no result to show."""
     config = _load_yaml(place, "config")
-    dry = isinstance(config, DictConfig) and OmegaConf.select(config, "dry_run", throw_on_resolution_failure=False)
-    return bool(dry) and not (place / "error.json").exists()
+    asked = isinstance(config, DictConfig) and any(
+        OmegaConf.select(config, key, throw_on_resolution_failure=False) for key in ("dry_run", "why")
+    )
+    return asked and not (place / "error.json").exists()
+
+
+def student_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """A row of plain values for each student of the jobs, for tables; all rows have the same names, in one order.
+
+    What was set for a job comes first, each override under its name, numbers as numbers. A job without a result has one
+    row, with the reason.
+    """
+    rows = [row for job in jobs for row in _rows_of(job)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    told = [name for name in names if name not in _COLUMNS]
+    return [{name: row.get(name) for name in ("job", *told, *_COLUMNS)} for row in rows]
+
+
+def _rows_of(job: Job) -> Iterator[dict[str, Any]]:
+    typed = {name.lstrip("+"): _value(text) for name, _, text in (each.partition("=") for each in job.overrides)}
+    common = {"job": job.number, **typed}
+    if job.result is None:
+        yield {**common, "failure": job.reason}
+        return
+    run = job.result
+    for student in run.students:
+        own = {"chain": run.networks, "student": student.key, "failure": None}
+        named = {"dataset": run.dataset, "method": run.method, "mode": run.mode}
+        yield {**common, **named, **student.model_dump(exclude={"key"}), **own}
+
+
+def _value(text: str) -> str | int | float:
+    """What was set, as a number if it is one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
