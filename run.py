@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from kd.app import jobs
 from kd.app.command_line import read_command
 from kd.app.config import initial_files, plan
-from kd.app.effects import said
+from kd.app.effects import remarks
 from kd.app.parsing import by_key, parse, recorded, register
 from kd.core.spec import KnownError, tilde
 from kd.datasets import resolve
@@ -39,7 +39,7 @@ def _job(cfg: DictConfig, folder: Path) -> float | None:
     config = parse(cfg, jobs.typed())
     dataset = resolve(config.dataset, config.data_root, config.workers, config.image_size)
     students = plan(config, dataset)
-    for line in said(config, dataset, students[0], by_key(jobs.typed())):
+    for line in remarks(config, dataset, students[0], by_key(jobs.typed())):
         print(line, flush=True)
     store = Store(config.store_root)
     if config.dry_run:

@@ -316,10 +316,12 @@ def _key_problem(override: Override, tree: dict[str, Any]) -> str | None:
 
 def _node_problem(key: str, node: Any, value: Any, tree: dict[str, Any]) -> str | None:
     """A line about a group of keys that gets a value, or keys that it lacks; "" if they are the user's to name."""
-    if not isinstance(node, dict) or key in _OPEN:
-        return "" if key in _OPEN and isinstance(value, dict) else None
+    if isinstance(node, list) and isinstance(value, dict):
+        return f"{key}: is a list, not a group of keys"
+    if not isinstance(node, dict) or (key in _OPEN and isinstance(value, dict)):
+        return "" if isinstance(node, dict) else None
     if not isinstance(value, dict):
-        return f"{key}: is a group of keys: {', '.join(map(str, node))}"
+        return f"{key}: is a group of keys{': ' if node else ''}{', '.join(map(str, node))}"
     unknown = [f"{key}.{name}" for name in value if name not in node]
     return f"{unknown[0]}: unknown key; {_near_keys(unknown[0], tree)}" if unknown else None
 

@@ -18,7 +18,7 @@ from kd.losses import CrossEntropy
 from kd.methods.method import Link
 
 
-def said(config: Config, dataset: DatasetSpec, student: Stage, given: Mapping[str, str]) -> Iterator[str]:
+def remarks(config: Config, dataset: DatasetSpec, student: Stage, given: Mapping[str, str]) -> Iterator[str]:
     """All lines, each once. `given` has the keys that are typed, with the texts of their values."""
     lines = (choices(config, dataset), Effects(config, student, given).lines(), still_growing(student))
     yield from dict.fromkeys(line for each in lines for line in each)
