@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from kd.app.command_line import read_command
 from kd.app.config import Config, plan
-from kd.app.effects import said
+from kd.app.effects import remarks
 from kd.app.jobs import Multirun
 from kd.app.parsing import by_key, parse, recorded, register
 from kd.core.spec import KnownError
@@ -210,7 +210,7 @@ def lines(*words: str) -> list[str]:
     overrides = read(*words)
     config = parse(composed(*overrides), overrides)
     dataset = resolve(config.dataset, config.data_root)
-    return [*said(config, dataset, plan(config, dataset)[0], by_key(overrides))]
+    return [*remarks(config, dataset, plan(config, dataset)[0], by_key(overrides))]
 
 
 @pytest.mark.parametrize(

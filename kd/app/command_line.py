@@ -27,12 +27,13 @@ from pydantic import BaseModel
 from kd.app.config import Config
 from kd.app.experiments import CONF
 from kd.app.parsing import SECTIONS, option_has
-from kd.core.spec import KnownError, Text, nearest
+from kd.core.spec import KnownError, Text, nearest, printable
 from kd.reporting.console import without_comment
 
 _OPEN = ("init", "model.args", "teacher.args")  # groups of keys that a user names
 _FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.sweeper.storage")
 _MOST = 100_000  # values of a range
+_NOTHING = object()  # what a missing key has
 _NULL = re.compile("null", re.IGNORECASE)
 _NEVER_READ = ("help", "hydra_help", "shell_completion", "experimental_rerun")
 
@@ -90,7 +91,7 @@ class Reader:
             if grid and override.is_interval_sweep()
         ]
         if problems:
-            raise KnownError("\n".join(problems))
+            raise KnownError("\n".join(_shortened(problems)))
         return [_exact(override) if grid else str(override.input_line) for override in sound]
 
     # texts ---------------------------------------------------------------------------------------------------------
@@ -127,7 +128,10 @@ class Reader:
             taken = self._parsed(f"key={value}").value()
         except (HydraException, ValueError, TypeError, RecursionError):
             taken = None
-        return value if isinstance(taken, str) else QuotedString(value, Quote.single).with_quotes()
+        if isinstance(taken, str):
+            return value
+        closed = value.count("${") <= value.count("}")  # otherwise no interpolation is meant
+        return QuotedString(value if closed else value.replace("${", r"\${"), Quote.single).with_quotes()
 
     # one override --------------------------------------------------------------------------------------------------
 
@@ -137,10 +141,11 @@ class Reader:
         options = self._options(key.partition("@")[0])
         if options and not override.is_delete():
             yield from _option_problems(key, options, [*self._values(override)])
-        if not override.is_sweep_override():
-            value = str(override.input_line).partition("=")[2].strip()
+        elif not override.is_sweep_override():
+            value = _value(override)
             if isinstance(override.value(), float) and not _means(value, float(override.value())):  # type: ignore[arg-type]
                 yield f"{key}: {value} is too small for a number of 64 bits"
+        if not override.is_sweep_override():
             return
         if not self._multirun:
             hint = "" if options or _TEXTS.get(key) is None else f"; one text: {key}='{_value(override)}'"
@@ -219,7 +224,15 @@ class Reader:
             else:
                 sound.append(self._forced(override))
         again = problems or self._composed([*map(self._first, sound)])
-        return sound, problems or ([_short(again)] if isinstance(again, Exception) else [])
+        if isinstance(again, Exception):
+            problems = [*self._culprits(chosen, sound)] or [_short(again)]
+        return sound, problems
+
+    def _culprits(self, chosen: Sequence[Override], overrides: Sequence[Override]) -> Iterator[str]:
+        """A line for each override that cannot be composed by itself."""
+        for override in overrides:
+            if isinstance(self._composed(map(self._first, [*chosen, override])), Exception):
+                yield f"{override.get_key_element().lstrip('+')}: cannot be {_value(override)}"
 
 
 def _texts(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -234,6 +247,12 @@ def _texts(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, st
 
 
 _TEXTS = {**dict(_texts(Config)), **dict.fromkeys(_FOLDERS, "text")}
+
+
+def _shortened(problems: Iterable[str]) -> Iterator[str]:
+    """Each problem on one line, with long values cut."""
+    for problem in dict.fromkeys(problems):
+        yield printable(re.sub(r"\S{150,}", lambda word: f"{word[0][:100]}…", problem))
 
 
 def _value(override: Override) -> str:
@@ -261,7 +280,7 @@ def _option_problems(key: str, options: Sequence[str], values: Sequence[Any]) ->
         inside = [option for option in options if option.startswith(f"{name}/")]
         if inside:
             yield f"{key}={name}: is a folder of options: {', '.join(inside[:3])}, …"
-        elif name not in options and not ("${" in str(name) and isinstance(name, str)):
+        elif name not in options and not re.fullmatch(r"\$\{(dataset|model|teacher|method)\}", str(name)):
             shown = "null" if name is None else name
             yield f"{key}={shown}: there is no such option; {nearest(str(name), options)}"
 
@@ -277,7 +296,7 @@ def _group_problems(override: Override, groups: dict[str, Any]) -> Iterator[str]
 def _key_problem(override: Override, tree: dict[str, Any]) -> str | None:
     """A line about an override's key; "" if it has to be forced, None if it is right."""
     key, section = override.key_or_group, override.key_or_group.partition(".")[0]
-    exists = override.package is None and _has(tree, key)
+    exists = override.package is None and _at(tree, key) is not _NOTHING
     if override.is_force_add():
         return None
     if override.is_add():
@@ -287,12 +306,24 @@ def _key_problem(override: Override, tree: dict[str, Any]) -> str | None:
             else None
         )
     if exists:
-        return None
+        return None if override.is_delete() else _node_problem(key, _at(tree, key), override.value(), tree)
     table = SECTIONS[section][1] if section in SECTIONS else None
     brought = table is not None and tree[section].get("name") in table.installed
     if not override.is_delete() and (brought or option_has(key) or key.rpartition(".")[0] in _OPEN):
         return ""
     return f"{override.get_key_element().lstrip('+')}: unknown key; {_near_keys(key, tree)}"
+
+
+def _node_problem(key: str, node: Any, value: Any, tree: dict[str, Any]) -> str | None:
+    """A line about a group of keys that gets a value, or keys that it lacks; "" if they are the user's to name."""
+    if isinstance(node, list) and isinstance(value, dict):
+        return f"{key}: is a list, not a group of keys"
+    if not isinstance(node, dict) or (key in _OPEN and isinstance(value, dict)):
+        return "" if isinstance(node, dict) else None
+    if not isinstance(value, dict):
+        return f"{key}: is a group of keys{': ' if node else ''}{', '.join(map(str, node))}"
+    unknown = [f"{key}.{name}" for name in value if name not in node]
+    return f"{unknown[0]}: unknown key; {_near_keys(unknown[0], tree)}" if unknown else None
 
 
 def _near_keys(key: str, tree: dict[str, Any]) -> str:
@@ -316,12 +347,11 @@ def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{name}.")
 
 
-def _has(tree: Any, key: str) -> bool:
+def _at(tree: Any, key: str) -> Any:
+    """What a tree has at a dotted key; _NOTHING if it has no such key."""
     for part in key.split("."):
-        if not isinstance(tree, dict) or part not in tree:
-            return isinstance(tree, list) and part.isdigit() and int(part) < len(tree)
-        tree = tree[part]
-    return True
+        tree = tree.get(part, _NOTHING) if isinstance(tree, dict) else _NOTHING
+    return tree
 
 
 def _short(error: BaseException) -> str:
