@@ -1,4 +1,4 @@
-"""The command line: compose → parse → resolve data → plan → run the chain → return the objective."""
+"""The command line: Hydra composes the configuration of each job, kd/app/jobs.py does the job."""
 
 from __future__ import annotations
 
@@ -7,71 +7,32 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from kd.app import jobs
-from kd.app.config import initial_files, plan
-from kd.app.parsing import parse, recorded, register
-from kd.core.spec import KnownError, tilde
-from kd.datasets import resolve
+from kd.app.command_line import read_command
+from kd.app.parsing import register
+from kd.core.spec import KnownError
 from kd.reporting import console
-from kd.reporting.results import Pruned, record_pruned, write_result
-from kd.reporting.tracking import track
-from kd.store import Store
+from kd.reporting.results import Pruned, RunResult
 from kd.training.checkpoint import exit_code, ignore, raise_on_sigterm
-from kd.training.checks import check_students
-from kd.training.pipeline import Pipeline, follow, run_students
+from kd.training.pipeline import follow
 from kd.training.ranks import team, world
-from kd.training.workplace import Workplace
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """Run one job. Returns what a search maximises: the mean accuracy of its students in percent."""
+    console.escape_unknown()  # of this process, which may be a launcher's
     folder = Path(HydraConfig.get().runtime.output_dir)
-    dry = OmegaConf.select(cfg, "dry_run", throw_on_resolution_failure=False) is True
-    return jobs.run_job(folder, lambda: _job(cfg, folder), dry)
+    return jobs.run_job(folder, lambda: _value(jobs.perform(cfg, folder), cfg), jobs.is_dry(cfg))
 
 
-def _job(cfg: DictConfig, folder: Path) -> float | None:
-    config = parse(cfg, jobs.typed())
-    dataset = resolve(config.dataset, config.data_root, config.workers, config.image_size)
-    students = plan(config, dataset)
-    for line in (*jobs.choices(config, dataset), *jobs.without_effect(config), *jobs.still_growing(students[0])):
-        print(line, flush=True)
-    store = Store(config.store_root)
-    if config.dry_run:
-        place = Workplace(store, config.data_root, config.runtime, initial=initial_files(config))
-        check_students(place, students, config.teacher.file, networks=False)
-        console.print_plan(config.mode, students, store, config.runtime.retrain)
-        return None
-    runtime = jobs.with_share(config.runtime)
-    with track(config.tracking, folder, students, recorded(cfg), store, jobs.group()) as tracker:
-        pipeline = Pipeline(
-            store=store,
-            data_root=config.data_root,
-            runtime=runtime,
-            tracker=tracker,
-            checkpoint=config.teacher.file,
-            initial=initial_files(config),
-            on_nan=config.train.on_nan,
-            min_acc=config.teacher.min_acc,
-            team=team(),
-            prune=jobs.pruning(config, students),
-        )
-        labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
-        try:
-            result = run_students(pipeline, students, labels)
-        except Pruned as pruned:
-            tracker.summarize({"pruned_after_epoch": pruned.epoch})
-            print(pruned, flush=True)
-            record_pruned(folder, pruned)
-            return pruned.value  # the accuracy so far
-        write_result(result, folder)
-        tracker.summarize(result.columns)
-    console.print_run(result)
-    print(tilde(f"this run: {folder}"))
-    return result.value(config.sweep.objective)
+def _value(found: RunResult | Pruned | None, cfg: DictConfig) -> float | None:
+    """What a search maximises; of a pruned trial the accuracy so far."""
+    if isinstance(found, Pruned):
+        return found.value
+    return None if found is None else found.value(cfg.sweep.objective)
 
 
 if __name__ == "__main__":
@@ -82,8 +43,9 @@ if __name__ == "__main__":
     ranks = team()
     try:
         register()
+        sys.argv[1:] = read_command(sys.argv[1:])
         main()
-    except KnownError as error:  # a mistake in conf/paper: nothing has begun
+    except KnownError as error:  # a mistake in conf/paper or on the command line: nothing has begun
         print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:

@@ -267,6 +267,7 @@ def test_two_processes_share_a_bank(job: Job, tmp_path: Path, monkeypatch: pytes
         assert equal(undisturbed, load_file(shared / key / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_killed_while_filling(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = student(job, monkeypatch, tmp_path / "undisturbed", "train.epochs=10")
     store = tmp_path / "store"

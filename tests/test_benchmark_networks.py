@@ -451,6 +451,7 @@ def test_published_layouts_load(name: str, layout: str, tmp_path: Path) -> None:
     same_logits(load(tmp_path / file, model=name), network, name)
 
 
+@pytest.mark.slow
 def test_a_benchmark_network_as_the_teacher_in_mdistillers_file(tmp_path: Path) -> None:
     file, content = LAYOUTS["mdistiller"]
     teacher, student = network_of("wrn_16_2"), network_of("shufflenetv1")

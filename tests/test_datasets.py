@@ -266,7 +266,7 @@ def test_a_copy_of_a_folder_is_the_same_data_and_a_change_is_not(tmp_path: Path)
     ("harm", "message"),
     [
         (lambda root: (root / "test").rename(root / "tset"), "test is not a folder"),
-        (lambda root: (root / "test" / "dog").rename(root / "test" / "fox"), "not in both train and test: dog, fox"),
+        (lambda root: (root / "test" / "dog").rename(root / "test" / "fox"), "not in both train and test: dog; fox"),
         (lambda root: [f.unlink() for f in (root / "train" / "cat").iterdir()], "has no images"),
         (
             lambda root: (root / "train" / "cat" / "1.png").write_bytes(b"no image"),

@@ -144,6 +144,7 @@ def test_the_facts_are_what_the_page_prints_them_by(extended: Path) -> None:
     assert printed.strip() == f"({mean}, {std})"
 
 
+@pytest.mark.slow
 def test_what_is_added_passes_the_tests(extended: Path) -> None:
     for check in (("check",), ("format", "--check")):
         python("-m", "ruff", *check, "--no-cache", "kd/losses", "kd/models", "kd/datasets", "kd/methods", cwd=extended)

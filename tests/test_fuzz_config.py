@@ -9,17 +9,21 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kd.app.command_line import read_command
 from kd.app.config import plan
 from kd.app.parsing import parse, recorded
 from kd.core.spec import KnownError, printable
@@ -148,16 +152,116 @@ def test_huge_numbers_are_a_line_or_a_plan_at_once(huge: str) -> None:
     assert time.monotonic() - began < 2
 
 
+# the command line --------------------------------------------------------------------------------------------------
+
+SPELLINGS = [
+    "", "null", "True", "0x10", "1_000", "1e3", "1e-400", "-0", "0,5", "nan", "[1,2]", "[", "{a: 1}", "f(x)",
+    "choice(1,2)", "${nope}", "${seed", "~/a=b (c): d", "'a b'", "a\nb", "a" * 5_000,
+]  # fmt: skip
+GROUPS = (
+    "model",
+    "teacher",
+    "method",
+    "loss",
+    "loss@assistant_loss",
+    "dataset",
+    "mode",
+    "train",
+    "tracking",
+    "runtime",
+)
+PARENTS = ("model.train", "teacher.train", "model.args", "init", "method.assistant", "hydra.run", "nope", "method.nope")
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def plain(value: Any) -> Any:
+    """A value without the mark of a text in which ${ begins no interpolation."""
+    return value.replace("\\${", "${") if isinstance(value, str) else value
+
+
+def meanings(text: str) -> list[Any]:
+    """What a spelling may stand for, read without Hydra."""
+    text = text.strip()
+    found: list[Any] = [text, None] if text == "null" else [text]
+    if text[:1] in ("'", "[", "{"):
+        found += [yaml.safe_load(text) if text != "[" else text, ["1", "2"]]  # the latter is a list of texts
+    found += [text == "True"] if text == "True" else []
+    for number in (int, float):
+        with suppress(ValueError):
+            found.append(number(text))
+    return found
+
+
+def _named(word: str) -> str:
+    """A pattern for lines about a word; those about `init={a: 1}` may name `init.a`."""
+    key, _, value = word.partition("=")
+    return re.escape(key) + ("[:=.]" if value[:1] == "{" else "[:=]")
+
+
+def refused(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words that the command line is left with, and the lines in which it refuses the others."""
+    lines: list[str] = []
+    while words:
+        GlobalHydra.instance().clear()
+        try:
+            return read_command(words), lines
+        except KnownError as error:
+            found = str(error).splitlines()
+        lines += found
+        left = [word for word in words if not any(re.match(_named(word), line) for line in found)]
+        assert len(left) < len(words), found
+        words = left
+    return words, lines
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda text: repr(text)[:12])
+def test_every_key_means_what_is_typed_or_a_line_says_why_not(spelling: str) -> None:
+    cfg = base(("method=ta", "loss=dkd", "loss@assistant_loss=crd"))
+    known = [key for key in leaves(OmegaConf.to_container(cfg)) if key.rpartition(".")[2] != "name"]
+    chosen = ["method=ta", "loss=dkd", "loss@assistant_loss=crd"]
+    words, lines = refused([*chosen, *(f"{key}={spelling}" for key in known)])
+    taken = composed(*words)
+    for word in words[len(chosen) :]:
+        key = word.lstrip("+").partition("=")[0]
+        value = OmegaConf.to_container(taken)
+        for part in key.split("."):
+            value = value[part]  # type: ignore[index, call-overload]
+        assert any(plain(value) == meant or value != value for meant in meanings(spelling)), (word[:100], value)
+    assert len(words) - len(chosen) + len(lines) >= len(known)
+    for line in [*lines, *told(taken).splitlines()]:
+        assert not WORDS.search(line), line
+        assert printable(line) == line
+        assert len(line) < 700, line
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS[::2], ids=lambda text: repr(text)[:12])
+def test_every_group_is_an_option_or_a_line(spelling: str) -> None:
+    keys = [*GROUPS, *PARENTS]
+    words, lines = refused([f"{key}={spelling}" for key in keys])
+    assert {word.lstrip("+").partition("=")[0] for word in words} <= {*PARENTS}
+    for line in [*lines, *told(composed(*words)).splitlines()]:
+        assert not WORDS.search(line), line
+        assert printable(line) == line
+        assert len(line) < 700, line
+
+
 @pytest.mark.parametrize(
     ("argument", "code", "said"),
     [
         ("dry_run=${nope}", 2, "dry_run:"),
         ("seed=???", 2, "seed: is missing"),
         ("train.lr=1e400", 2, "train.lr: should be a finite number"),
-        ("method=kdd", 1, "kdd"),
-        ("method.T={", 1, "no viable alternative"),
-        ("model.nme=x", 1, "model.nme"),
-        ("dataset.label=\x1b[31m", 1, "LexerNoViableAlt"),
+        ("method=kdd", 2, "method=kdd: there is no such option"),
+        ("method.T={", 2, "method.T: { cannot be read"),
+        ("model.nme=x", 2, "model.nme: unknown key"),
+        ("dataset.label=\x1b[31m", 2, "dataset.label: should be without control characters"),
         ('tracking.project="a\x07b"', 2, "tracking.project: should be without control characters"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from kd.app.parsing import parse
 from kd.core import hardware
 from kd.core.spec import KnownError
 from kd.training.workplace import RuntimeSpec
-from tests.conftest import composed
+from tests.conftest import ROOT, composed
 
 # processors ---------------------------------------------------------------------------------------------------------
 
@@ -168,3 +169,84 @@ def test_a_line_says_the_device_once(machine: Callable[..., None], capsys: pytes
     machine()
     hardware.announce("cpu", 1)
     assert re.fullmatch(r"device: cpu \(\w+, 1 thread\)\n", capsys.readouterr().out)
+
+
+# a busy machine -------------------------------------------------------------------------------------------------------
+
+BIND = """
+import os, sys
+from concurrent.futures import ThreadPoolExecutor
+from kd.core import hardware
+hardware.bind_threads({threads}, "{device}")
+bound = os.sched_getaffinity(0)
+with ThreadPoolExecutor(1, initializer=hardware.unbind) as pool:
+    helper = pool.submit(os.sched_getaffinity, 0).result()
+print(len(bound), len(helper), hardware.cpu_count(), "OMP_PROC_BIND" in os.environ, "torch" in sys.modules)
+"""
+HERE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def bound(threads: object, device: str = "cpu", **variables: str) -> list[int | bool]:
+    """After bind_threads() in a new process: the processors of its main thread, of a helper's and of cpu_count();
+
+    whether the variable is left, and whether torch is imported.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    command = [sys.executable, "-c", BIND.format(threads=threads, device=device)]
+    done = subprocess.run(
+        command, env={**environment, **variables}, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [each == "True" if each in ("True", "False") else int(each) for each in done.stdout.split()]
+
+
+@pytest.mark.skipif(HERE < 2, reason="needs two processors that a process may use")
+def test_threads_on_every_processor_stay_on_their_own() -> None:
+    everything = bound(HERE)
+    assert everything == [1, HERE, hardware.cpu_count(), False, True]
+
+
+@pytest.mark.skipif(HERE < 2, reason="needs two processors that a process may use")
+@pytest.mark.parametrize(
+    ("threads", "device", "variables"),
+    [
+        (1, "cpu", {}),
+        (HERE - 1, "cpu", {}),  # another process would have the same processors
+        (HERE, "cuda", {}),
+        (HERE, "cpu", {"OMP_NUM_THREADS": "2"}),
+        (HERE, "cpu", {"OMP_PLACES": "cores"}),
+        (HERE, "cpu", {"GOMP_CPU_AFFINITY": "0-1"}),
+        (HERE, "cpu", {"KMP_AFFINITY": "none"}),
+    ],
+    ids=str,
+)
+def test_other_threads_are_left_alone(threads: int, device: str, variables: dict[str, str]) -> None:
+    assert bound(threads, device, **variables) == [HERE, HERE, hardware.cpu_count(), False, False]
+
+
+def test_without_affinities_nothing_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "sys", SimpleNamespace(modules={}))
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS and Windows
+    hardware.bind_threads(8, "cpu")
+    hardware.unbind()
+    assert not hardware._BEFORE
+
+
+def test_a_quota_binds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of eight processors' time: each container would have the first two."""
+    groups(tmp_path, monkeypatch, "0::/\n", {"cpu.max": "200000 100000\n"})
+    monkeypatch.setattr(hardware, "sys", SimpleNamespace(modules={}))
+    for name in [name for name in os.environ if name.startswith(("OMP_", "GOMP_", "KMP_"))]:
+        monkeypatch.delenv(name)
+    hardware.bind_threads(None, "cpu")
+    assert not hardware._BEFORE
+
+
+def test_a_run_binds_before_it_imports_torch_and_a_dry_run_does_not(
+    job: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[tuple[int | None, str]]()
+    monkeypatch.setattr(hardware, "bind_threads", lambda *asked_for: asked.append(asked_for))
+    job("train.epochs=1", "method=scratch", "runtime.threads=1")
+    assert asked == [(1, "cpu")]
+    job("dry_run=true")
+    assert len(asked) == 1

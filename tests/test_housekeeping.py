@@ -18,7 +18,7 @@ from kd.core import files
 from kd.core.spec import KnownError
 from kd.core.stage import Stage
 from kd.store import Store
-from kd.store.housekeeping import collect, dependents, remove
+from kd.store.housekeeping import DAY, collect, dependents, remove
 from kd.tools.store import main
 from tests.conftest import ROOT
 from tests.test_faults import trained
@@ -155,6 +155,9 @@ def test_caches_stay_with_their_guides_and_go_on_request(store: Store, capsys: p
     main(["gc", "--banks", "--dry-run"])
     assert "a guide's cache (--banks)" in capsys.readouterr().out
     assert [folder.exists() for folder in caches] == [True, True, False]
+    os.utime(caches[0], (time.time() - 9 * DAY,) * 2)
+    main(["gc", "--banks", "7"])
+    assert [folder.exists() for folder in caches] == [False, True, False]
     main(["gc", "--banks"])
     assert not any(folder.exists() for folder in caches)
     assert store.whole(TEACHER.key)

@@ -85,6 +85,24 @@ def test_test_images_without_labels_are_passed_over(tmp_path: Path) -> None:
     assert any("test is passed over: its images have no labels" in line for line in found.choices)
 
 
+@pytest.mark.parametrize("test", [[], ["test/7.png"], ["readme.txt"]])
+def test_training_images_alone_are_split_here(tmp_path: Path, test: list[str]) -> None:
+    """As after unpacking many of Kaggle's archives: train/ with classes, and test/ without."""
+    root = make(tmp_path / "pets", *several("train/a", "train/b", count=10), *test)
+    found = listed(root)
+    assert (found.classes, len(found.train), len(found.test)) == (["a", "b"], 16, 4)
+    assert sorted(names(found.train + found.test)) == several("train/a", "train/b", count=10)
+    assert "4 of its pictures (dataset.test_fraction=0.2 of each class, one at least)" in found.choices[-1]
+    assert any("test is passed over: its images have no labels" in line for line in found.choices) == (test[:1] > ["s"])
+
+
+def test_what_lies_beside_the_splits_is_said(tmp_path: Path) -> None:
+    root = make(tmp_path / "pets", *several("train/a", "train/b", "test/a", "test/b"), "__MACOSX/x.png", "cover.png")
+    (line,) = (line for line in listed(root).remarks if "passed over" in line)
+    assert "1 hidden or of the system (__MACOSX)" in line
+    assert "1 in no class folder (cover.png)" in line
+
+
 def test_files_may_be_in_folders_below_a_class(tmp_path: Path) -> None:
     root = make(tmp_path, *several("train/a/images", "train/a/more/2024", "train/b", "test/a", "test/b/x/y/z"))
     found = listed(root)
@@ -105,7 +123,7 @@ def test_one_folder_of_class_folders_is_split_here(tmp_path: Path, capsys: pytes
     assert sorted(names(found.train + found.test)) == sorted(several("cat", count=10) + several("dog", count=20))
     first, other = (resolve(config(root, split_seed=seed), tmp_path / "data") for seed in (0, 1))
     assert first.content == other.content  # the test set is a part of the data, whatever the seed
-    line = f"{root} has no test set: 6 of its pictures (20% of each class: dataset.test_fraction) are kept as one"
+    line = f"{root} has no test set: 6 of its pictures (dataset.test_fraction=0.2 of each class, one at least)"
     assert capsys.readouterr().out.count(line) == 2
     halves = listed(root, 0.5)
     assert [sum(label == which for _, label in halves.test) for which in (0, 1)] == [5, 10]
@@ -154,6 +172,8 @@ def test_numbers_sort_as_numbers(tmp_path: Path) -> None:
     assert found.classes == [str(i) for i in range(12)]
     assert listed(make(tmp_path / "b", *several("10", "9", "x"))).classes == ["10", "9", "x"]
     assert layouts.sorted_classes(["010", "9", "٣"]) == ["010", "9", "٣"]
+    assert layouts.sorted_classes(["0.0", "10.0", "2.5", "-1"]) == ["-1", "0.0", "2.5", "10.0"]
+    assert layouts.sorted_classes(["class10", "class9", "1e3"]) == ["1e3", "class10", "class9"]
 
 
 # Tiny-ImageNet and ImageNet ---------------------------------------------------------------------------------------
@@ -234,6 +254,7 @@ def test_a_csv_file_with_splits(tmp_path: Path, header: str, row: str) -> None:
         (["file,label", "i/0.png,a", "i/../i/0.png,b"], "1 files of .* are named more than once: i/0.png"),
         (["file,label", "i/0.png,a", "i/9.png,b"], "1 files that .* names do not exist: i/9.png"),
         (["file,label,split", "i/0.png,a,holdout", "i/1.png,b,train"], "1 splits in .* are not known: .*: holdout"),
+        (["file,label,split", "i/0.png,a,", "i/1.png,b,train"], "1 lines of .* have no file, label or split: line 2"),
         (["file,label", "i/0.png", "i/1.png,b"], "1 lines of .* have no file, label or split: line 2"),
         (["file,label", "i/0.png,a", "i/1.png,a"], "should have two or more labels .got 1."),
         (
@@ -335,10 +356,15 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (["train/a/0.png", "train/b/0.png"], r"test is not a folder; .*dataset.root=<folder of class folders>"),
-        (["test/a/0.png", "test/b/0.png"], "train is not a folder"),
-        (["train/a/0.png", "train/b/0.png", "test/a/0.png"], "these classes of .* not in both train and test: b"),
-        (["train/a/0.png", "train/b/0.png", "dev/c/0.png"], "not in both train and dev: a, b, c"),
+        (
+            ["train/a/0.png", "train/b/0.png", "eval/a/0.png"],
+            r"what eval should be is not clear; .*train ",
+        ),
+        (["train/a/0.png", "train/b/0.png", "tset/a/0.png"], r"test is not a folder, and what tset should be"),
+        (["test/a/0.png", "test/b/0.png"], "train is not a folder, and there is test; "),
+        (["train/a/0.png", "train/b/0.png", "test/a/0.png"], "1 classes of .* not in both train and test: b"),
+        (["train/a/0.png", "train/b/0.png", "dev/c/0.png"], "not in both train and dev: a; b; c"),
+        ([*several(*(f"train/{i}" for i in range(9))), "val/0.png"], "val has no class folders, so nobody knows"),
         (
             ["train/a/0.png", "train/b/0.png", "val/a/0.png", "test/a/0.png"],
             "not in both train and val: b\ndataset.root: .*not in both train and test: b",

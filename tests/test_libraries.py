@@ -282,7 +282,7 @@ def test_what_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert timeout <= 10
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr("kd.models.libraries.urlopen", fail)
+    monkeypatch.setattr("urllib.request.urlopen", fail)
     with pytest.raises(
         KnownError, match=r"^teacher\.init: the weights of timm/resnet10t cannot be fetched: "
     ) as caught:

@@ -40,7 +40,7 @@ def probed(part: str, weights: Path, network: str = "resnet8") -> list[str]:
     return [f"{part}={network}", f"{part}.init={weights}", f"{part}.freeze=backbone"]
 
 
-@pytest.mark.parametrize("decode", ["array", "stream"])
+@pytest.mark.parametrize("decode", ["array", pytest.param("stream", marks=pytest.mark.slow)])
 def test_a_probe_and_its_student_have_the_same_bits_whatever_was_there_before(
     job: Job, root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decode: str
 ) -> None:

@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from kd.core.spec import KnownError
-from kd.datasets import DatasetConfig, decoder, resized, resolve, specify
+from kd.datasets import DatasetConfig, decoder, load_data, resized, resolve, specify
+from kd.datasets.data import Data
+from kd.datasets.photos import Photos
 from kd.datasets.pictures import read_square
 from tests.conftest import ROOT
 
@@ -50,11 +53,11 @@ def test_photographs_are_resized_once(tmp_path: Path, capsys: pytest.CaptureFixt
     root, data = photographs(tmp_path / "photos"), tmp_path / "data"
     spec = resolve(config(root), data)
     said = capsys.readouterr().out
-    assert "images have different sizes and shapes (0.png is 60×40)" in said
+    assert "images are not square (0.png is 60×40)" in said
     assert f"resizing 16 photographs of {root} to 256×256 (short_side), once: 3.1 MB in {data / 'folder'}" in said
     assert "folder: images of 224×224: augment=resized_crop_flip, views=16" in said
     assert (spec.image_size, spec.resize, spec.streamed, spec.classes) == (224, "short_side", False, ("cold", "warm"))
-    stored = decoder.stored(data / "folder", str(spec.content))
+    stored = resized.stored(data / "folder", str(spec.content))
     assert (stored.side, stored.labels.tolist(), stored.test_labels.tolist()) == (
         256,
         [0] * 4 + [1] * 4,
@@ -79,7 +82,7 @@ def test_the_array_has_the_pictures_in_order(tmp_path: Path) -> None:
                 noise = rng.integers(0, 256, (20 + i, 33, 3)).astype(np.uint8)
                 Image.fromarray(noise).save(root / part / name / f"{i}.png")
     spec = resolve(config(root, image_size=28), tmp_path / "data", 4)
-    stored = decoder.stored(tmp_path / "data" / "folder", str(spec.content))
+    stored = resized.stored(tmp_path / "data" / "folder", str(spec.content))
     paths = [path for name in "ab" for path in sorted((root / "train" / name).iterdir())]
     known = np.stack([read_square(path, 32, "short_side") for path in paths])
     assert np.array_equal(stored.read("train", np.arange(40)), known)
@@ -109,7 +112,7 @@ def squares(root: Path, size: int) -> Path:
 def test_which_size(tmp_path: Path, size: int, asked: int | None, network: int, shown: int, side: int) -> None:
     spec = resolve(config(squares(tmp_path / "a", size), image_size=asked), tmp_path / "data", 1, network)
     assert (spec.image_size, spec.resize) == (shown, None if shown == size else "short_side")
-    assert decoder.stored(tmp_path / "data" / "folder", str(spec.content)).side == side
+    assert resized.stored(tmp_path / "data" / "folder", str(spec.content)).side == side
     large = shown > 64
     assert (spec.augment, spec.views) == (("resized_crop_flip", 16) if large else ("crop_flip", None))
 
@@ -160,7 +163,7 @@ def test_the_background_is_a_setting(tmp_path: Path) -> None:
     Image.new("RGBA", (50, 40)).save(root / "train" / "cold" / "0.png")
     for background, colour in (("white", WHITE), ("black", (0, 0, 0))):
         spec = resolve(config(root, image_size=28, background=background), tmp_path / "data")
-        pixels = decoder.stored(tmp_path / "data" / "folder", str(spec.content)).read("train", np.array([0]))
+        pixels = resized.stored(tmp_path / "data" / "folder", str(spec.content)).read("train", np.array([0]))
         assert tuple(pixels[0, 16, 16]) == colour
 
 
@@ -172,7 +175,7 @@ def test_what_is_to_be_seen_as_a_whole_has_no_margin(tmp_path: Path, resize: str
     image.paste(BLUE, (54, 0, 60, 20))
     image.save(root / "train" / "cold" / "0.png")
     spec = resolve(config(root, image_size=64, resize=resize), tmp_path / "data")
-    stored = decoder.stored(tmp_path / "data" / "folder", str(spec.content))
+    stored = resized.stored(tmp_path / "data" / "folder", str(spec.content))
     row = stored.read("train", np.array([0]))[0, 32]
     assert (stored.side, tuple(row[1]), tuple(row[-2])) == (64, RED, BLUE)
 
@@ -205,7 +208,7 @@ def test_what_cannot_be_read_is_named_or_left_out(tmp_path: Path, capsys: pytest
         resolve(config(root), data)
     assert not [path for path in (data / "folder").iterdir() if path.is_dir()]
     spec = resolve(config(root, skip_unreadable=True), data)
-    stored = decoder.stored(data / "folder", str(spec.content))
+    stored = resized.stored(data / "folder", str(spec.content))
     assert stored.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert tuple(stored.read("train", np.array([3]))[0, 128, 128]) == RED
     assert f"1 images of {root} are left out" in capsys.readouterr().out
@@ -222,7 +225,7 @@ def test_own_validation_images_that_cannot_be_read(tmp_path: Path) -> None:
             Image.new("RGB", (30, 40), GREEN).save(place / f"{i}.png")
     (root / "val" / "cold" / "0.png").write_text("")
     spec = resolve(config(root, skip_unreadable=True, image_size=28), tmp_path / "data")
-    stored = decoder.stored(tmp_path / "data" / "folder", str(spec.content))
+    stored = resized.stored(tmp_path / "data" / "folder", str(spec.content))
     assert (spec.val_images, len(stored.labels)) == (5, 13)
     pixels = stored.read("train", np.arange(13))[:, 16, 16]
     assert [tuple(pixel) == GREEN for pixel in pixels] == [False] * 8 + [True] * 5
@@ -306,14 +309,14 @@ def test_damaged_arrays_are_made_again(tmp_path: Path, harm: Any) -> None:
     before = arrays(data / "folder", spec.content)
     harm(data / "folder" / str(spec.content))
     with pytest.raises(KnownError, match="damaged or missing"):
-        decoder.stored(data / "folder", str(spec.content))
+        resized.stored(data / "folder", str(spec.content))
     assert resolve(config(root), data) == spec
     assert arrays(data / "folder", spec.content) == before
 
 
 def test_numbers_beyond_the_array_are_refused(tmp_path: Path) -> None:
     spec = resolve(config(photographs(tmp_path / "photos")), tmp_path / "data")
-    stored = decoder.stored(tmp_path / "data" / "folder", str(spec.content))
+    stored = resized.stored(tmp_path / "data" / "folder", str(spec.content))
     for numbers in ([8], [-1], [0, 99]):
         with pytest.raises(IndexError, match="numbers should be 0 to 7"):
             stored.read("test", np.array(numbers))
@@ -387,25 +390,45 @@ def test_what_auto_means_depends_on_size_and_stream() -> None:
     assert resolved(224, True, views=3) == ("resized_crop_flip", 3)
 
 
+@pytest.mark.parametrize("augment", ["none", "crop_flip", "resized_crop_flip"])
+def test_large_squares_are_read_when_they_are_needed(tmp_path: Path, augment: str) -> None:
+    """And look as they would in memory."""
+    rng = np.random.default_rng(0)
+    for name in (f"{part}/{label}/{i}.png" for part in ("train", "test") for label in "ab" for i in range(4)):
+        (tmp_path / "squares" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (72, 72, 3)).astype(np.uint8)).save(tmp_path / "squares" / name)
+    spec = resolve(config(tmp_path / "squares", augment=augment), tmp_path / "data")
+    assert (spec.image_size, spec.resize) == (72, None)
+    read = load_data(spec, tmp_path / "data", "cpu")
+    assert isinstance(read, Photos)
+    held = Data.of(spec, resized.read_arrays(tmp_path / "data" / "folder" / str(spec.content)), "cpu")
+    samples, views = torch.arange(8), torch.arange(8) % (1 if augment == "none" else 16)
+    assert torch.equal(read.show(samples, views), held.show(samples, views))
+    for part in ("val", "test"):
+        assert all(map(torch.equal, read.batches(part), held.batches(part)))
+
+
 # memory -----------------------------------------------------------------------------------------------------------
 
 MEMORY = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from kd.datasets import decoder, resolve
+import torch
+from kd.datasets import load_data, resolve
 from tests.test_resized import config
 spec = resolve(config(Path(sys.argv[1])), Path(sys.argv[2]), 2)
-stored = decoder.stored(Path(sys.argv[2]) / "folder", str(spec.content))
-order = np.random.default_rng(0).permutation(len(stored.labels))
+data = load_data(spec, Path(sys.argv[2]), "cpu")
+order = torch.randperm(len(data.labels))
 for start in range(0, len(order), 100):
-    stored.read("train", order[start : start + 100])
+    data.show(order[start : start + 100], torch.zeros(len(order[start : start + 100]), dtype=torch.int64))
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
 @pytest.mark.slow
-def test_the_memory_does_not_grow_with_the_photographs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("squares", [False, True])
+def test_the_memory_does_not_grow_with_the_photographs(tmp_path: Path, squares: bool) -> None:
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         for split, times in (("train", 90), ("test", 10)):
@@ -413,12 +436,12 @@ def test_the_memory_does_not_grow_with_the_photographs(tmp_path: Path) -> None:
             for i in range(50):
                 first = tmp_path / "photos" / split / name / f"{i}.jpg"
                 noise = Image.fromarray(rng.integers(0, 256, (30, 40, 3)).astype(np.uint8))
-                noise.resize((400, 300 + i)).save(first)
+                noise.resize((256, 256) if squares else (400, 300 + i)).save(first)
                 for copy in range(times - 1):
                     os.link(first, first.with_name(f"{i}-{copy}.jpg"))
     process = start(MEMORY, tmp_path / "photos", tmp_path / "data")
     said = process.communicate()[0]
-    assert "resizing 10,000 photographs" in said
+    assert ("decoding 10,000 images" if squares else "resizing 10,000 photographs") in said
     peak = int(said.split("peak")[1]) * 1024
     assert peak < 1.5e9, f"{peak / 1e9:.2f} GB"
     print(f"{peak / 1e6:.0f} MB")

@@ -32,10 +32,10 @@ Job = Callable[..., Any]
 
 def test_result_json(job: Job) -> None:
     result = job()
-    assert set(result) == {"chain", "objective", "mode", "method", "dataset", "classes"}
+    assert set(result) == {"chain", "objective", "mode", "method", "dataset", "classes", "baseline"}
     teacher, student = result["chain"]
     promised = {"role", "model", "key", "params", "val_acc", "test_acc", "epochs", "seconds", "reused"}
-    assert set(student) == promised | {"select", "seed", "loss", "guides", "normalize"}
+    assert set(student) == promised | {"select", "seed", "loss", "guides", "normalize", "evidence"}
     usual = {"reduction": "batchmean", "weight": 1.0, "standardize": False}
     assert student["loss"] == {"name": "distill", "T": 4.0, "lambda": 0.5, **usual}
     assert (teacher["role"], student["role"]) == ("teacher", "student")

@@ -271,6 +271,7 @@ def test_what_a_search_needs(job: Job, capsys: pytest.CaptureFixture[str]) -> No
     assert "hydra.sweeper.storage: sqlite:////nowhere/at/all.db cannot be opened" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_from_another_working_directory(tmp_path: Path) -> None:
     for place, said in (("one", "0 trials done, 1 to go"), ("two", "1 trials done, 0 to go")):
         (tmp_path / place).mkdir()

@@ -31,7 +31,14 @@ def a_job(number: int, *overrides: str, val: float | None = 90.0, test: float = 
         "test_acc": test, "epochs": int(told.get("train.epochs", 1)), "seconds": 1.0, "select": "best_val",
         "reused": False,
     }  # fmt: skip
-    teacher = {**outcome, "role": "teacher", "model": "plane4", "loss": TEACHER.loss.dump(), "test_acc": 85.0}
+    teacher = {
+        **outcome,
+        "role": "teacher",
+        "key": "7eac4e5000000000",
+        "model": "plane4",
+        "loss": TEACHER.loss.dump(),
+        "test_acc": 85.0,
+    }
     method = told.get("method", "kd")
     chain = [outcome] if method == "scratch" else [teacher, outcome]
     common = {"objective": val, "mode": "paper", "method": method, "dataset": told.get("dataset", "digits")}
@@ -219,11 +226,14 @@ def test_a_setting_is_compared_to_its_student_from_scratch(tmp_path: Path) -> No
     assert differences(*SCRATCH, *kd) == [line]
     assert differences(*kd[::-1], *SCRATCH) == [line]  # the order of jobs decides nothing
     assert summary.write_summary(tmp_path, [*SCRATCH, *kd], "val_acc")[:2] == [
-        "difference to method=scratch in test accuracy, paired by seed, 95 % interval:",
+        "difference to method=scratch in test accuracy, paired by the student's seed, 95 % interval:",
         f"  {line}",
     ]
     text = (tmp_path / "summary.md").read_text()
-    assert f"Difference to method=scratch in test accuracy, paired by seed, 95 % interval:\n\n- {line}\n" in text
+    assert (
+        f"Difference to method=scratch in test accuracy, paired by the student's seed, 95 % interval:\n\n- {line}\n"
+        in text
+    )
 
 
 def test_differences_that_have_no_interval() -> None:

@@ -160,7 +160,8 @@ class Interrupted(Silent):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+# On a CPU fp16 is slow.
+@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_an_interrupted_stage_goes_on_to_the_same_bits(data: Data, tmp_path: Path, precision: str) -> None:
     teacher, network = teacher_of(data)
     stage = a_stage(data, guide=teacher, epochs=5, precision=precision)
@@ -208,7 +209,12 @@ def interrupted(stage: Stage, data: Data, guide: Guide, folder: Path, watch: Sil
 
 @pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize(
-    ("model", "precision", "stops"), [("plane2", "fp32", (3, 30)), ("plane2", "fp16", (21,)), ("net", "fp32", (7, 1))]
+    ("model", "precision", "stops"),
+    [
+        ("plane2", "fp32", (3, 30)),
+        pytest.param("plane2", "fp16", (21,), marks=pytest.mark.slow),
+        ("net", "fp32", (7, 1)),
+    ],
 )
 def test_a_signal_stops_at_a_step_and_the_stage_goes_on_there(
     data: Data, tmp_path: Path, model: str, precision: str, stops: tuple[int, ...], capfd: pytest.CaptureFixture[str]

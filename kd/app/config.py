@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, InstanceOf, ValidationError
+from pydantic import BeforeValidator, Field, InstanceOf, ValidationError
 
 from kd.app.networks import Freeze, InitText, ModelConfig, NetworkConfig, TeacherConfig, initial_file, preprocessing
 from kd.core.hardware import cpu_count, resolve_device, resolve_precision
@@ -16,7 +17,8 @@ from kd.core.spec import Frozen, KnownError, Text, explain
 from kd.core.stage import DatasetSpec, Given, LossSpec, Normalization, Role, Seed, Source, Stage
 from kd.datasets import DATASETS, LARGE, DatasetConfig
 from kd.losses import LOSSES, CrossEntropy
-from kd.methods.method import Ends, Link, LossChoice, Method
+from kd.methods.method import AssistedMethod, Ends, Link, LossChoice, Method
+from kd.methods.scratch import Scratch
 from kd.models import MODELS, own_size
 from kd.reporting.results import Objective
 from kd.reporting.tracking import TrackingSpec
@@ -25,7 +27,10 @@ from kd.store.foreign import fingerprint
 from kd.training.ranks import world
 from kd.training.workplace import RuntimeSpec
 
+Vary = Literal["student", "chain"]  # whose seeds differ between replicates: the student's alone, or all of the chain
+
 _USUAL_SIZE = 224  # pixels of a photograph for networks without a size of their own
+_Section = TypeVar("_Section", bound=Frozen)
 
 
 class TrainConfig(TrainOverrides):
@@ -41,6 +46,11 @@ class SweepSpec(Frozen):
     objective: Objective = "val_acc"  # the mean over the job's students
     join: bool = False  # add trials to a study that another process leads
     prune: bool = False  # end a trial early if it is behind the others at the same epoch
+
+
+def _listed(keys: Any) -> Any:
+    """One key may stand without brackets."""
+    return [keys] if isinstance(keys, str) else keys
 
 
 class Config(Frozen):
@@ -61,7 +71,10 @@ class Config(Frozen):
     sweep: SweepSpec
     seed: Seed
     replicates: Annotated[int, Field(ge=1, le=1000)]  # limited, because all are planned at once
+    vary: Vary  # what differs between them
+    baseline: bool  # the same students alone, beside the run
     dry_run: bool
+    why: Annotated[tuple[Text, ...], BeforeValidator(_listed)] = ()  # keys of which a run says where they come from
 
     @property
     def store_root(self) -> Path:
@@ -90,7 +103,7 @@ class Config(Frozen):
 
 
 def plan(config: Config, dataset: DatasetSpec) -> list[Stage]:
-    """The student's stage for each replicate, at seeds seed, seed+1, …. They share the rest of the chain.
+    """The student's stage for each replicate, at seeds seed, seed+1, …; with vary=chain the whole chain's seeds go on.
 
     Raises KnownError if the parts of a stage do not fit together, or if the teacher's checkpoint cannot be read.
     """
@@ -101,16 +114,45 @@ def plan(config: Config, dataset: DatasetSpec) -> list[Stage]:
     if config.teacher.file is not None:
         check_system(config, "teacher", config.teacher.name)
         given = _given_teacher(config.teacher, dataset, fingerprint(config.teacher.file))
-    seeds = range(config.seed, config.seed + config.replicates)
     try:
-        return [_student(config, dataset, seed, given) for seed in seeds]
+        return [_student(_replicate(config, number), dataset, given) for number in range(config.replicates)]
     except ValidationError as error:
         raise KnownError("\n".join(explain(error))) from error
 
 
-def _student(config: Config, dataset: DatasetSpec, seed: int, given: Given | None) -> Stage:
+def seed_keys(vary: Vary, assisted: bool) -> list[str]:
+    """The keys of the seeds that vary, of a chain with settings for assistants or without."""
+    whole = ["teacher.seed", *(["method.assistant.seed"] if assisted else [])]
+    return ["seed", *(whole if vary == "chain" else [])]
+
+
+def _replicate(config: Config, number: int) -> Config:
+    """The configuration of one student: the seeds that vary are raised by its number."""
+    for key in seed_keys(config.vary, isinstance(config.method, AssistedMethod)):
+        config = _raised(config, key, number)
+    return config
+
+
+def _raised(section: _Section, key: str, by: int) -> _Section:
+    """The section with the number at a key, such as method.assistant.seed, raised."""
+    name, _, rest = key.partition(".")
+    value = getattr(section, name)
+    return section.model_copy(update={name: _raised(value, rest, by) if rest else value + by})
+
+
+def plan_alone(config: Config, dataset: DatasetSpec, students: Sequence[Stage]) -> list[Stage]:
+    """The same students alone, as method=scratch plans them. None without baseline=true, or if no network teaches them.
+
+    Raises KnownError as plan() does.
+    """
+    if not config.baseline or not students[0].guides:
+        return []
+    return plan(config.model_copy(update={"method": Scratch(name="scratch")}), dataset)
+
+
+def _student(config: Config, dataset: DatasetSpec, given: Given | None) -> Stage:
     """The last stage of the method's chain."""
-    links, made = chain(config, seed), list[Source]()
+    links, made = chain(config), list[Source]()
     for i, link in enumerate(links):
         above = links[max(i - 1, 0) : i] if link.guides is None else link.guides
         guides = [made[links.index(guide)] for guide in above] if link.loss.guided else []
@@ -188,12 +230,12 @@ def _shares(weights: tuple[float, ...]) -> tuple[float, ...]:
     return () if len(set(weights)) <= 1 else tuple(weight / sum(weights) for weight in weights)
 
 
-def chain(config: Config, seed: int) -> list[Link]:
+def chain(config: Config) -> list[Link]:
     """The networks that the method declares, in the order of training."""
     ends = Ends(
         student=config.model.name,
         teacher=config.teacher.name,
-        seed=seed,
+        seed=config.seed,
         teacher_seed=config.teacher.seed,
         loss=config.loss,
         assistant_loss=config.assistant_loss,
@@ -205,7 +247,7 @@ def chain(config: Config, seed: int) -> list[Link]:
 def trained_networks(config: Config) -> list[tuple[Role, str]]:
     """Role and name of the networks that a run trains, in order. It needs no files, data or recipes."""
     given = config.teacher.file is not None
-    return [(link.role, link.model) for link in chain(config, config.seed) if not (given and link.replaceable)]
+    return [(link.role, link.model) for link in chain(config) if not (given and link.replaceable)]
 
 
 def train_spec(config: Config, role: Role, model: str, task: Task = USUAL) -> TrainSpec:
@@ -272,11 +314,18 @@ def _overrides(config: Config, role: Role) -> dict[str, Any]:
 
 def _without_idle(settings: dict[str, Any]) -> dict[str, Any]:
     """Reset settings that the optimiser or the schedule does not read, so that they do not change the key."""
+    usual = {"momentum": 0.0, "nesterov": False, "milestones": (), "gamma": GAMMA}
+    return settings | {name: usual[name] for name in idle(settings)}
+
+
+def idle(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that the optimiser or the schedule does not read, with what does not read them."""
+    found = dict[str, str]()
     if settings["optimizer"] in ("adam", "adamw"):
-        settings |= {"momentum": 0.0, "nesterov": False}
+        found |= dict.fromkeys(("momentum", "nesterov"), f"train.optimizer={settings['optimizer']}")
     if settings["schedule"] != "step":
-        settings |= {"milestones": (), "gamma": GAMMA}
-    return settings
+        found |= dict.fromkeys(("milestones", "gamma"), f"train.schedule={settings['schedule']}")
+    return found
 
 
 def check_system(config: Config, role: Role, model: str) -> None:

@@ -9,12 +9,12 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,38 +22,50 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd.app.config import Config, chain, for_photos
-from kd.core.hardware import cpu_count, resolve_device
+from kd.app.config import Config, initial_files, plan, plan_alone
+from kd.app.effects import remarks
+from kd.app.parsing import by_key, parse, recorded
+from kd.core.hardware import bind_threads, cpu_count, resolve_device
 from kd.core.spec import KnownError, tilde
-from kd.core.stage import DatasetSpec, Stage
-from kd.methods.method import Link
+from kd.core.stage import Stage
+from kd.datasets import resolve
 from kd.reporting import summary
-from kd.reporting.console import escape_unknown
-from kd.reporting.results import Job, clear_marks, find_jobs, record_failed
-from kd.reporting.tracking import TrackingSpec, group_of, track_sweep
-from kd.store import Metrics
-from kd.training.ranks import world
-from kd.training.workplace import RuntimeSpec
+from kd.reporting.console import print_plan, print_run
+from kd.reporting.curves import draw_curves
+from kd.reporting.results import (
+    Job,
+    Pruned,
+    RunResult,
+    clear_marks,
+    find_jobs,
+    record_failed,
+    record_pruned,
+    write_result,
+)
+from kd.reporting.tracking import Tracker, TrackingSpec, group_of, track, track_sweep
+from kd.store import Metrics, Store
+from kd.training.checks import check_students
+from kd.training.pipeline import Pipeline, run_students
+from kd.training.ranks import team, world
+from kd.training.workplace import RuntimeSpec, Workplace
 
 if TYPE_CHECKING:
     from kd.app.search import Search
 
 
+T = TypeVar("T")
 SEARCH = "kd.app.search.hand_over"  # hydra.sweeper.custom_search_space of kd's own searches
 
 
-def run_job(folder: Path, work: Callable[[], float | None], dry: bool) -> float | None:
+def run_job(folder: Path, work: Callable[[], T], dry: bool) -> T | None:
     """Do the work of one job. A failure with a known reason is printed without a traceback.
 
     A single run then exits with 2. In a multirun that would end the whole sweep. So the job writes error.json into its
     folder and returns None, and the sweep goes on. Other failures print their traceback too.
     """
-    escape_unknown()  # of this process, which may be a launcher's
-    clear_marks(folder, dry)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        if not (multirun or dry) and HydraConfig.get().sweeper.get("custom_search_space") == SEARCH:
-            raise KnownError("sweep: a search needs -m: python run.py -m sweep=…")
+        clear_marks(folder, dry)
         return work()
     except Exception as error:
         reason = known_reason(error)
@@ -69,6 +81,84 @@ def run_job(folder: Path, work: Callable[[], float | None], dry: bool) -> float 
         with suppress(OSError):  # on a full disk the summary lists the job as unfinished
             record_failed(folder, reason or f"{type(error).__name__}: {error}")
         return None
+
+
+def is_dry(cfg: DictConfig) -> bool:
+    """Whether a configuration, perhaps an invalid one, asks for the plan, or for the reasons of values, alone."""
+    asked = [OmegaConf.select(cfg, key, throw_on_resolution_failure=False) for key in ("dry_run", "why")]
+    return asked[0] is True or bool(asked[1])
+
+
+def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
+    """One job: parse, look up the data, plan, load or train, and leave the result in `folder`.
+
+    None if the job prints the plan, or the reasons of values, and trains nothing.
+    """
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.RUN and hydra.sweeper.get("custom_search_space") == SEARCH and not is_dry(cfg):
+        raise KnownError("sweep: a search needs -m: python run.py -m sweep=…")
+    config = parse(cfg, typed())
+    runtime = with_share(config.runtime)
+    if not is_dry(cfg):
+        bind_threads(runtime.threads, resolve_device(runtime.device))
+    dataset = resolve(config.dataset, config.data_root, config.workers, config.image_size)
+    students = plan(config, dataset)
+    if config.why:
+        from kd.app.provenance import reasons
+
+        print("\n".join(reasons(cfg, config, students[0], typed())), flush=True)
+        return None
+    alone = plan_alone(config, dataset, students)
+    for line in remarks(config, dataset, students[0], by_key(typed())):
+        print(line, flush=True)
+    store = Store(config.store_root)
+    if config.dry_run:
+        place = Workplace(store, config.data_root, config.runtime, initial=initial_files(config))
+        check_students(place, [*students, *alone], config.teacher.file, networks=False)
+        print_plan(config.mode, students, store, config.runtime.retrain, alone)
+        return None
+    with track(config.tracking, folder, students, recorded(cfg, typed()), store, group(), alone) as tracker:
+        pipeline = _pipeline(config, runtime, students, store, tracker)
+        found = _trained(pipeline, config, students, alone)
+        if isinstance(found, Pruned):
+            print(found, flush=True)
+            record_pruned(folder, found)
+            return found
+        write_result(found, folder)
+        tracker.summarize(found.columns)
+    print_run(found)
+    draw_curves(folder, found)
+    print(tilde(f"this run: {folder}"))
+    return found
+
+
+def _pipeline(
+    config: Config, runtime: RuntimeSpec, students: Sequence[Stage], store: Store, tracker: Tracker
+) -> Pipeline:
+    return Pipeline(
+        store=store,
+        data_root=config.data_root,
+        runtime=runtime,
+        tracker=tracker,
+        checkpoint=config.teacher.file,
+        initial=initial_files(config),
+        on_nan=config.train.on_nan,
+        min_acc=config.teacher.min_acc,
+        team=team(),
+        prune=pruning(config, students),
+    )
+
+
+def _trained(
+    pipeline: Pipeline, config: Config, students: Sequence[Stage], alone: Sequence[Stage]
+) -> RunResult | Pruned:
+    """The result of a job's students, or the end of a pruned trial."""
+    labels = {"mode": config.mode, "method": config.method.name, "dataset": config.dataset.title}
+    try:
+        return run_students(pipeline, students, labels, alone)
+    except Pruned as pruned:
+        pipeline.tracker.summarize({"pruned_after_epoch": pruned.epoch})
+        return pruned
 
 
 def known_reason(error: Exception) -> str | None:
@@ -119,58 +209,6 @@ def processors_of_a_job(launcher: DictConfig, processors: int) -> int:
     return max(int(asked or 1), 1)
 
 
-def without_effect(config: Config) -> Iterator[str]:
-    """A line for each part of the losses that the command line sets and that has no effect."""
-    asked = {override.partition("=")[0].lstrip("+") for override in typed()}
-    links, method = chain(config, config.seed), f"method={config.method.name}"
-    learning: dict[str, Link] = {link.role: link for link in links}  # assistants learn by the same loss
-    for key, role, section, choice in (
-        ("loss", "student", "method", config.loss),
-        ("assistant_loss", "assistant", "method.assistant", config.assistant_loss),
-    ):
-        link, called = learning.get(role), f"{key}={choice.option}"
-        if link is None:
-            if _is_set(key, asked):
-                yield f"{called} has no effect: {method} has no {role}"
-        elif link.loss.name != choice.name:
-            if _is_set(key, asked):
-                yield f"{called} has no effect: it needs a guide, and {method} gives the {role} none"
-        else:
-            yield from (
-                f"{section}.{name} has no effect: {called} does not read it"
-                for name in ("T", "lambda")
-                if f"{section}.{name}" in asked and not choice.reads(name)
-            )
-            if link is not links[0] and not link.loss.guided:
-                yield f"{called} needs no guide: no network teaches the {role}"
-
-
-def still_growing(student: Stage) -> Iterator[str]:
-    """A line for each loss whose weight grows until its network's training ends."""
-    keys, lines = {"student": "loss", "assistant": "assistant_loss"}, list[str]()
-    for stage in student.chain:
-        if isinstance(stage, Stage) and stage.role in keys and (grows := stage.loss.growth):
-            key, epochs, growing = keys[stage.role], stage.train.epochs, getattr(stage.loss, grows)
-            if epochs <= growing:
-                called, said = stage.loss.option or stage.loss.name, f"{key}.{grows}={growing}, train.epochs={epochs}"
-                lines.append(f"{key}={called}: its weight grows until training ends: {said}")
-    yield from dict.fromkeys(lines)
-
-
-def choices(config: Config, dataset: DatasetSpec) -> Iterator[str]:
-    """A line for each choice that the images decide."""
-    networks = {link.model for link in chain(config, config.seed)}
-    for key, named in (("init", config.init), ("freeze", config.freeze)):
-        for other in sorted({*named} - networks):
-            yield f"{key}={other} has no effect: no network of the chain has this name"
-    if (name := for_photos(config.train.recipe, dataset.image_size)) is not None:
-        yield f"train={name}: images of {dataset.image_size} pixels are photographs; train=<recipe> takes another"
-
-
-def _is_set(key: str, asked: set[str]) -> bool:
-    return any(each in (key, f"loss@{key}") or each.startswith(f"{key}.") for each in asked)
-
-
 def pruning(config: Config, students: Sequence[Stage]) -> Callable[[Metrics], None] | None:
     """The function that ends the training of a pruned trial; None if the job is not pruned.
 
@@ -193,6 +231,12 @@ class Multirun(Callback):
     expected: ClassVar[int] = 0  # the number of jobs; 0 if it is unknown
     search: ClassVar[Search | None] = None
 
+    @classmethod
+    def begin(cls, folder: Path, expected: int, search: Search | None = None) -> None:
+        """Keep what summarize() needs."""
+        cls.folder, cls.expected, cls.search = folder, expected, search
+        cls.began = time.time() - 1  # file times are coarse
+
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check that the run's folder can be written. Without this, Hydra shows a traceback."""
         _check_folder("hydra.run.dir", Path(config.hydra.run.dir))
@@ -202,18 +246,19 @@ class Multirun(Callback):
         if world().size > 1:
             _check_plugins(config)
         _check_slurm(config)
-        Multirun.search, Multirun.began = None, time.time() - 1  # file times are coarse
+        _check_direction(config)
         if config.hydra.sweeper.get("custom_search_space") != SEARCH:
-            Multirun.folder, Multirun.expected = Path(config.hydra.sweep.dir), _jobs_of_a_grid(config)
-            _check_folder("hydra.sweep.dir", Multirun.folder)
+            folder = Path(config.hydra.sweep.dir)
+            _check_folder("hydra.sweep.dir", folder)
+            Multirun.begin(folder, _jobs_of_a_grid(config))
             return
         logging.getLogger("alembic").setLevel(logging.WARNING)
         os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # optuna 2 needs sqlalchemy 1.4, which warns
         from kd.app.search import ready_study
 
         try:
-            Multirun.search = search = ready_study(config, kwargs["config_name"])
-            Multirun.folder, Multirun.expected = search.folder, search.expected
+            search = ready_study(config, kwargs["config_name"])
+            Multirun.begin(search.folder, search.expected, search)
         except (KnownError, OSError) as error:
             print(error, file=sys.stderr, flush=True)
             sys.exit(2)
@@ -241,6 +286,28 @@ def _check_plugins(config: DictConfig) -> None:
             sys.exit(2)
 
 
+_MAXIMISES = {  # how sweepers that search are told to maximise; all of them minimise by themselves
+    "direction": "maximize",  # Optuna
+    "optim.maximize": True,  # Nevergrad
+    "ax_config.experiment.minimize": False,  # Ax
+}
+
+
+def _check_direction(config: DictConfig) -> None:
+    """Let a search maximise, because jobs return accuracies. Exit if the command line says the opposite."""
+    typed_keys = {str(each).lstrip("+").partition("=")[0] for each in config.hydra.overrides.hydra}
+    for name, wanted in _MAXIMISES.items():
+        given, key = OmegaConf.select(config.hydra.sweeper, name), f"hydra.sweeper.{name}"
+        if given is None or getattr(given, "name", given) == wanted:
+            continue
+        told = f"{key}={str(wanted).lower()}"
+        if key in typed_keys:
+            print(f"{key}: a search maximises accuracy; {told} or nothing", file=sys.stderr, flush=True)
+            sys.exit(2)
+        print(f"{told}: jobs return accuracies; sweep=tpe is a search that can be continued", flush=True)
+        OmegaConf.update(config, key, wanted)
+
+
 def _check_slurm(config: DictConfig) -> None:
     """Exit if the SLURM launcher is used without SLURM. Without this, submitit shows a traceback."""
     if config.hydra.launcher["_target_"].endswith(".SlurmLauncher") and shutil.which("srun") is None:
@@ -255,7 +322,7 @@ def _jobs_of_a_grid(config: DictConfig) -> int:
     told = [f"{name}={values}" for name, values in (config.hydra.sweeper.params or {}).items()]
     overrides = OverridesParser.create().parse_overrides([*told, *config.hydra.overrides.task])
     given = {each.get_key_element(): each for each in overrides}
-    if "dry_run" in given and given["dry_run"].value() is True:
+    if ("dry_run" in given and given["dry_run"].value() is True) or "why" in given:
         return 0
     return prod(len(list(each.sweep_string_iterator())) for each in given.values() if each.is_sweep_override())
 

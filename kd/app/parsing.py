@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import shlex
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -28,13 +30,18 @@ from kd.models.libraries import LIBRARIES
 from kd.store.foreign import fingerprint
 
 _SHOWN = 100  # characters that are shown of a wrong value
-_GROUPS: dict[str, tuple[str, Registry[Any]]] = {  # sections of more than a name: their group and its table
+SECTIONS: dict[str, tuple[str, Registry[Any]]] = {  # sections of more than a name: their group and its table
     "loss": ("loss", LOSSES),
     "assistant_loss": ("loss@assistant_loss", LOSSES),
     "method": ("method", METHODS),
     "dataset": ("dataset", DATASETS),
 }
+_READERS = ("method", "loss", "assistant_loss")  # sections of which each option has keys of its own
+_DIGITS = 12  # of a number: what a grid or a search adds up has rounding errors below
 _TELLING = 3  # values of environment variables up to this length are not hidden: they occur in ordinary words
+
+
+_NONE = object()  # what no key has
 
 
 class _Shared(dict[str, Any]):
@@ -81,8 +88,10 @@ def parse(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
 
     Raises KnownError with all problems, one per line.
     """
+    given = by_key(overrides)
     tree, problems = _resolved(cfg)
-    misnamed = dict(_misnamed(tree, overrides))
+    tree = without_foreign(_changed(tree, plain), given)
+    misnamed = dict(_misnamed(tree, given))
     problems += misnamed.values()
     unread = {*misnamed, *(str(name) for name in cfg if str(name) not in tree)}
     sections: dict[str, Any] = {}
@@ -104,17 +113,64 @@ def parse(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
     rules = (_dataset, _losses, _teacher, _reference, _sweep, _training)
     problems += [problem for rule in rules for problem in _told(rule(sections))]
     if problems:
-        raise KnownError("\n".join(_discreet(problems, cfg)))
+        raise KnownError("\n".join(_discreet((_with_runs(problem, given) for problem in problems), cfg)))
     return Config(**sections)
 
 
-def _misnamed(tree: dict[str, Any], overrides: Iterable[str]) -> Iterator[tuple[str, str]]:
+def by_key(overrides: Iterable[str]) -> dict[str, str]:
+    """The keys of overrides, with the text of their values."""
+    return {name.lstrip("+"): value for name, _, value in (override.partition("=") for override in overrides)}
+
+
+def without_foreign(tree: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """The sections without what is typed and only other options read: `method.T` with method=scratch."""
+    kept = dict(tree)
+    for section, name in {tuple(key.split(".")[:2]) for key in foreign(tree, given)}:
+        kept[section] = {key: value for key, value in kept[section].items() if key != name}
+    return kept
+
+
+def foreign(tree: dict[str, Any], given: Iterable[str]) -> Iterator[str]:
+    """The keys of `given` that other options of their section have, and the chosen one does not."""
+    for key in given:
+        section, *path = key.split(".")
+        chosen = tree[section].get("name") if section in _READERS and isinstance(tree.get(section), dict) else None
+        if path and isinstance(chosen, str) and chosen in (table := SECTIONS[section][1]):
+            fields = {field.serialization_alias or name for name, field in table[chosen].model_fields.items()}
+            if path[0] not in fields and option_has(key):
+                yield key
+
+
+@cache
+def option_has(key: str) -> bool:
+    """Whether an option of the key's section has this key, whichever is chosen."""
+    section, _, rest = key.partition(".")
+    if section not in SECTIONS or not rest:
+        return False
+    options = (CONF / SECTIONS[section][0].partition("@")[0]).glob("*.yaml")
+    return any(OmegaConf.select(OmegaConf.load(path), rest, default=_NONE) is not _NONE for path in options)
+
+
+def plain(value: str | float) -> str | float:
+    """A number by its shortest decimal at 12 significant digits: .1 + .2 is .3."""
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+
+def _with_runs(problem: str, given: Mapping[str, str]) -> str:
+    """The problem; of a list for a key that takes one value, with the command that has a run for each."""
+    key = problem.partition(":")[0]
+    values = given.get(key, "").strip()
+    if "(got [" not in problem or "entries" in problem or not re.fullmatch(r"\[.+\]", values):
+        return problem
+    return f"{problem}; a run for each: python run.py -m {shlex.quote(f'{key}={values[1:-1]}')}"
+
+
+def _misnamed(tree: dict[str, Any], given: Collection[str]) -> Iterator[tuple[str, str]]:
     """The sections of which the name alone is set, to that of an option, with a line: the rest is not that option's."""
-    typed = {override.lstrip("+").partition("=")[0] for override in overrides}
-    for section, (group, table) in _GROUPS.items():
+    for section, (group, table) in SECTIONS.items():
         content = tree.get(section)
         name = content.get("name") if isinstance(content, dict) else None
-        if f"{section}.name" not in typed or not isinstance(name, str):
+        if f"{section}.name" not in given or not isinstance(name, str):
             continue
         options = {*table.installed, *(path.stem for path in (CONF / group.partition("@")[0]).glob("*.yaml"))}
         ours = name in [*table] and name not in table.installed
@@ -130,23 +186,26 @@ def _told(problems: Iterator[str]) -> Iterator[str]:
         yield str(error)
 
 
-def recorded(cfg: DictConfig) -> dict[str, Any]:
+def recorded(cfg: DictConfig, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """A valid configuration for records, resolved. Environment variables stay as typed, so that secrets are hidden."""
 
-    def typed(text: str) -> str:
-        return text.replace("${", r"\${") if "oc.env" in text else text
+    def raw(value: str | float) -> str | float:
+        return value.replace("${", r"\${") if isinstance(value, str) and "oc.env" in value else value
 
-    escaped = OmegaConf.create(_texts(OmegaConf.to_container(cfg), typed))
-    tree: dict[str, Any] = _texts(OmegaConf.to_container(escaped, resolve=True), tilde)
-    return tree
+    def shown(value: str | float) -> str | float:
+        return tilde(value) if isinstance(value, str) else plain(value)
+
+    escaped = OmegaConf.create(_changed(OmegaConf.to_container(cfg), raw))
+    return without_foreign(_changed(OmegaConf.to_container(escaped, resolve=True), shown), by_key(overrides))
 
 
-def _texts(node: Any, change: Callable[[str], str]) -> Any:
+def _changed(node: Any, change: Callable[[str | float], str | float]) -> Any:
+    """A tree with every text and every number that is not whole changed."""
     if isinstance(node, dict):
-        return {key: _texts(value, change) for key, value in node.items()}
+        return {key: _changed(value, change) for key, value in node.items()}
     if isinstance(node, list):
-        return [_texts(value, change) for value in node]
-    return change(node) if isinstance(node, str) else node
+        return [_changed(value, change) for value in node]
+    return change(node) if isinstance(node, (str, float)) else node
 
 
 def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], list[str]]:
@@ -179,7 +238,7 @@ def _unresolved(node: Any, path: str = "") -> Iterator[str]:
                 yield from _unresolved(value, key)
 
 
-def _discreet(problems: list[str], cfg: DictConfig) -> Iterator[str]:
+def _discreet(problems: Iterable[str], cfg: DictConfig) -> Iterator[str]:
     """The problems as lines that can be shown: no values of the environment, no control characters, no long lines."""
     values: dict[str, str] = {}
     for name in re.findall(r"oc\.env:\s*(\w+)", str(OmegaConf.to_container(cfg))):
@@ -300,6 +359,8 @@ def _sweep(sections: dict[str, Any]) -> Iterator[str]:
         yield "sweep.prune: compares validation accuracies: it needs a validation split and sweep.objective=val_acc"
     if sections.get("replicates", 1) > 1:
         yield f"sweep.prune: works with one student per trial (got replicates={sections['replicates']})"
+    if sections.get("baseline"):
+        yield "sweep.prune: works with one student per trial (got baseline=true)"
 
 
 def _training(sections: dict[str, Any]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from glob import glob
 from math import ceil
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # two flags of x86, one of arm
 # What Linux has where torch can see a GPU: NVIDIA's driver, also in containers, WSL2, ROCm, Jetson.
 _GPU_FILES = ("/proc/driver/nvidia/version", "/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/nvgpu", "/dev/nvhost-gpu")
+_OPENMP = ("OMP_", "GOMP_", "KMP_")  # its variables
+_BEFORE = set[int]()  # the processors of this process before bind_threads(), which leaves its main thread one of them
 _OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -119,8 +121,39 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 def cpu_count() -> int:
     """The number of processors that this process may use: by taskset, a cpuset, or a quota of time, rounded up."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = len(_allowed()) or os.cpu_count() or 1
     return min([affinity, *(max(1, ceil(quota)) for quota in _quotas())])
+
+
+def _allowed() -> set[int]:
+    """The processors on which this process may run; empty if the system does not say."""
+    return _BEFORE or (os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set())
+
+
+def bind_threads(threads: int | None, device: str) -> None:
+    """Import torch so that each of its threads stays on a processor of its own, if they are to use every processor.
+
+    Otherwise two of them share a processor as soon as another process is busy, and each spins while it waits for the
+    other: a hundredth of the speed. Fewer threads stay free, because other processes would be bound to the same
+    processors. So they do if the user has set variables of OpenMP, which reads them when torch is imported.
+    https://gcc.gnu.org/onlinedocs/libgomp/OMP_005fPROC_005fBIND.html
+    """
+    allowed = _allowed()
+    whole = device == "cpu" and 1 < len(allowed) <= (threads or cpu_count())
+    if not whole or "torch" in sys.modules or any(name.startswith(_OPENMP) for name in os.environ):
+        return
+    _BEFORE.update(allowed)
+    os.environ["OMP_PROC_BIND"] = "true"
+    try:
+        import torch  # noqa: F401, it reads the variable
+    finally:
+        del os.environ["OMP_PROC_BIND"]  # processes that are started from here are not to be bound
+
+
+def unbind(*worker: int) -> None:
+    """Let this thread, or process that decodes images, run on each processor: it inherits the main thread's."""
+    if _BEFORE:
+        os.sched_setaffinity(0, _BEFORE)
 
 
 def _quotas() -> Iterator[float]:
@@ -203,3 +236,24 @@ def make_deterministic(threads: int | None, device: str = "cpu") -> None:
     torch.set_num_threads(threads or cpu_count())
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """A block after which what make_deterministic() changes in this process is as before."""
+    import torch
+
+    variable = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, threads = torch.utils.deterministic.fill_uninitialized_memory, torch.get_num_threads()  # type: ignore[attr-defined]
+    current = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch.set_num_threads(threads)
+        if current is not None:
+            torch.cuda.set_device(current)
+        if variable is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

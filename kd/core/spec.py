@@ -7,7 +7,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -174,6 +174,20 @@ Text = Annotated[str, AfterValidator(_one_line)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_one_line), AfterValidator(_path)]
 
 
+def nearest(name: str, names: Sequence[str], listed: Sequence[str] = ()) -> str:
+    """A question with the names that are nearest to a misspelt one, or what there is: those `listed`, or all."""
+    plain = {re.sub(r"[^a-z0-9]", "", each.lower()): each for each in reversed(names)}
+    found = get_close_matches(re.sub(r"[^a-z0-9]", "", name.lower()), plain, n=3, cutoff=0.65)
+    if found:
+        return f"did you mean {', '.join(plain[each] for each in found)}?"
+    return _listed(listed or names, 12)
+
+
+def _listed(names: Sequence[str], most: int = _LISTED) -> str:
+    more = f", … ({len(names)} in all; --help lists them)" if len(names) > most else ""
+    return f"there are {', '.join(names[:most])}{more}"
+
+
 T = TypeVar("T")
 
 
@@ -248,9 +262,7 @@ class Registry(Mapping[str, T], Generic[T]):
         except KeyError as error:
             near = get_close_matches(name, self, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            names = [*self]
-            more = f", … ({len(names)} in all; --help lists them)" if len(names) > _LISTED else ""
-            raise ValueError(f"{hint}there are {', '.join(names[:_LISTED])}{more}") from error
+            raise ValueError(f"{hint}{_listed([*self])}") from error
         return name
 
 

@@ -1,9 +1,12 @@
-"""Statistics over seeds: means, intervals and paired differences."""
+"""Statistics over seeds: means, intervals, paired differences, and how many seeds a difference needs."""
 
 from collections.abc import Sequence
 from math import sqrt
 
 from kd.core.spec import Frozen
+
+_LEVEL, _POWER = 0.05, 0.8  # of a planned test: how often it may find a difference that is none, and should find one
+_MOST = 10_000  # seeds; more are not counted
 
 
 class Spread(Frozen):
@@ -52,3 +55,37 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Paired:
         std = sqrt(sum((d - mean) ** 2 for d in differences) / (known.n - 1))
         p = round(2 * float(stdtr(known.n - 1, -abs(mean) * sqrt(known.n) / std)), 6)
     return Paired(**known.model_dump(), p=p)
+
+
+def told(values: Sequence[float], others: Sequence[float], whose: str = "") -> str:
+    """The paired difference in words: "+1.39 (-0.44 to +3.21) over 3 seeds", and `whose` seeds.
+
+    Raises ValueError for unequal lengths.
+    """
+    if len(values) == len(others) == 1:
+        return f"{values[0] - others[0]:+.2f}, one seed"
+    known = paired(values, others)
+    seeds = f"{known.n} seeds {whose}".rstrip()
+    if known.p is None:
+        return f"{known.mean:+.2f} at every seed, {seeds}"
+    low, high = known.ci95
+    return f"{known.mean:+.2f} ({low:+.2f} to {high:+.2f}) over {seeds}"
+
+
+def seeds_needed(difference: Paired) -> int | None:
+    """The seeds with which a two-sided paired t-test at 5 % finds such a difference with a power of 80 %.
+
+    It takes the mean and the deviation of these differences as the true ones. None if they have no deviation or no
+    mean, and beyond 10,000.
+    """
+    if difference.p is None or difference.mean == 0:
+        return None
+    effect = abs(difference.mean) / difference.std
+    return next((n for n in range(2, _MOST + 1) if _power(effect, n) >= _POWER), None)
+
+
+def _power(effect: float, n: int) -> float:
+    """How often the test with n pairs finds an effect, in standard deviations: by the noncentral t distribution."""
+    from scipy.special import nctdtr, stdtrit
+
+    return 1 - float(nctdtr(n - 1, effect * sqrt(n), stdtrit(n - 1, 1 - _LEVEL / 2)))

@@ -276,7 +276,7 @@ def load_data(spec: DatasetSpec, data_root: Path, device: str, workers: int | No
     """
     from kd.datasets.data import Data
 
-    if spec.streamed or spec.resize is not None:
+    if spec.streamed or spec.resize is not None or (spec.content and spec.image_size > LARGE):
         return _photographs(spec, data_root / spec.name, device, workers)
     return Data.of(spec, load_attribute(DATASETS[spec.name].read)(data_root, spec.content), device)
 

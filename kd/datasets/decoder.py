@@ -23,9 +23,7 @@ from kd.core.stage import Background, Channels, Resize
 from kd.datasets import Facts, Reading, statistics_of
 from kd.datasets.layouts import File, Listing, raise_for
 from kd.datasets.pictures import PictureError, margin, measure, open_picture, read_square
-from kd.datasets.resized import Colours, Failure, counted, in_order, pixels_of, read_arrays, stored, write_pictures
-
-__all__ = ["Listing", "decode", "listing", "read_arrays", "stored"]
+from kd.datasets.resized import Colours, Failure, counted, in_order, pixels_of, read_arrays, write_pictures
 
 _READER = 2  # raise it when the same files become other pixels
 _SAMPLE = 2_000  # training pictures from which mean and deviation of a stream are computed
@@ -162,7 +160,8 @@ def _sizes_found(listing: Listing) -> Iterator[int]:
     for path, size in _sizes(listing):
         first = first or size
         if size != first or size[0] != size[1]:
-            _say(f"{listing.root}: images have different sizes and shapes ({path.name} is {size[0]}×{size[1]})")
+            what = "are not square" if size == first else "have different sizes and shapes"
+            _say(f"{listing.root}: images {what} ({path.name} is {size[0]}×{size[1]})")
             return
     yield first[0] if first else 1  # the decoder reports that none can be read
 

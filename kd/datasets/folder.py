@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kd.core.spec import KnownError
-from kd.datasets import Arrays, DatasetConfig, Facts, Reading, decoder, label_file, layouts
+from kd.datasets import Arrays, DatasetConfig, Facts, Reading, decoder, label_file, layouts, resized
 
 _INSIDE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # where ImageNet's archives have train/ and val/
 
@@ -16,7 +16,7 @@ def prepare(root: Path, data_root: Path, reading: Reading) -> Facts:
 
 def read(data_root: Path, content: str | None) -> Arrays:
     """The arrays that prepare() wrote."""
-    return decoder.read_arrays(data_root / "folder" / str(content))
+    return resized.read_arrays(data_root / "folder" / str(content))
 
 
 def prepare_imagenet(root: Path, data_root: Path, reading: Reading) -> Facts:
@@ -32,7 +32,7 @@ def prepare_imagenet(root: Path, data_root: Path, reading: Reading) -> Facts:
 
 def read_imagenet(data_root: Path, content: str | None) -> Arrays:
     """The arrays that prepare_imagenet() wrote."""
-    return decoder.read_arrays(data_root / "imagenet" / str(content))
+    return resized.read_arrays(data_root / "imagenet" / str(content))
 
 
 def listing_in(root: Path, config: DatasetConfig) -> layouts.Listing:

@@ -126,10 +126,9 @@ def _rows(path: Path) -> list[tuple[str, str, str | None]]:
             f"separated by commas (got {header[:80]!r})"
         )
     body = [(number, row) for number, row in enumerate(table[1:], 2) if row]
-    last = max(column for column in (file, label, split) if column is not None)
-    short = (
-        f"line {number}" for number, row in body if len(row) <= last or not row[file].strip() or not row[label].strip()
-    )
+    asked = [column for column in (file, label, split) if column is not None]
+    filled = {n for n, row in body if len(row) > max(asked) and all(row[column].strip() for column in asked)}
+    short = (f"line {n}" for n, _ in body if n not in filled)
     raise_for(f"of {path} have no file, label or split", short, "lines")
     named = (_from(path.parent, r[file].strip()) for _, r in body)
     return [
@@ -159,7 +158,7 @@ def _parted(path: Path, classes: list[str], rows: list[tuple[str, int, str | Non
         val, test, choices = [], val, (val_is_test(f"val in {path}"),)
     elif not test:
         train, test = split_off(train, test_fraction)
-        choices = (split_here(path, train, test),)
+        choices = (split_here(path, train, test, test_fraction),)
     for name, listed in (("train", train), ("val", val), ("test", test)):
         labels = {label for _, label in listed}
         bare = (c for label, c in enumerate(classes) if labels and label not in labels)

@@ -29,6 +29,8 @@ _OTHER = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
+
 File = tuple[str, int]  # path below the root, label
 
 
@@ -71,13 +73,14 @@ class PassedOver:
 def find(root: Path, test_fraction: float) -> Listing:
     """The pictures in a folder: in folders for training, validation and test, or in one folder of class folders.
 
-    Without a test set, val/ is the test set; without both, `test_fraction` of each class is. Raises KnownError, in a
-    line for each problem, where the layout is another or classes are not in all parts.
+    Without a test set, val/ is the test set; without both, `test_fraction` of each class is. Images of test/ without
+    class folders are passed over. Raises KnownError, in a line for each problem, where the layout is another or classes
+    are not in all parts.
     """
     root, entered = _entered(root)
     passed = PassedOver()
     splits = _splits(root)
-    listing = _of_splits(root, splits, passed) if splits else _of_classes(root, test_fraction, passed)
+    listing = _of_splits(root, splits, test_fraction, passed) if splits else _of_classes(root, test_fraction, passed)
     choices = (*entered, *listing.choices)
     return replace(listing, choices=choices, remarks=(*described(listing), *passed.lines(root)))
 
@@ -117,9 +120,7 @@ def split_named(name: str) -> str | None:
 def sorted_classes(names: Iterable[str]) -> list[str]:
     """Names in order: as numbers if all of them are numbers."""
     found = sorted(set(names))
-    if all(name.isascii() and name.isdecimal() for name in found):
-        return sorted(found, key=lambda name: (int(name), name))
-    return found
+    return sorted(found, key=lambda name: (float(name), name)) if all(map(_NUMBER.fullmatch, found)) else found
 
 
 def split_off(listed: list[File], fraction: float) -> tuple[list[File], list[File]]:
@@ -140,12 +141,11 @@ def split_off(listed: list[File], fraction: float) -> tuple[list[File], list[Fil
     return [file for file in listed if file[0] not in test], [file for file in listed if file[0] in test]
 
 
-def split_here(root: Path, train: list[File], test: list[File]) -> str:
+def split_here(root: Path, train: list[File], test: list[File], fraction: float) -> str:
     """The line that says that a test set was split off."""
-    share = len(test) / (len(train) + len(test))
     return (
-        f"{root} has no test set: {len(test):,} of its pictures ({share:.0%} of each class: dataset.test_fraction) are "
-        f"kept as one, and {len(train):,} are for training"
+        f"{root} has no test set: {len(test):,} of its pictures (dataset.test_fraction={fraction:g} of each class, one "
+        f"at least) are kept as one, and {len(train):,} are for training"
     )
 
 
@@ -231,23 +231,29 @@ def _splits(root: Path) -> dict[str, str]:
         times = Counter(split for split, _ in named)
         names = ", ".join(name for split, name in named if times[split] > 1)
         raise KnownError(f"dataset.root: {root} has several folders for one purpose ({names}): keep one of each")
-    for split in {"train", "test"} - splits.keys():
-        if split == "train" or "val" not in splits:
-            raise KnownError(
-                f"dataset.root: {root / split} is not a folder; images should be in {root}/{{train,test}}/<class>/. "
-                f"dataset.root=<folder of class folders> splits one folder into training and test images"
-            )
+    if "train" not in splits:
+        raise KnownError(
+            f"dataset.root: {root / 'train'} is not a folder, and there is {', '.join(splits.values())}; images should "
+            f"be in {root}/{{train,test}}/<class>/, or dataset.root=<folder of class folders> splits one folder"
+        )
     return splits
 
 
-def _of_splits(root: Path, splits: Mapping[str, str], passed: PassedOver) -> Listing:
-    inside = folders_in(root)
-    for name in inside:
-        if name not in splits.values():
-            passed.add(name, "folders that are no split")
+def _of_splits(root: Path, splits: Mapping[str, str], test_fraction: float, passed: PassedOver) -> Listing:
+    """Folders for training, validation and test. Without the last two, a part of the first is the test set."""
+    others = [name for name in folders_in(root) if name not in splits.values()]
+    if splits.keys() == {"train"} and others:
+        names = ", ".join(map(printable, others[:_SHOWN]))
+        raise KnownError(
+            f"dataset.root: {root / 'test'} is not a folder, and what {names} should be is not clear; "
+            f"dataset.root={root / splits['train']} splits that folder into training and test images"
+        )
+    for name in others:
+        passed.add(name, "folders that are no split")
+    _pass_loose(root, "", passed)
     folders = {split: set(folders_in(root / name)) for split, name in splits.items()}
     choices: list[str] = []
-    if "test" in splits and "val" in splits and not folders["test"] & folders["train"]:
+    if "test" in splits and not (folders["test"] if "val" not in splits else folders["test"] & folders["train"]):
         choices.append(f"{root / splits['test']} is passed over: its images have no labels (no class folders)")
         del folders["test"]
     if len(folders["train"]) < 2:
@@ -261,6 +267,10 @@ def _of_splits(root: Path, splits: Mapping[str, str], passed: PassedOver) -> Lis
     listed = {split: of_class_folders(root, splits[split], classes, passed) for split in folders}
     for split in folders:
         _pass_loose(root, splits[split], passed)
+    if len(listed) == 1:
+        train, test = split_off(listed["train"], test_fraction)
+        choices.append(split_here(root, train, test, test_fraction))
+        return Listing(root, classes, train, test, own_test=False, choices=tuple(choices))
     if "test" not in listed:
         choices.append(val_is_test(str(root / splits["val"])))
         return Listing(root, classes, listed["train"], listed["val"], choices=tuple(choices))
@@ -270,15 +280,16 @@ def _of_splits(root: Path, splits: Mapping[str, str], passed: PassedOver) -> Lis
 
 def _unlike(root: Path, folders: Mapping[str, set[str]], splits: Mapping[str, str], other: str) -> str | None:
     """A problem line, if a split has other classes than the training images."""
-    odd = ", ".join(map(printable, sorted(folders["train"] ^ folders[other])))
-    both = f"{splits['train']} and {splits[other]}"
-    return f"dataset.root: these classes of {root} are not in both {both}: {odd}" if odd else None
+    if not folders[other]:
+        return f"dataset.root: {root / splits[other]} has no class folders, so nobody knows what its images show"
+    odd = sorted(folders["train"] ^ folders[other])
+    return problem_line(f"of {root} are not in both {splits['train']} and {splits[other]}", odd, "classes")
 
 
 def _pass_loose(root: Path, split: str, passed: PassedOver) -> None:
-    """Count the files that lie beside class folders."""
+    """Count what lies beside class folders: files, and folders of the system."""
     for entry in os.scandir(root / split):
-        if not _is_folder(entry):
+        if _is_junk(entry.name) or not _is_folder(entry):
             reason = "hidden or of the system" if _is_junk(entry.name) else "in no class folder"
             passed.add(f"{split}/{entry.name}".lstrip("/"), reason)
 
@@ -308,7 +319,7 @@ def _of_classes(root: Path, test_fraction: float, passed: PassedOver) -> Listing
     files = [(path, label) for label, name in enumerate(classes) for path in found[name]]
     _pass_loose(root, "", passed)
     train, test = split_off(files, test_fraction)
-    choices = [split_here(root, train, test)]
+    choices = [split_here(root, train, test, test_fraction)]
     if odd := [name for name in classes if split_named(name)]:
         choices.insert(0, f"{root / odd[0]} is taken as a class, because the folders in {root} hold images directly")
     return Listing(root, classes, train, test, own_test=False, choices=tuple(choices))

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd.core.hardware import bring
+from kd.core.hardware import bring, unbind
 from kd.core.stage import DatasetSpec
 from kd.datasets.data import Images, Part, choose_views, split_of
 from kd.datasets.resized import StoredArrays
@@ -57,7 +57,7 @@ class Photos(Images):
             yield from super().shown(samples, views, places)
             return
         waiting: deque[Future[Tensor]] = deque()
-        with ThreadPoolExecutor(_AHEAD) as pool:
+        with ThreadPoolExecutor(_AHEAD, initializer=unbind) as pool:
             try:
                 for place in places:
                     waiting.append(pool.submit(self._viewed, samples[place], views[place]))

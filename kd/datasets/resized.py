@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kd.core.hardware import unbind
 from kd.core.spec import KnownError, tilde
 from kd.datasets import Arrays
 from kd.datasets.pictures import PictureError
@@ -142,7 +143,7 @@ def in_order(paths: Iterable[Path], read: Callable[[Path], T], threads: int) -> 
             return str(error)
 
     waiting: deque[Future[T | str]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=unbind) as pool:
         try:
             for path in paths:
                 waiting.append(pool.submit(attempt, path))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kd.core.hardware import bring, cpu_count
+from kd.core.hardware import bring, cpu_count, unbind
 from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec
 from kd.datasets.data import Images, Part, choose_views, split_of
@@ -129,6 +129,7 @@ def _by_workers(files: _Files, workers: int) -> Generator[Tensor, None, None]:
         multiprocessing_context="fork" if workers and "fork" in get_all_start_methods() else None,
         # One of its own: a DataLoader draws its workers' seeds, and torch's global generator is the training's.
         generator=torch.Generator(),
+        worker_init_fn=unbind,
     )
     with _signals_held():  # a signal to all processes is for the main one, which ends its workers
         decoded = iter(loader)

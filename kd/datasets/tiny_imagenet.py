@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from kd.core.spec import KnownError, tilde
-from kd.datasets import Arrays, Facts, Reading, decoder, label_file, layouts
+from kd.datasets import Arrays, Facts, Reading, decoder, label_file, layouts, resized
 
 _NAME = "tiny-imagenet-200"
 _URL = f"http://cs231n.stanford.edu/{_NAME}.zip"
@@ -43,7 +43,7 @@ def prepare(root: Path, data_root: Path, reading: Reading) -> Facts:
 
 def read(data_root: Path, content: str | None) -> Arrays:
     """The arrays that prepare() wrote."""
-    return decoder.read_arrays(data_root / "tiny_imagenet" / str(content))
+    return resized.read_arrays(data_root / "tiny_imagenet" / str(content))
 
 
 def _unpack(archive: Path, root: Path) -> None:

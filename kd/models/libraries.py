@@ -10,8 +10,6 @@ from difflib import get_close_matches
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from kd.core.spec import KnownError
 from kd.core.stage import Normalization
@@ -250,6 +248,9 @@ def _from_a_quarter(size: int, outputs: dict[str, tuple[int, ...]]) -> list[str]
 
 def _reach(address: str) -> None:
     """Raise OSError if nothing answers at an address within ten seconds."""
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen  # here, because a dry run needs none of it: it loads ssl
+
     try:
         urlopen(Request(address, method="HEAD"), timeout=10).close()
     except HTTPError:  # it answers

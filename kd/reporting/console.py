@@ -17,7 +17,8 @@ from rich.text import Text
 
 from kd.core.settings import Select, TrainSpec
 from kd.core.stage import Given, Normalization, Source, Stage
-from kd.reporting.results import Outcome, ReplicatedResult, RunResult
+from kd.reporting.baseline import baseline_lines
+from kd.reporting.results import Outcome, ReplicatedResult, RunResult, whose_seeds
 from kd.store import Metrics, Store
 
 _LINE_EVERY = 10.0  # seconds between two plain lines
@@ -31,6 +32,11 @@ SELECTED: dict[Select | None, str] = {
     "best_test_batches": "EPOCH CHOSEN ON THE TEST SET, by the mean of its batches' accuracies, as Trained Teacher did",
     None: "given weights",
 }
+
+
+def without_comment(words: Sequence[str]) -> list[str]:
+    """Arguments up to a lone #. zsh hands a comment over as arguments where it is pasted."""
+    return [*words][: [*words, "#"].index("#")]
 
 
 def escape_unknown() -> None:
@@ -61,6 +67,8 @@ def print_run(result: RunResult) -> None:
     table = narrow_table("role", "network", "parameters>", "stage", "val %>", "test %>", "epochs>", "s>", "")
     for outcome in result.chain:
         table.add_row(*_cells(outcome))
+    if result.baseline:
+        table.add_row("alone", *_cells(result.baseline.student)[1:])
     out.print(table)
     for outcome in result.chain[:-1]:
         if outcome.select != student.select:
@@ -71,6 +79,8 @@ def print_run(result: RunResult) -> None:
     if isinstance(result, ReplicatedResult):
         for line in _replicate_lines(result):
             out.print(line, highlight=False)
+    for line in baseline_lines(result) if result.baseline else ():
+        out.print(line, highlight=False)
     out.print(f'the student: kd.load("{student.key}")', highlight=False)
 
 
@@ -95,7 +105,10 @@ def _evidence(chain: Sequence[Outcome]) -> list[str]:
 def _replicate_lines(result: ReplicatedResult) -> tuple[str, str]:
     each = ", ".join(f"{replicate.test_acc:.2f}" for replicate in result.replicates)
     seeds = f"seeds {result.replicates[0].seed}–{result.replicates[-1].seed}"
-    above = " over one chain" if len(result.chain) > 1 else ""
+    if whose_seeds(result.varied) != whose_seeds():
+        above = f", each with its own {result.varied.removeprefix('the whole ').removeprefix('a ')}"
+    else:
+        above = " over one chain" if len(result.chain) > 1 else ""
     mean = f"mean {result.mean:.2f} ± {result.std:.2f} %, 95 % interval {interval(result.ci95)}"
     return f"{result.n} students{above}, {seeds}: test {each}", mean
 
@@ -157,17 +170,23 @@ def test_of(result: RunResult) -> tuple[str, str]:
     return percent(result.chain[-1].test_acc), "1"
 
 
-def print_plan(mode: str, students: Sequence[Stage], store: Store, retrain: bool) -> None:
-    """Print what a run would do, for dry_run: each stage, its key, and whether the store has it."""
+def print_plan(mode: str, students: Sequence[Stage], store: Store, retrain: bool, alone: Sequence[Stage] = ()) -> None:
+    """Print what a run would do, for dry_run: each stage, its key, and whether the store has it.
+
+    The students `alone`, of baseline=true, come last.
+    """
     out = console()
     out.print(headline(f"planned in mode {mode}; finished stages are in {store.root}"))
     table = narrow_table("role", "network", "seed>", "loss", "epochs>", "stage", "")
     sources = {source.key: source for student in students for source in student.chain}
+    beside = {student.key: student for student in alone if student.key not in sources}
+    sources |= beside
     stages = {key: source for key, source in sources.items() if isinstance(source, Stage)}
     stored = {key for key in stages if not retrain and store.whole(key)}
     for key, source in sources.items():
         todo = "given" if key not in stages else "stored" if key in stored else "to train"
-        table.add_row(*_planned(source), todo)
+        role, *rest = _planned(source)
+        table.add_row("alone" if key in beside else role, *rest, todo)
     out.print(table)
     for line in _plan_lines(list(sources.values())):
         out.print(line, highlight=False, markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,10 @@ from kd.losses import Loss
 
 # Each of these files marks its folder as a job's.
 _MARKS = (".hydra/config.yaml", "result.json", "error.json", "pruned.json")
+
+_USUAL = "the student's seed"
+# Columns that every student's row has, after what was set for its job
+_COLUMNS = ("dataset", "method", "mode", "seed", "chain", "val_acc", "test_acc", "student", "failure")
 
 Objective = Literal["val_acc", "test_acc"]
 
@@ -65,6 +70,28 @@ class Replicate(Frozen):
     test_acc: float
 
 
+class Baseline(Frozen):
+    """The same students alone, as by method=scratch, beside those of a run; accuracies in percent."""
+
+    student: Outcome  # that of the first seed
+    replicates: tuple[Replicate, ...]  # all students, by seed
+    test_acc: float  # their mean
+    difference: float  # the run's mean less theirs, in points of test accuracy
+    std: float | None = None  # of the paired differences; from here to p null for one seed
+    ci95: tuple[float, float] | None = None
+    p: float | None = None  # of a paired t-test; null, too, if all differences are equal
+    seeds_needed: int | None = None  # to find this difference with a power of 80 %; null if that cannot be told
+    seconds: float  # of the training of these students, now or earlier
+    taught_seconds: float  # of the training of the run's students and their chain
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Columns for a table of runs."""
+        low, high = self.ci95 or (None, None)
+        named = self.model_dump(exclude={"student", "replicates", "ci95"})
+        return {f"baseline/{name}": value for name, value in {**named, "ci95_low": low, "ci95_high": high}.items()}
+
+
 class RunResult(Frozen):
     """result.json of a run, for scripts."""
 
@@ -74,12 +101,14 @@ class RunResult(Frozen):
     method: str
     dataset: str  # its name in tables
     classes: tuple[str, ...] = ()  # the labels' names; empty: the data set has none
+    baseline: Baseline | None = None  # of baseline=true
 
     @property
     def columns(self) -> dict[str, Any]:
         """Columns for a table of runs, besides the stages' accuracies; `test_acc` is the student's."""
         common = self.model_dump(include={"objective", "mode", "method", "dataset"})
-        return {**common, "test_acc": self.chain[-1].test_acc}
+        beside = self.baseline.columns if self.baseline else {}
+        return {**common, "test_acc": self.chain[-1].test_acc, **beside}
 
     @property
     def networks(self) -> str:
@@ -105,14 +134,15 @@ class ReplicatedResult(RunResult):
     mean: float
     std: float
     n: int
-    ci95: tuple[float, float]  # over the students' seeds; all share the rest of the chain
+    ci95: tuple[float, float]
+    varied: str = _USUAL  # what differs between them
 
     @property
     def columns(self) -> dict[str, Any]:
         """As above, with a column for each student's test accuracy; `test_acc` is their mean."""
         each = {f"test_acc/s{replicate.seed}": replicate.test_acc for replicate in self.replicates}
         low, high = self.ci95
-        spread = {"std": self.std, "n": self.n, "ci95_low": low, "ci95_high": high}
+        spread = {"std": self.std, "n": self.n, "ci95_low": low, "ci95_high": high, "varied": self.varied}
         named = {f"test_acc/{name}": value for name, value in spread.items()}
         return {**super().columns, "test_acc": self.mean, **each, **named}
 
@@ -124,6 +154,21 @@ class ReplicatedResult(RunResult):
     def value(self, objective: Objective) -> float | None:
         """As for one student, the mean over all."""
         return self.objective if objective == "val_acc" else self.mean
+
+
+def what_varied(chains: Sequence[Sequence[str]]) -> str:
+    """What differs between the chains [student, stage] of an interval, in words, by the keys of their stages."""
+    if len(chains) < 2:
+        return "nothing: one seed" if chains else "nothing: no result"
+    own = [len(set(keys)) == len(chains) for keys in zip(*chains, strict=True)]
+    if all(own) and len({key for keys in chains for key in keys}) == len(own) * len(chains):
+        return "the whole chain" if len(own) > 1 else f"{_USUAL}, with nothing above it"
+    return f"{_USUAL}, over one chain" if own[-1] and not any(own[:-1]) else "a part of the chain"
+
+
+def whose_seeds(varied: str = _USUAL) -> str:
+    """What varied, after "3 seeds": "of the student", "of the whole chain"."""
+    return f"of {varied}" if varied.endswith("chain") and not varied.startswith(_USUAL) else "of the student"
 
 
 class Pruned(Exception):  # noqa: N818, it is not an error
@@ -194,7 +239,8 @@ def find_jobs(folder: Path, since: float = 0.0) -> list[Job]:
 
 
 def _read_job(place: Path, number: str) -> Job:
-    overrides = [tilde(str(override)) for override in _load_yaml(place, "overrides") or ()]
+    # The command line adds ++ where other jobs of the sweep do not have the key.
+    overrides = [tilde(str(override)).removeprefix("++") for override in _load_yaml(place, "overrides") or ()]
     if (place / "result.json").exists():
         try:
             return Job(number, overrides, read_result(place / "result.json"), "")
@@ -228,7 +274,44 @@ def _last_change(place: Path) -> float:
 
 
 def _is_dry(place: Path) -> bool:
-    """Whether the job was a dry run that did not fail: it has no result to show."""
+    """Whether the job was a dry run that did not fail, or asked `why`: it has no result to show."""
     config = _load_yaml(place, "config")
-    dry = isinstance(config, DictConfig) and OmegaConf.select(config, "dry_run", throw_on_resolution_failure=False)
-    return bool(dry) and not (place / "error.json").exists()
+    asked = isinstance(config, DictConfig) and any(
+        OmegaConf.select(config, key, throw_on_resolution_failure=False) for key in ("dry_run", "why")
+    )
+    return asked and not (place / "error.json").exists()
+
+
+def student_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """A row of plain values for each student of the jobs, for tables; all rows have the same names, in one order.
+
+    What was set for a job comes first, each override under its name, numbers as numbers. A job without a result has one
+    row, with the reason.
+    """
+    rows = [row for job in jobs for row in _rows_of(job)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    told = [name for name in names if name not in _COLUMNS]
+    return [{name: row.get(name) for name in ("job", *told, *_COLUMNS)} for row in rows]
+
+
+def _rows_of(job: Job) -> Iterator[dict[str, Any]]:
+    typed = {name.lstrip("+"): _value(text) for name, _, text in (each.partition("=") for each in job.overrides)}
+    common = {"job": job.number, **typed}
+    if job.result is None:
+        yield {**common, "failure": job.reason}
+        return
+    run = job.result
+    for student in run.students:
+        own = {"chain": run.networks, "student": student.key, "failure": None}
+        named = {"dataset": run.dataset, "method": run.method, "mode": run.mode}
+        yield {**common, **named, **student.model_dump(exclude={"key"}), **own}
+
+
+def _value(text: str) -> str | int | float:
+    """What was set, as a number if it is one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

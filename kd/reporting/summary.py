@@ -12,9 +12,9 @@ from typing import Any
 
 from rich.markup import escape
 
-from kd.core.statistics import paired, spread
+from kd.core.statistics import spread, told
 from kd.reporting.console import console, count, headline, interval, narrow_table, percent, test_of, test_set_choices
-from kd.reporting.results import Job, RunResult
+from kd.reporting.results import Job, ReplicatedResult, RunResult, what_varied, whose_seeds
 from kd.reporting.summary_figure import draw_summary
 
 # Overrides that may differ between jobs and do not change results.
@@ -23,7 +23,7 @@ _SEED = "seed="
 _MACHINE = ("tracking", "runtime.store", "runtime.data", "runtime.device", "runtime.threads", "runtime.compile")
 # Overrides for how a student is taught. A student and its baseline may differ only in these.
 _TEACHING = ("method", "teacher", "loss", "experiment")
-_PAIRED = "difference to method=scratch in test accuracy, paired by seed, 95 % interval:"
+_PAIRED = "difference to method=scratch in test accuracy, paired by the student's seed, 95 % interval:"
 
 
 def print_jobs(jobs: Sequence[Job]) -> None:
@@ -90,6 +90,20 @@ class Setting:
     def by_seed(self) -> dict[int, float]:
         """The test accuracy of each student, by its seed."""
         return {student.seed: student.test_acc for result in self.results for student in result.students}
+
+    @property
+    def whose(self) -> str:
+        """Whose seeds its interval is over, where it is not the student's alone: "of the whole chain"."""
+        several = (result.varied for result in self.results if isinstance(result, ReplicatedResult))
+        chains = [[outcome.key for outcome in result.chain] for result in self.results]
+        known = whose_seeds(next(several, what_varied(chains)))
+        return "" if known == whose_seeds() else known
+
+    @property
+    def alone(self) -> dict[int, float]:
+        """The test accuracy of each student of the jobs' own baselines, by its seed."""
+        baselines = [result.baseline for result in self.results if result.baseline]
+        return {student.seed: student.test_acc for baseline in baselines for student in baseline.replicates}
 
     @property
     def val(self) -> float | None:
@@ -183,28 +197,19 @@ def command(setting: Setting) -> str:
 def differences(pool: Sequence[Setting]) -> list[str]:
     """The difference in test accuracy between students and the same students of method=scratch, one line per setting.
 
-    A setting without such a baseline has no line.
+    A setting without such a baseline, of its own (baseline=true) or in the multirun, has no line.
     """
     shared, lines = _shared(pool), []
-    baselines = {setting.traits: setting for setting in reversed(pool) if setting.results[0].method == "scratch"}
+    scratch = {setting.traits: setting for setting in reversed(pool) if setting.results[0].method == "scratch"}
     for setting in pool:
-        baseline = baselines.get(setting.traits)
-        if setting.results[0].method != "scratch" and baseline is not None:
-            seeds = [seed for seed in setting.by_seed if seed in baseline.by_seed]
-            values, others = ([each.by_seed[seed] for seed in seeds] for each in (setting, baseline))
+        if setting.results[0].method != "scratch":
+            found = scratch.get(setting.traits)
+            alone = {**(found.by_seed if found else {}), **setting.alone}
+            seeds = [seed for seed in setting.by_seed if seed in alone]
+            values, others = ([each[seed] for seed in seeds] for each in (setting.by_seed, alone))
             if seeds:
-                lines.append(f"{setting.label(shared)}: {_paired(values, others)}")
+                lines.append(f"{setting.label(shared)}: {told(values, others, setting.whose)}")
     return lines
-
-
-def _paired(values: Sequence[float], others: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0] - others[0]:+.2f}, one seed"
-    known = paired(values, others)
-    if known.p is None:
-        return f"{known.mean:+.2f} at every seed, {known.n} seeds"
-    low, high = known.ci95
-    return f"{known.mean:+.2f} ({low:+.2f} to {high:+.2f}) over {known.n} seeds"
 
 
 def write_summary(folder: Path, jobs: Sequence[Job], objective: str, missing: int = 0) -> list[str]:
@@ -258,6 +263,14 @@ def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     ]
 
 
+def _whose(pool: Sequence[Setting]) -> list[str]:
+    """Sentences on whose seeds the intervals are over."""
+    shared = _shared(pool)
+    usual = ["It is over the students' seeds."] if not all(setting.whose for setting in pool) else []
+    others = [f"Of {each.label(shared)} it is over seeds {each.whose}." for each in pool if each.whose]
+    return [*usual, *others]
+
+
 def _numbers(result: RunResult | None) -> dict[str, Any]:
     test = [student.test_acc for student in result.students] if result else []
     return {
@@ -265,6 +278,7 @@ def _numbers(result: RunResult | None) -> dict[str, Any]:
         "test_acc": round(sum(test) / len(test), 4) if test else None,
         "std": spread(test).std if len(test) > 1 else None,
         "n": len(test),
+        "difference to scratch": result.baseline.difference if result and result.baseline else None,
         "chain": result.networks if result else None,
         "student": result.chain[-1].key if result else None,
         "mode": result.mode if result else None,
@@ -292,7 +306,12 @@ def _markdown(pool: Sequence[Setting], jobs: Sequence[Job], added: Sequence[str]
         lines += ["| setting | chain | validation % | test % (mean ± std) | n | 95 % interval |", "|---" * 6 + "|"]
         for setting in pool:
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in setting.cells(shared)) + " |")
-        lines += ["", "Students that differ only in their seed are one line. The interval is Student's t.", ""]
+        lines += [
+            "",
+            "Students that differ only in their seed are one line. The interval is Student's t.",
+            *_whose(pool),
+            "",
+        ]
     if added:
         lines += [_PAIRED.capitalize(), "", *(f"- {line}" for line in added), ""]
     lines += [f"{line}\n" for line in best]

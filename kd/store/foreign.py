@@ -13,24 +13,20 @@ from kd.core.spec import KnownError
 from kd.core.stage import Given
 from kd.models import MODELS, LibraryEntry, build
 from kd.models.libraries import LIBRARIES, library_name, published_weights
+from kd.store.fit import (
+    PARTS,
+    Fit,
+    class_count,
+    classifier_of,
+    find_fits,
+    fresh_classifier,
+    mismatches,
+    with_classifier,
+)
 from kd.store.weights_file import State, WeightsFile, some
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-# Where a checkpoint has its weights: of TAKD; of Trained Teacher and Nasty Teacher; of RepDistiller, mdistiller and
-# torchdistill. They come first if several dictionaries fit.
-_HOLDERS = ("model_state_dict", "state_dict", "model")
-_PARTS = ("student", "teacher")  # mdistiller's files hold both
-_EMA = re.compile(r"(^|[._])ema($|[._])", re.IGNORECASE)
-# What tools leave beside a network's weights: thop's counts, the step of torch's AveragedModel.
-_COUNTS = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$")
-# Names of the same layers in other code: torchvision's and timm's residual networks, and those after kuangliu's.
-_RENAMINGS: tuple[dict[str, str], ...] = (
-    {},
-    {"downsample": "shortcut", "fc": "linear"},
-    {"shortcut": "downsample", "linear": "fc"},
-)
+    from torch import nn
 
 
 class _Wanted(NamedTuple):
@@ -42,24 +38,6 @@ class _Wanted(NamedTuple):
 
     def build(self) -> nn.Module:
         return build(self.model, num_classes=self.classes, image_size=self.image_size)
-
-
-class _Fit(NamedTuple):
-    """Weights in a file that fit a network, under the network's own names."""
-
-    place: str  # the keys that lead to them, and the prefix of their names
-    state: State
-    passed_over: tuple[str, ...]  # names beside them
-    renamed: tuple[str, ...]  # "fc → linear"
-
-    @property
-    def kind(self) -> str:
-        """`student`, `teacher` or `ema` by its place; "" for any other."""
-        words = self.place.split(".")
-        return next((part for part in _PARTS if part in words), "ema" if _EMA.search(self.place) else "")
-
-    def __str__(self) -> str:
-        return self.place or "its weights"
 
 
 def fingerprint(path: Path, key: str = "teacher.checkpoint") -> str:
@@ -86,7 +64,7 @@ def load_network(path: Path, given: Given, tell: Callable[[str], None] = _silent
         states = {given.entry: states[given.entry]}
     wanted = _Wanted(given.model, given.dataset.num_classes, given.input_size)
     network = wanted.build()
-    fits = _fits(states, network)
+    fits = find_fits(states, network)
     if given.part is not None:
         fits = [fit for fit in fits if fit.kind == given.part]
         if not fits:
@@ -117,18 +95,18 @@ def initial_weights(
     """
     file, wanted = WeightsFile(path, key), _Wanted(model, num_classes, image_size)
     states, network = file.states(sha256), wanted.build()
-    fits = _fits(states, network, renew=True)
+    fits = find_fits(states, network, renew=True)
     if not fits:
         raise KnownError("\n".join(_explain(file, wanted, states, network, renew=True)))
     fit, line = _chosen(file, fits), None
     for each in _about(file, fit, fits):
         tell(each)
-    state = _with_classifier(fit.state, network)
+    state = with_classifier(fit.state, network)
     if state is not fit.state:
-        classes = _classes(fit.state, network)
+        classes = class_count(fit.state, network)
         had = f"its classifier of {classes:,} classes" if classes else "its file has no classifier; one"
         line = f"{model}: {had} is made anew for {num_classes:,}"
-        state |= _fresh(_classifier(network))
+        state |= fresh_classifier(classifier_of(network))
     return _filled(network, state, file), line
 
 
@@ -155,49 +133,14 @@ def fetched(name: str, data_root: Path, key: str = "init") -> Path:
     return place
 
 
-def _fits(states: dict[str, State], network: nn.Module, *, renew: bool = False) -> list[_Fit]:
-    """All weights among the dictionaries that fit a network. With `renew` the classifier may be another."""
-    expected, found = network.state_dict(), list[_Fit]()
-    for place, state in states.items():
-        for renaming in _RENAMINGS:
-            fits = list(_fits_under(place, state, renaming, expected, network if renew else None))
-            found += fits
-            if fits:
-                break
-    return sorted(found, key=lambda fit: (fit.kind == "ema", fit.place.split(".")[0] not in _HOLDERS))
-
-
-def _fits_under(
-    place: str, state: State, renaming: dict[str, str], expected: State, renewed: nn.Module | None
-) -> Iterator[_Fit]:
-    """The weights of a dictionary that fit after a renaming: one for each prefix before the network's names."""
-    own_names = {name: ".".join(renaming.get(word, word) for word in name.split(".")) for name in state}
-    used = [f"{a} → {b}" for a, b in renaming.items() if any(a in name.split(".") for name in own_names)]
-    if renaming and not used:
-        return
-    first = next(iter(expected))
-    ends = [name for name in own_names.values() if name == first or name.endswith(f".{first}")]
-    for prefix in sorted((name.removesuffix(first) for name in ends), key=len, reverse=True):
-        counts = [name for name, own in own_names.items() if _COUNTS.search(own)]
-        inside = {
-            own.removeprefix(prefix): state[name]
-            for name, own in own_names.items()
-            if own.startswith(prefix) and name not in counts
-        }
-        usable = inside if renewed is None else _with_classifier(inside, renewed)
-        if not any(_mismatches(usable, expected)):
-            beside = tuple(name for name, own in own_names.items() if not own.startswith(prefix) or name in counts)
-            yield _Fit(".".join(filter(None, (place, prefix.rstrip(".")))), inside, beside, tuple(used))
-
-
-def _chosen(file: WeightsFile, fits: list[_Fit]) -> _Fit:
+def _chosen(file: WeightsFile, fits: list[Fit]) -> Fit:
     """The weights to take: those of an average only if there are no others. Raises KnownError if several are left."""
     left = [fit for fit in fits if fit.kind != "ema"] or fits
     others = [fit for fit in left[1:] if not _equal(fit.state, left[0].state)]
     if not others:
         return left[0]
     kinds = [fit.kind for fit in left]
-    parts = set(kinds) == set(_PARTS)
+    parts = set(kinds) == set(PARTS)
     places = " and ".join(kinds if parts else map(str, left))
     if file.key != "teacher.checkpoint":
         raise file.error(f"holds {places}, and both fit; save one of them in a file of its own")
@@ -210,7 +153,7 @@ def _equal(one: State, other: State) -> bool:
     return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
-def _about(file: WeightsFile, fit: _Fit, fits: list[_Fit]) -> Iterator[str]:
+def _about(file: WeightsFile, fit: Fit, fits: list[Fit]) -> Iterator[str]:
     """Lines about the choice of weights in a file."""
     name = file.path.name
     averaged = [str(other) for other in fits if other.kind == "ema" and other.place != fit.place]
@@ -220,7 +163,7 @@ def _about(file: WeightsFile, fit: _Fit, fits: list[_Fit]) -> Iterator[str]:
         yield f"{name}: {fit} are the weights, averaged over steps"
     if fit.renamed:
         yield f"{name}: names of other code are read as ours: {', '.join(fit.renamed)}"
-    if fit.passed_over and fit.kind not in _PARTS:
+    if fit.passed_over and fit.kind not in PARTS:
         names = ", ".join(fit.passed_over[:3]) + (" …" if fit.passed_over[3:] else "")
         yield f"{name}: passed over beside the network: {len(fit.passed_over)} ({names})"
 
@@ -228,14 +171,14 @@ def _about(file: WeightsFile, fit: _Fit, fits: list[_Fit]) -> Iterator[str]:
 def _places(states: dict[str, State]) -> str:
     """The networks of mdistiller's files, or else the keys that lead to weights; "" if the file is the weights."""
     words = [place for place in states if place]
-    parts = [part for part in _PARTS if any(part in name.split(".") for state in states.values() for name in state)]
+    parts = [part for part in PARTS if any(part in name.split(".") for state in states.values() for name in state)]
     return " and ".join(parts or words)
 
 
 def _parts(states: dict[str, State]) -> dict[str, State]:
     """The networks that a file seems to hold, by part, for a message; a single one is "one network"."""
     state = _unwrapped(max(states.values(), key=len))
-    parts = {part: {k: v for k, v in state.items() if k.startswith(f"{part}.")} for part in _PARTS}
+    parts = {part: {k: v for k, v in state.items() if k.startswith(f"{part}.")} for part in PARTS}
     found = {part: _unwrapped(_without(own, f"{part}.")) for part, own in parts.items() if own}
     return found or {"one network": state}
 
@@ -252,45 +195,6 @@ def _without(state: State, prefix: str) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
-def _with_classifier(state: State, network: nn.Module) -> State:
-    """The weights with the network's own classifier, if theirs has another number of classes or is not there."""
-    own = _classifier(network)
-    if not own.keys() & state.keys():
-        return {**state, **own}
-    other = own.keys() <= state.keys() and all(
-        state[name].shape[1:] == tensor.shape[1:] and state[name].dim() and len(state[name]) != len(tensor)
-        for name, tensor in own.items()
-    )
-    return {**state, **own} if other else state
-
-
-def _classes(state: State, network: nn.Module) -> int:
-    """The number of classes of the weights' classifier; 0 if there is none."""
-    return next((len(state[name]) for name in _classifier(network) if name in state), 0)
-
-
-def _classifier(network: nn.Module) -> State:
-    """The weights of the layers that give the logits, by their names in the network."""
-    from kd.models.taps import last_layers
-
-    layers = {path: network.get_submodule(path).state_dict() for path in last_layers(network)}
-    return {f"{path}.{name}": tensor for path, own in layers.items() for name, tensor in own.items()}
-
-
-def _fresh(classifier: State) -> State:
-    """The weights with which a new classifier begins: small, so that the first steps do not disturb trained weights.
-
-    The networks' own initialisations are for training from scratch. That of EfficientNets is so large for a few classes
-    that a probe still showed it after 100 epochs.
-    """
-    import torch
-
-    return {
-        name: torch.zeros_like(tensor) if tensor.ndim == 1 else torch.randn_like(tensor) * 0.01
-        for name, tensor in classifier.items()
-    }
-
-
 def _filled(network: nn.Module, state: State, file: WeightsFile) -> nn.Module:
     """The network with these weights, which fit."""
     network.load_state_dict(state, strict=False)  # old files have no num_batches_tracked
@@ -301,41 +205,13 @@ def _filled(network: nn.Module, state: State, file: WeightsFile) -> nn.Module:
     return network
 
 
-def _mismatches(state: State, expected: State) -> Iterator[str]:
-    """A line for each kind of difference from the expected weights."""
-    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in expected]
-    shapes = [
-        f"{name} {list(state[name].shape)} instead of {list(expected[name].shape)}"
-        for name in expected
-        if name in state and state[name].shape != expected[name].shape
-    ]
-    kinds = [
-        f"{name} ({tensor.dtype}, {tensor.layout}, {tensor.device})".replace("torch.", "")
-        for name, tensor in state.items()
-        if name in expected and not _copies_to(tensor, expected[name])
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "of another kind": kinds}
-    for what, names in problems.items():
-        if names:
-            yield f"{len(names)} {what}: {some(names)}"
-
-
-def _copies_to(tensor: Tensor, place: Tensor) -> bool:
-    """Whether the values can be copied: dense, real, with data, and not integers where floats are expected."""
-    import torch
-
-    plain = tensor.layout == torch.strided and not tensor.is_quantized and not (tensor.is_meta and not place.is_meta)
-    return plain and tensor.is_floating_point() >= place.is_floating_point() and not tensor.is_complex()
-
-
 def _explain(
     file: WeightsFile, wanted: _Wanted, states: dict[str, State], network: nn.Module, *, renew: bool = False
 ) -> Iterator[str]:
     """Why no part of a file fits. With `renew` another number of classes is no reason."""
     expected = network.state_dict()
     for part, state in _parts(states).items():
-        whose = f"'s {part}" if part in _PARTS else ""
+        whose = f"'s {part}" if part in PARTS else ""
         others = _recognize(state, wanted)
         hint = f"; it is a {others}" if others else ""
         yield (
@@ -348,9 +224,9 @@ def _explain(
                 f"  its names are those of {library}: teacher={library.partition('/')[0]} "
                 f"teacher.arch={library.partition('/')[2]} teacher.init={file.path} takes it"
             )
-        usable = _with_classifier(state, network)
-        yield from (f"  {line}" for line in _mismatches(usable if renew else state, expected))
-        if not any(_mismatches(usable, expected)):
+        usable = with_classifier(state, network)
+        yield from (f"  {line}" for line in mismatches(usable if renew else state, expected))
+        if not any(mismatches(usable, expected)):
             yield (
                 f"  everything but the classifier fits: teacher.init={file.path} makes a new one for {wanted.classes} "
                 "classes and trains it; with teacher.freeze=backbone it is trained alone, which is fast"
@@ -375,7 +251,7 @@ def _library_of(state: State, file: WeightsFile) -> str:
                     network = build(f"{library.name}/{name}", num_classes=2, image_size=224)
             except KnownError:  # it has more outputs than logits
                 continue
-            if not any(_mismatches(_with_classifier(state, network), network.state_dict())):
+            if not any(mismatches(with_classifier(state, network), network.state_dict())):
                 return f"{library.name}/{name}"
     return ""
 
@@ -393,9 +269,9 @@ def _recognize(state: State, wanted: _Wanted) -> str:
                 own = build(name, num_classes=2, image_size=wanted.image_size)
         except KnownError:  # it needs larger images
             continue
-        if names(own.state_dict()) == names(state) and (classes := _classes(state, own)):
+        if names(own.state_dict()) == names(state) and (classes := class_count(state, own)):
             with torch.device("meta"):
                 same = build(name, num_classes=classes, image_size=wanted.image_size)
-            if not any(_mismatches(state, same.state_dict())):
+            if not any(mismatches(state, same.state_dict())):
                 return f"{name} of {classes} classes"
     return ""

@@ -73,10 +73,10 @@ def remove(store: Store, key: str, with_dependents: bool) -> list[str]:
     return doomed
 
 
-def collect(store: Store, days: float, dry: bool, *, banks: bool = False) -> Iterator[Leftover]:
+def collect(store: Store, days: float, dry: bool, *, banks: float | None = None) -> Iterator[Leftover]:
     """Remove what nothing needs, or with `dry` only list it. Unfinished and damaged stages go after `days`.
 
-    With `banks`, the caches of all guides go, too, unless a stage is being trained.
+    Caches of guides that were not written for `banks` days go, too (0: all), unless a stage is being trained.
     Finished stages stay, and so do files of a stage that is locked by a running process. Raises KnownError if something
     cannot be removed.
     """
@@ -111,13 +111,13 @@ def _of_stages(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
                 yield _take(store.partial(key), f"checkpoint, not touched for {days:g} days", dry)
 
 
-def _of_banks(store: Store, dry: bool, everything: bool) -> Iterator[Leftover]:
+def _of_banks(store: Store, dry: bool, days: float | None) -> Iterator[Leftover]:
     """Only if no stage is locked: a training that runs may read the logits of a guide that was removed meanwhile."""
     if not all(map(_free, _lock_files(store))):
         return
-    if everything:
-        yield from (_take(path, "a guide's cache (--banks)", dry) for path in _entries(store.banks))
-        return
+    if days is not None:
+        old = [path for path in _entries(store.banks) if _touched(path) <= time.time() - days * DAY]
+        yield from (_take(path, "a guide's cache (--banks)", dry) for path in old)
     yield from _of_gone(store, store.banks, "outputs of a guide that is not in the store", dry, _backbones(store))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from kd.core.spec import KnownError
-from kd.reporting.console import escape_unknown
+from kd.reporting.console import escape_unknown, without_comment
 from kd.training.checkpoint import exit_code, raise_on_sigterm
 
 
@@ -16,7 +16,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     escape_unknown()
     raise_on_sigterm()
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main(without_comment(sys.argv[1:])))
     except (KnownError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

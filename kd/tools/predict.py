@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kd.core import hardware
 from kd.core.spec import KnownError, printable
+from kd.core.stage import Source
 from kd.datasets.layouts import PassedOver, pictures_below
 from kd.datasets.pictures import PictureError
 from kd.datasets.resized import in_order
@@ -119,6 +120,18 @@ def _pictures(given: Sequence[Path]) -> Iterator[Path]:
         if not found:
             raise KnownError(f"{path} has no pictures")
         yield from (path / name for name in found)
+
+
+def batch_of(source: Source, files: Sequence[Path]) -> Tensor:
+    """Pictures prepared as the test images of a stage were: uint8 [picture, 3, height, width]. Raises KnownError."""
+    import torch
+
+    contract = Contract.of(source)
+    found = [*in_order(files, partial(_image_of, contract), hardware.cpu_count())]
+    if problems := [f"{file}: {said}" for file, said in zip(files, found, strict=True) if isinstance(said, str)]:
+        raise KnownError("\n".join(problems))
+    images, size = [image for image in found if not isinstance(image, str)], contract.image_size
+    return torch.stack(images).movedim(-1, 1) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
 
 def _image_of(contract: Contract, file: Path) -> Tensor:

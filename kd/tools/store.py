@@ -38,7 +38,14 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     cleaning.add_argument(
         "--older-than", type=float, default=30, metavar="DAYS", help="age of checkpoints and damaged stages that go: 30"
     )
-    cleaning.add_argument("--banks", action="store_true", help="also remove all cached logits and features of guides")
+    cleaning.add_argument(
+        "--banks",
+        type=float,
+        nargs="?",
+        const=0.0,
+        metavar="DAYS",
+        help="also remove cached logits and features of guides: all, or those that were filled last so many days ago",
+    )
     return parser.parse_args(given)
 
 
@@ -73,7 +80,7 @@ def _verify(store: Store, keys: Sequence[str]) -> int:
     return 1 if problems else 0
 
 
-def _clean(store: Store, days: float, dry: bool, banks: bool) -> None:
+def _clean(store: Store, days: float, dry: bool, banks: float | None) -> None:
     total = count = 0
     for leftover in collect(store, days, dry, banks=banks):
         print(f"{in_bytes(leftover.size):>7}  {leftover.path.relative_to(store.root)}: {leftover.reason}")

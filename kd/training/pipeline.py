@@ -20,8 +20,9 @@ from kd.core.settings import OnNaN
 from kd.core.spec import KnownError, NonFiniteError
 from kd.core.stage import Given, Source, Stage
 from kd.core.statistics import spread
-from kd.reporting.console import StageProgress, Unwatched
-from kd.reporting.results import Evidence, Outcome, Replicate, ReplicatedResult, RunResult
+from kd.reporting.baseline import compare_alone
+from kd.reporting.console import StageProgress, Unwatched, count
+from kd.reporting.results import Baseline, Evidence, Outcome, Replicate, ReplicatedResult, RunResult, what_varied
 from kd.reporting.tracking import Tracker
 from kd.store import Metrics, StageResult, TrainedStage
 from kd.store.foreign import load_network
@@ -216,9 +217,14 @@ class Pipeline(Workplace):
         return {"torch": version("torch"), "device": kind, "processor": processor, "threads": self.threads}
 
 
-def run_students(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str]) -> RunResult:
-    """Load or train every student and its chain. `labels` are the names of mode, method and data set in tables."""
-    check_students(pipeline, students, pipeline.checkpoint)
+def run_students(
+    pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str], alone: Sequence[Stage] = ()
+) -> RunResult:
+    """Load or train every student and its chain, then the students `alone` with which they are compared, if any.
+
+    `labels` are the names of mode, method and data set in tables.
+    """
+    check_students(pipeline, [*students, *alone], pipeline.checkpoint)
     chains = [pipeline.run_chain(student) for student in students]
     outcomes = [chain[-1] for chain in chains]
     validated = [outcome.val_acc for outcome in outcomes if outcome.val_acc is not None]
@@ -226,6 +232,7 @@ def run_students(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str
         "chain": chains[0],
         "objective": round(sum(validated) / len(validated), 4) if validated else None,
         "classes": students[0].dataset.classes,
+        "baseline": _baseline(pipeline, chains, alone) if alone else None,
         **labels,
     }
     if len(students) == 1:
@@ -235,4 +242,12 @@ def run_students(pipeline: Pipeline, students: Sequence[Stage], labels: dict[str
         for student, outcome in zip(students, outcomes, strict=True)
     ]
     statistics = spread([outcome.test_acc for outcome in outcomes]).model_dump()
-    return ReplicatedResult.model_validate({**common, "replicates": replicates, **statistics})
+    varied = what_varied([[each.key for each in chain] for chain in chains])
+    return ReplicatedResult.model_validate({**common, "replicates": replicates, "varied": varied, **statistics})
+
+
+def _baseline(pipeline: Pipeline, chains: Sequence[Sequence[Outcome]], alone: Sequence[Stage]) -> Baseline:
+    """Load or train the students alone, and compare."""
+    if not all(pipeline.store.whole(student.key) for student in alone) or pipeline.runtime.retrain:
+        print(f"baseline: the student alone, {count(len(alone), 'seed')}", flush=True)
+    return compare_alone(chains, [pipeline.run_chain(student)[-1] for student in alone])

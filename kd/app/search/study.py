@@ -22,7 +22,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from kd.app.config import Config, plan
+from kd.app.config import Config, plan, plan_alone
 from kd.app.parsing import parse
 from kd.app.search.processes import Locks
 from kd.app.search.sampler import LOST, NO_BEST, WANTED, ordinal
@@ -68,7 +68,8 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
     """
     base, space = _read(config, config_name)
     sweeper = config.hydra.sweeper
-    students = plan(base, resolve(base.dataset, base.data_root, base.workers, base.image_size))
+    dataset = resolve(base.dataset, base.data_root, base.workers, base.image_size)
+    students = plan(base, dataset)
     name = study_name(base, students, space, OmegaConf.to_container(sweeper.sampler))
     told = any(str(each).startswith("hydra.sweep.dir=") for each in config.hydra.overrides.hydra)
     place = base.store_root / "search" / name
@@ -76,7 +77,8 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
     if base.dry_run:
         print(f"study {name} in {folder}: {sweeper.n_trials} trials in all, over")
         print("\n".join(f"  {parameter}: {values}" for parameter, values in space.items()), flush=True)
-        print_plan(base.mode, students, Store(base.store_root), base.runtime.retrain)
+        alone = plan_alone(base, dataset, students)
+        print_plan(base.mode, students, Store(base.store_root), base.runtime.retrain, alone)
         sys.exit(0)
     folder.mkdir(parents=True, exist_ok=True)
     locks = Locks(place)

@@ -20,6 +20,7 @@ from kd.store import Metrics, Store
 _LONGEST_NAME, _LONGEST_TAG = 128, 64  # characters that W&B takes
 LONGEST = {"run_name": _LONGEST_NAME, "run_group": _LONGEST_NAME, "run_job_type": 64}  # by wandb's names
 _ODD = "/\\#?%:"  # characters that W&B takes in no name of a project
+BASELINE = "baseline"  # what records call the students alone that baseline=true adds
 
 
 class TrackingSpec(Frozen):
@@ -105,16 +106,19 @@ def group_of(folder: Path) -> str:
     return f"{parent} {name}" if re.fullmatch(r"\d{4}-\d\d-\d\d", parent) else name
 
 
-def axes(sources: Sequence[Source]) -> dict[str, str]:
-    """A unique name for each stage of a run, by key: its role, with network, seed or key only if needed."""
-    unique = {source.key: source for source in sources}
-    names = {key: _candidates(source) for key, source in unique.items()}
+def axes(sources: Sequence[Source], alone: Sequence[Stage] = ()) -> dict[str, str]:
+    """A unique name for each stage of a run, by key: its role, with network, seed or key only if needed.
+
+    The role of the students `alone` of a baseline is `baseline` here, if the run itself does not have their stage.
+    """
+    unique = {source.key: source for source in (*alone, *sources)}
+    own = {source.key for source in sources}
+    names = {key: _candidates(source, source.role if key in own else BASELINE) for key, source in unique.items()}
     taken = Counter(name for candidates in names.values() for name in candidates)
     return {key: next(name for name in candidates if taken[name] == 1) for key, candidates in names.items()}
 
 
-def _candidates(source: Source) -> list[str]:
-    role = source.role
+def _candidates(source: Source, role: str) -> list[str]:
     seed = [f"{role}-s{source.seed}"] if isinstance(source, Stage) else []
     return [role, f"{role}-{source.model}", *seed, f"{role}-{source.key}"]
 
@@ -122,12 +126,13 @@ def _candidates(source: Source) -> list[str]:
 class Tracker:
     """Records the epochs of each trained stage, and the results of the stages and the run."""
 
-    def __init__(self, folder: Path, sources: Sequence[Source], page: Page) -> None:
+    def __init__(self, folder: Path, sources: Sequence[Source], page: Page, alone: Sequence[Stage] = ()) -> None:
         self._file, self._page = folder / "metrics.jsonl", page
-        self._axes = axes(sources)
+        self._axes = axes(sources, alone)
+        self._alone = {student.key for student in alone} - {source.key for source in sources}
         self._before: dict[str, int] = {}  # number of epochs of all earlier stages, by key
         epochs = 0
-        for source in {source.key: source for source in sources}.values():
+        for source in {source.key: source for source in (*sources, *alone)}.values():
             self._before[source.key] = epochs
             epochs += source.train.epochs if isinstance(source, Stage) else 0
         self._file.write_text("", encoding="utf-8")
@@ -135,7 +140,8 @@ class Tracker:
     def log(self, stage: Stage, metrics: Metrics) -> None:
         """Record an epoch of a stage."""
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"role": stage.role, "key": stage.key, **metrics}) + "\n")
+            role = BASELINE if stage.key in self._alone else stage.role
+            file.write(json.dumps({"role": role, "key": stage.key, **metrics}) + "\n")
         step = self._before[stage.key] + int(metrics["epoch"] or 0)
         self._page.log(self._axes[stage.key], step, metrics)
 
@@ -156,15 +162,17 @@ def track(
     config: dict[str, Any],
     store: Store,
     multirun: str | None = None,
+    alone: Sequence[Stage] = (),
 ) -> Iterator[Tracker]:
     """A tracker for one run, of a `multirun` or of none. An error that leaves the block marks the run as failed.
 
     While a student is unfinished, the store keeps its run's id, and the next run that trains it goes on under that id.
+    So it is with the students `alone` of a baseline, which are trained after the others.
     """
     sources = [source for student in students for source in student.chain]
-    names = axes(sources)
-    stages = {names[s.key]: {"key": s.key, **{k: v for k, v in s.dump().items() if k != "guide"}} for s in sources}
-    last = next((student for student in reversed(students) if not store.whole(student.key)), None)
+    names, every = axes(sources, alone), (*sources, *alone)
+    stages = {names[s.key]: {"key": s.key, **{k: v for k, v in s.dump().items() if k != "guide"}} for s in every}
+    last = next((student for student in (*alone[::-1], *students[::-1]) if not store.whole(student.key)), None)
     opening = Opening(
         name=run_name(students),
         job_type=str(config["method"]["name"]),
@@ -175,7 +183,7 @@ def track(
         keep=store.partial(last.key) if last else None,
     )
     with _opened(spec, opening) as page:
-        yield Tracker(folder, sources, page)
+        yield Tracker(folder, sources, page, alone)
 
 
 def track_sweep(

@@ -12,6 +12,7 @@ from kd.core.files import commit
 from kd.core.stage import Source, Stage
 from kd.core.statistics import paired
 from kd.reporting.console import training
+from kd.reporting.results import what_varied
 from kd.store import Store
 from kd.tools.inspection.measures import calibration, confusion, fidelity
 from kd.tools.inspection.outputs import outputs
@@ -166,16 +167,6 @@ class _Reader:
             confusion=None if guided is None or not few else confusion(guide=guided, student=logits, labels=labels),
             **self._store.result(source.key).model_dump(),
         )
-
-
-def what_varied(chains: Sequence[Sequence[str]]) -> str:
-    """Which stages differ between chains [draw, stage] of keys."""
-    if len(chains) < 2:
-        return "nothing: one seed" if chains else "nothing: no result"
-    own = [len(set(keys)) == len(chains) for keys in zip(*chains, strict=True)]
-    if all(own):
-        return "the whole chain" if len(own) > 1 else "the student's seed, with nothing above it"
-    return "the student's seed, over one chain" if own[-1] and not any(own[:-1]) else "a part of the chain"
 
 
 def _seconds(stages: Iterable[StageReport]) -> float:

@@ -13,13 +13,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kd.app.config import Config, plan
+from kd.app.config import Config, Vary, plan, seed_keys
 from kd.app.experiments import CONF
 from kd.app.parsing import parse, recorded, register
 from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec, Stage
 from kd.datasets import DatasetConfig, resolve
-from kd.tools.paper.request import PROTOCOL, Request, Vary, shown
+from kd.tools.paper.request import PROTOCOL, Request, shown
 from kd.tools.paper.tables import Cell, Row, Table
 
 _NETWORKS = ("model.name", "teacher.name", "method.reference")
@@ -173,10 +173,7 @@ def _merged(cfg: DictConfig, values: list[str]) -> DictConfig:
 
 def _seeds(cfg: DictConfig, seed: int, vary: Vary) -> list[str]:
     """The overrides that vary the whole chain, or only the student."""
-    if vary == "student":
-        return [f"seed={seed}"]
-    assisted = [f"method.assistant.seed={seed}"] if "assistant" in cfg.method else []
-    return [f"seed={seed}", f"teacher.seed={seed}", *assisted]
+    return [f"{key}={seed}" for key in seed_keys(vary, "assistant" in cfg.method)]
 
 
 def _is_value(override: str) -> bool:

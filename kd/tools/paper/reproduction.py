@@ -6,7 +6,9 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
+from kd.app.config import Vary
 from kd.core.spec import KnownError
 from kd.store import Store, place
 from kd.tools.paper import page
@@ -31,7 +33,7 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--label", action="append", default=[], metavar="NAME=TEXT", help="name of that copy in tables")
     parser.add_argument(
-        "--vary", choices=("chain", "student"), default="chain", help="what a seed varies; default: the whole chain"
+        "--vary", choices=get_args(Vary), default="chain", help="what a seed varies; default: the whole chain"
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--plan", action="store_true", help="print stages and cost, and train nothing")

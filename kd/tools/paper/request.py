@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from kd.app.config import Vary
 from kd.app.experiments import Name, read_yaml
 from kd.core.spec import Frozen, KnownError, explain
 from kd.datasets import DATASETS
@@ -21,6 +21,8 @@ PROTOCOL = ("mode=paper", "train.select=best_val", "train.test_curve=true", "tra
 _OTHERWISE = {
     "seed": "--seeds",
     "replicates": "--seeds",
+    "baseline": "a row of method=scratch, as most tables have one",
+    "vary": "--vary",
     "teacher.seed": "--vary",
     "method.assistant.seed": "--vary",
     "dry_run": "--plan",
@@ -32,7 +34,6 @@ _OTHERWISE = {
     "runtime.retrain": "python -m kd.store rm",
 }
 _PLACES = ("dataset.root", "runtime.store", "runtime.data", "teacher.checkpoint")
-Vary = Literal["chain", "student"]
 
 
 class Profile(Frozen):

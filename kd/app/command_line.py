@@ -1,0 +1,389 @@
+"""The command line before Hydra reads it: texts mean what is typed, and mistakes are told in our lines.
+
+Hydra's grammar has no `~`, `=` or `(` in a text, takes the last of `model=[a,b]`, and adds rounding errors up in
+`range(0.1,1,0.1)`. Its messages for a misspelt key or option are long. This module changes nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from decimal import ROUND_CEILING, Decimal
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString, RangeSweep, ValueType
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from pydantic import BaseModel
+
+from kd.app.config import Config
+from kd.app.experiments import CONF
+from kd.app.parsing import SECTIONS, option_has
+from kd.core.spec import KnownError, Text, nearest, printable
+from kd.reporting.console import without_comment
+
+_OPEN = ("init", "model.args", "teacher.args")  # groups of keys that a user names
+_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.sweeper.storage")
+_MOST = 100_000  # values of a range
+_NOTHING = object()  # what a missing key has
+_NULL = re.compile("null", re.IGNORECASE)
+_NEVER_READ = ("help", "hydra_help", "shell_completion", "experimental_rerun")
+
+
+def read_command(words: Sequence[str]) -> list[str]:
+    """The arguments for Hydra, flags first. Raises KnownError with a line for each that cannot be what it should."""
+    words = without_comment(words)
+    args = get_args_parser().parse_intermixed_args(words)
+    if any(getattr(args, name) for name in _NEVER_READ) or args.info is not None:
+        return words
+    flags = [*words]
+    for word in args.overrides:
+        flags.remove(word)
+    with initialize_config_dir(str(_folder(args)), version_base="1.3"):
+        return [*flags, *Reader(args).read(args.overrides)]
+
+
+def _folder(args: Namespace) -> Path:
+    return CONF if args.config_path is None else (CONF.parent / args.config_path).absolute()
+
+
+class Reader:
+    """Reads overrides with Hydra's own parser and options, which have to be initialised."""
+
+    def __init__(self, args: Namespace) -> None:
+        self._loader = GlobalHydra.instance().config_loader()
+        self._parser = OverridesParser.create(self._loader)
+        self._config_name = args.config_name or "config"
+        self._places = [] if args.config_dir is None else [f"hydra.searchpath=[{Path(args.config_dir).absolute()}]"]
+        self._multirun = args.multirun
+
+    def read(self, words: Sequence[str]) -> list[str]:
+        """The overrides as Hydra should get them. Raises KnownError."""
+        self._multirun |= any(re.fullmatch(r"hydra\.mode=(RunMode\.)?MULTIRUN", word, re.IGNORECASE) for word in words)
+        overrides, problems = list[Override](), list[str]()
+        for word in words:
+            try:
+                overrides.append(self._parsed(self._quoted(word) if word.partition("=")[0].strip("+~ ") else ""))
+            except (HydraException, ValueError, TypeError, RecursionError):
+                problems.append(_unreadable(word))
+        sound = list[Override]()
+        for override in overrides:
+            found = list(self._problems(override))
+            problems += found
+            sound += [] if found else [override]
+        sound = [self._forced(override) if self._may_lack(override, sound) else override for override in sound]
+        tree = self._composed([*map(self._first, sound)])
+        if isinstance(tree, Exception):
+            sound, found = self._diagnosed(sound)
+            problems += found
+        grid = not isinstance(tree, Exception) and str(tree["hydra"]["sweeper"]["_target_"]).endswith(".BasicSweeper")
+        problems += [
+            f"{override.get_key_element()}: {_value(override)} needs a search: sweep=tpe; grids have choice and range"
+            for override in sound
+            if grid and override.is_interval_sweep()
+        ]
+        if problems:
+            raise KnownError("\n".join(_shortened(problems)))
+        return [_exact(override) if grid else str(override.input_line) for override in sound]
+
+    # texts ---------------------------------------------------------------------------------------------------------
+
+    def _parsed(self, word: str) -> Override:
+        override = self._parser.parse_override(word)
+        override.config_loader = self._loader
+        return override
+
+    def _quoted(self, word: str) -> str:
+        """An override with quotes around each text that Hydra's grammar would not take as it is."""
+        name, _, value = word.partition("=")
+        kind, value = _TEXTS.get(name.lstrip("+")) or name.lstrip("+").startswith("init."), value.strip()
+        if not kind or not value or value[0] in "'\"":
+            return word
+        brackets = ("[", "]") if kind == "list" else ("choice(", ")")
+        if value.startswith(brackets[0]) and value.endswith(brackets[1]) and value.count(brackets[0]) == 1:
+            inner = value[len(brackets[0]) : -1]
+            return f"{name}={brackets[0]}{self._each(inner)}{brackets[1]}" if inner.strip() else word
+        if kind == "list" or re.fullmatch(r"\[.*,.*\]|(shuffle|sort|glob)\(.*\)", value, re.DOTALL):
+            return word
+        return f"{name}={self._each(value)}"
+
+    def _each(self, values: str) -> str:
+        """Values that commas separate, each with quotes where it needs them."""
+        parts = [part.strip() for part in re.split(r",(?![^${}]*\})", values)]
+        quoted = [*map(self._text, parts)]
+        return values if quoted == parts else ",".join(quoted)
+
+    def _text(self, value: str) -> str:
+        if value[:1] in ("'", '"') or _NULL.fullmatch(value):
+            return value
+        try:
+            taken = self._parsed(f"key={value}").value()
+        except (HydraException, ValueError, TypeError, RecursionError):
+            taken = None
+        if isinstance(taken, str):
+            return value
+        closed = value.count("${") <= value.count("}")  # otherwise no interpolation is meant
+        return QuotedString(value if closed else value.replace("${", r"\${"), Quote.single).with_quotes()
+
+    # one override --------------------------------------------------------------------------------------------------
+
+    def _problems(self, override: Override) -> Iterator[str]:
+        """Lines about the values of an override, whatever the others are."""
+        key = override.get_key_element().lstrip("+~")
+        options = self._options(key.partition("@")[0])
+        if options and not override.is_delete():
+            yield from _option_problems(key, options, [*self._values(override)])
+        elif not override.is_sweep_override():
+            value = _value(override)
+            if isinstance(override.value(), float) and not _means(value, float(override.value())):  # type: ignore[arg-type]
+                yield f"{key}: {value} is too small for a number of 64 bits"
+        if not override.is_sweep_override():
+            return
+        if not self._multirun:
+            hint = "" if options or _TEXTS.get(key) is None else f"; one text: {key}='{_value(override)}'"
+            yield f"{key}: several values need -m: python run.py -m {shlex.quote(str(override.input_line))}{hint}"
+        elif isinstance(span := override.value(), RangeSweep) and not 0 < _length(span) <= _MOST:
+            yield f"{key}: {_value(override)} has {_length(span):,} values; 1 to {_MOST:,} are possible"
+        elif override.is_discrete_sweep() and not self._texts_of(override):
+            yield f"{key}: there is no value in {_value(override)}"
+
+    def _options(self, group: str, folder: str = "") -> list[str]:
+        """The options of a group, those of its folders too; empty for a key."""
+        place = f"{group}/{folder}".rstrip("/")
+        names = [f"{folder}{name}" for name in self._loader.get_group_options(place, ObjectType.CONFIG)]
+        folders = [*self._loader.get_group_options(place, ObjectType.GROUP)] if names or group == "experiment" else []
+        return [*names, *(each for name in folders for each in self._options(group, f"{folder}{name}/"))]
+
+    def _values(self, override: Override) -> Iterator[Any]:
+        if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP:
+            yield from map(Override._convert_value, override.sweep_iterator())
+        elif not override.is_sweep_override():
+            yield override.value()
+
+    def _first(self, override: Override) -> str:
+        """The override with the first of its values."""
+        if not override.is_sweep_override():
+            return str(override.input_line)
+        if not override.is_discrete_sweep():
+            return f"{override.get_key_element()}={override.value().start}"  # type: ignore[union-attr]
+        return f"{override.get_key_element()}={self._texts_of(override)[0]}"
+
+    def _texts_of(self, override: Override) -> list[str]:
+        """The values of a sweep, empty if Hydra cannot list them."""
+        try:
+            return [*override.sweep_string_iterator()]
+        except Exception:  # a range among other values: AssertionError, ValidationError
+            return []
+
+    # all overrides -------------------------------------------------------------------------------------------------
+
+    def _composed(self, lines: Iterable[str]) -> Any:
+        """The configuration as a dict, or the exception that composing it ends in."""
+        try:
+            cfg = compose(self._config_name, [*self._places, *lines], return_hydra_config=True)
+        except Exception as error:  # Hydra raises ValueError, TypeError and AssertionError, too
+            return error
+        return OmegaConf.to_container(cfg)
+
+    def _may_lack(self, override: Override, overrides: Sequence[Override]) -> bool:
+        """Whether some jobs of a sweep over options have this key, and others do not."""
+        section, _, rest = override.key_or_group.partition(".")
+        swept = {each.get_key_element() for each in overrides if each.is_sweep_override()}
+        if override.get_key_element() != override.key_or_group or section not in SECTIONS or not rest:
+            return False
+        return bool(swept & {SECTIONS[section][0], "experiment"}) and option_has(override.key_or_group)
+
+    def _forced(self, override: Override) -> Override:
+        """The override, for a job that does not have its key, too."""
+        return self._parsed(f"++{str(override.input_line).lstrip('+')}")
+
+    def _diagnosed(self, overrides: Sequence[Override]) -> tuple[list[Override], list[str]]:
+        """Overrides that can be composed, or lines that say which cannot."""
+        problems = list[str]()
+        chosen = [override for override in overrides if self._options(override.key_or_group)]
+        if not isinstance(tree := self._composed([]), Exception):
+            groups = tree["hydra"]["runtime"]["choices"]
+            problems = [problem for override in chosen for problem in _group_problems(override, groups)]
+            tree = problems or self._composed(map(self._first, chosen))
+        if not isinstance(tree, dict):
+            return [*overrides], problems or [_short(tree)]
+        sound = list[Override]()
+        for override in overrides:
+            if override in chosen or (problem := _key_problem(override, tree)) is None:
+                sound.append(override)
+            elif problem:
+                problems.append(problem)
+            else:
+                sound.append(self._forced(override))
+        again = problems or self._composed([*map(self._first, sound)])
+        if isinstance(again, Exception):
+            problems = [*self._culprits(chosen, sound)] or [_short(again)]
+        return sound, problems
+
+    def _culprits(self, chosen: Sequence[Override], overrides: Sequence[Override]) -> Iterator[str]:
+        """A line for each override that cannot be composed by itself."""
+        for override in overrides:
+            if isinstance(self._composed(map(self._first, [*chosen, override])), Exception):
+                yield f"{override.get_key_element().lstrip('+')}: cannot be {_value(override)}"
+
+
+def _texts(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The keys that hold a text, or a list of texts, with `text` or `list`."""
+    mark = get_args(Text)[1]
+    for name, hint in get_type_hints(section, include_extras=True).items():
+        found = str(hint)
+        if isinstance(hint, type) and issubclass(hint, BaseModel):
+            yield from _texts(hint, f"{prefix}{name}.")
+        elif repr(mark) in found and not found.startswith("dict"):
+            yield f"{prefix}{name}", "list" if found.startswith("tuple") else "text"
+
+
+_TEXTS = {**dict(_texts(Config)), **dict.fromkeys(_FOLDERS, "text")}
+
+
+def _shortened(problems: Iterable[str]) -> Iterator[str]:
+    """Each problem on one line, with long values cut."""
+    for problem in dict.fromkeys(problems):
+        yield printable(re.sub(r"\S{150,}", lambda word: f"{word[0][:100]}…", problem))
+
+
+def _value(override: Override) -> str:
+    return str(override.input_line).partition("=")[2].strip()
+
+
+def _unreadable(word: str) -> str:
+    name, equal, value = word.partition("=")
+    if not equal or not name.strip("+~ "):
+        return f"{word}: should be key=value"
+    quoted = QuotedString(value.replace('"', "").replace("'", ""), Quote.double).with_quotes()
+    return f"{name}: {value} cannot be read; a text with other signs needs quotes: {shlex.quote(f'{name}={quoted}')}"
+
+
+def _option_problems(key: str, options: Sequence[str], values: Sequence[Any]) -> Iterator[str]:
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    if any(isinstance(value, list) and len(value) != 1 for value in values):
+        hint = f"; a run for each: python run.py -m {key}={','.join(map(str, names))}" if names else ""
+        yield f"{key}: takes one option, not a list{hint}"
+        return
+    for name in names:
+        if isinstance(name, dict):
+            yield f"{key}: takes the name of an option, not keys"
+            continue
+        inside = [option for option in options if option.startswith(f"{name}/")]
+        if inside:
+            yield f"{key}={name}: is a folder of options: {', '.join(inside[:3])}, …"
+        elif name not in options and not re.fullmatch(r"\$\{(dataset|model|teacher|method)\}", str(name)):
+            shown = "null" if name is None else name
+            yield f"{key}={shown}: there is no such option; {nearest(str(name), options)}"
+
+
+def _group_problems(override: Override, groups: dict[str, Any]) -> Iterator[str]:
+    key = override.get_key_element().lstrip("+~")
+    if override.is_add() and key in groups:
+        yield f"{key}: is chosen without a +"
+    elif not override.is_add() and key not in groups:
+        yield f"{key}: unknown key; {nearest(key, [*groups])}"
+
+
+def _key_problem(override: Override, tree: dict[str, Any]) -> str | None:
+    """A line about an override's key; "" if it has to be forced, None if it is right."""
+    key, section = override.key_or_group, override.key_or_group.partition(".")[0]
+    exists = override.package is None and _at(tree, key) is not _NOTHING
+    if override.is_force_add():
+        return None
+    if override.is_add():
+        return (
+            f"{key}: exists already; leave the + out"
+            if exists and not isinstance(override.value(), (dict, list))
+            else None
+        )
+    if exists:
+        return None if override.is_delete() else _node_problem(key, _at(tree, key), override.value(), tree)
+    table = SECTIONS[section][1] if section in SECTIONS else None
+    brought = table is not None and tree[section].get("name") in table.installed
+    if not override.is_delete() and (brought or option_has(key) or key.rpartition(".")[0] in _OPEN):
+        return ""
+    return f"{override.get_key_element().lstrip('+')}: unknown key; {_near_keys(key, tree)}"
+
+
+def _node_problem(key: str, node: Any, value: Any, tree: dict[str, Any]) -> str | None:
+    """A line about a group of keys that gets a value, or keys that it lacks; "" if they are the user's to name."""
+    if isinstance(node, list) and isinstance(value, dict):
+        return f"{key}: is a list, not a group of keys"
+    if not isinstance(node, dict) or (key in _OPEN and isinstance(value, dict)):
+        return "" if isinstance(node, dict) else None
+    if not isinstance(value, dict):
+        return f"{key}: is a group of keys{': ' if node else ''}{', '.join(map(str, node))}"
+    unknown = [f"{key}.{name}" for name in value if name not in node]
+    return f"{unknown[0]}: unknown key; {_near_keys(unknown[0], tree)}" if unknown else None
+
+
+def _near_keys(key: str, tree: dict[str, Any]) -> str:
+    keys = [*_keys(tree if key.startswith("hydra") else {name: tree[name] for name in tree if name != "hydra"})]
+    for part in ("launcher", "sweeper"):
+        if key.startswith(f"hydra.{part}."):
+            return f"hydra/{part}={tree['hydra']['runtime']['choices'][f'hydra/{part}']} has none of this name"
+    last = key.rpartition(".")[2]
+    same = [each for each in keys if each.rpartition(".")[2] == last]
+    if same:
+        return f"did you mean {', '.join(same[:3])}?"
+    parent = key.rpartition(".")[0]
+    beside = [each for each in keys if each.rpartition(".")[0] == parent]
+    return nearest(key, keys, beside)
+
+
+def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _at(tree: Any, key: str) -> Any:
+    """What a tree has at a dotted key; _NOTHING if it has no such key."""
+    for part in key.split("."):
+        tree = tree.get(part, _NOTHING) if isinstance(tree, dict) else _NOTHING
+    return tree
+
+
+def _short(error: BaseException) -> str:
+    """An error of Hydra in one line."""
+    while not isinstance(error, HydraException) and error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _means(text: str, value: float) -> bool:
+    """Whether a number is what its text says: 1e-400 is not 0."""
+    return value != 0 or not re.search("[1-9]", re.split("[eE]", text)[0])
+
+
+def _exact(override: Override) -> str:
+    """An override of a grid; a range becomes its values, because Hydra adds rounding errors up."""
+    span = override.value()
+    if not isinstance(span, RangeSweep) or isinstance(span.range(), range):
+        return str(override.input_line)
+    values = ",".join(map(str, _decimals(span)))
+    return f"{override.get_key_element()}={'shuffle' if span.shuffle else 'choice'}({values})"
+
+
+def _decimals(span: RangeSweep) -> Iterator[float]:
+    """The values of a range, by decimal arithmetic on what is typed."""
+    start, step = Decimal(str(span.start)), Decimal(str(span.step))
+    yield from (float(start + step * number) for number in range(_length(span)))
+
+
+def _length(span: RangeSweep) -> int:
+    start, stop, step = (Decimal(str(each)) for each in (span.start, span.stop, span.step))
+    if not step or not all(each.is_finite() for each in (start, stop, step)):
+        return 0
+    return max(0, int(((stop - start) / step).to_integral_value(ROUND_CEILING)))

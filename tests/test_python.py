@@ -1,0 +1,179 @@
+"""kd.run, kd.sweep, kd.results and kd.load from Python: as the command line, and the process stays as it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from PIL import Image
+
+import kd
+from kd.core.spec import KnownError
+from tests.conftest import QUICK, ROOT
+
+FAST = [*QUICK, "method=scratch", "train.epochs=1"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def state() -> dict[str, Any]:
+    """What a call must not change."""
+    root = logging.getLogger()  # KMP_: set where scikit-learn is imported
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    return {
+        "argv": [*sys.argv],
+        "folder": os.getcwd(),
+        "handlers": [*root.handlers],
+        "level": root.level,
+        "signals": [signal.getsignal(number) for number in numbers],
+        "hydra": (GlobalHydra.instance().hydra, HydraConfig.instance().cfg),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+        "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST" and not k.startswith("KMP_")},
+        "streams": (sys.stdout, sys.stderr),
+    }
+
+
+@pytest.fixture
+def unchanged() -> Iterator[None]:
+    torch.use_deterministic_algorithms(False)
+    before = state()
+    yield
+    assert state() == before
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_run_is_that_of_the_command_line(tmp_path: Path) -> None:
+    result = kd.run([*FAST, "hydra.run.dir=mine"])
+    assert result.method == "scratch"
+    assert not result.chain[-1].reused
+    written = json.loads((tmp_path / "mine" / "result.json").read_text())
+    assert written["chain"][0]["key"] == result.chain[-1].key
+    again = kd.run(FAST)  # in a folder of its own, and from the store
+    assert again.chain[-1].reused
+    assert again.chain[-1].key == result.chain[-1].key
+    (folder,) = tmp_path.glob("outputs/*/*")
+    assert {"result.json", "metrics.jsonl", ".hydra"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_sweep_gives_a_row_a_student() -> None:
+    rows = kd.sweep([*FAST, "method=scratch", "seed=0,3", "replicates=2"])
+    assert [(row["job"], row["seed"]) for row in rows] == [("0", 0), ("0", 1), ("1", 3), ("1", 4)]
+    assert {row["chain"] for row in rows} == {"plane2"}
+    assert all(0 < row["test_acc"] <= 100 and row["failure"] is None for row in rows)
+    assert rows[0]["train.epochs"] == 1
+    assert len({row["student"] for row in rows}) == 4
+    assert len({tuple(row) for row in rows}) == 1  # the same columns, so that any table takes them
+    assert all(isinstance(value, (str, int, float, type(None))) for row in rows for value in row.values())
+    (folder,) = Path().glob("multirun/*/*")
+    assert kd.results(folder) == rows
+    assert (folder / "summary.md").exists()
+    (alone,) = kd.results(folder)[:1]
+    assert kd.results(folder / "0")[0]["student"] == alone["student"]
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_job_that_fails_is_a_row_with_the_reason() -> None:
+    rows = kd.sweep([*FAST, "train.lr=0.1,-1", "seed=2"])
+    assert [row["failure"] for row in rows] == [None, "train.lr: should be above 0 (got -1)"]
+    assert (rows[1]["train.lr"], rows[1]["seed"], rows[1]["test_acc"]) == (-1, 2, None)
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method.T=-1", "method.lambda=2"], "method.T: should be above 0.*\nmethod.lambda: should be at most 1"),
+        (["metod=kd"], "metod"),
+        (["model=resnet9"], "resnet9"),
+        (["method.T="], "method.T"),
+        (["method.T=1,2"], "method.T"),
+        (["seed"], "seed"),
+        (["dry_run=true"], "dry_run and why print, and have no result"),
+        (["why=method.T"], "dry_run and why print, and have no result"),
+        (["teacher.checkpoint=nowhere.pt"], "nowhere.pt"),
+        (["sweep=tpe"], "a search needs -m"),
+        (["hydra.run.dir=/proc/nowhere"], "/proc/nowhere cannot be written"),
+    ],
+)
+def test_problems_are_one_exception(overrides: list[str], said: str) -> None:
+    with pytest.raises(KnownError, match=said):
+        kd.run([*QUICK, *overrides])
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):  # Hydra is free for others
+        assert compose("config", ["seed=3"]).seed == 3
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize("plugin", ["hydra/launcher=joblib", "sweep=tpe"])
+def test_searches_and_launchers_need_the_command_line(plugin: str) -> None:
+    with pytest.raises(KnownError, match=r"python run\.py -m"):
+        kd.sweep([*FAST, "method=kd", plugin])
+
+
+def test_a_call_inside_of_another_hydra(tmp_path: Path) -> None:
+    """As in an application of the reader's own."""
+    (tmp_path / "own.yaml").write_text("mine: 1\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.2"):
+        before = GlobalHydra.instance().hydra
+        kd.run(FAST)
+        assert GlobalHydra.instance().hydra is before
+        assert compose("own", ["mine=2"]) == {"mine": 2}
+
+
+def test_importing_kd_is_cheap() -> None:
+    code = "import kd, sys; print([name for name in ('torch', 'hydra', 'pydantic', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_results_of_what_is_no_folder() -> None:
+    with pytest.raises(KnownError, match="nowhere is not a folder"):
+        kd.results("nowhere")
+    Path("empty").mkdir()
+    assert kd.results("empty") == []
+
+
+def test_a_network_comes_with_pictures_as_it_takes_them(tmp_path: Path) -> None:
+    key = kd.run(FAST).chain[-1].key
+    Image.new("RGB", (40, 20), (255, 0, 0)).save("red.png")
+    Image.new("L", (16, 16), 7).save("grey.png")
+    network, batch = kd.load(key[:10], images=["red.png", Path("grey.png")])
+    assert (batch.shape, batch.dtype) == ((2, 3, 16, 16), torch.uint8)
+    assert batch[0, :, 8, 8].tolist() == [255, 0, 0]
+    assert batch[1].unique().tolist() == [7]
+    assert network(batch).shape == (2, 10)
+    assert kd.load(key, images=[])[1].shape == (0, 3, 16, 16)
+    Path("text.png").write_text("no picture")
+    with pytest.raises(KnownError, match=r"text.png: .*\nnone.png: does not exist"):
+        kd.load(key, images=["text.png", "red.png", "none.png"])
+
+
+def test_the_notebook(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells run one after another, and end as its text says."""
+    book = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())
+    names: dict[str, Any] = {}
+    for cell in book["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    said = capsys.readouterr().out
+    assert "[True, True]" in said
+    assert "method.T: should be above 0 (got -1)\ntrain.epochs: should be at least 1 (got 0)" in said
+    found = [(row["method"], row["seed"]) for row in names["rows"]]
+    assert found == [("scratch", 0), ("scratch", 1), ("kd", 0), ("kd", 1)]
+    assert names["rows"][2]["student"] == names["student"].key

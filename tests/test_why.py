@@ -1,0 +1,87 @@
+"""`why=<key>`: where a value comes from, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from kd.app.config import plan
+from kd.app.parsing import parse, register
+from kd.app.provenance import reasons
+from kd.core.hardware import cpu_count
+from kd.core.spec import KnownError
+from kd.datasets import resolve
+from tests.conftest import ROOT, run_py
+
+
+def told(*overrides: str) -> list[str]:
+    """The lines of `why`."""
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["train.precision=auto", "runtime.device=cpu", *overrides])
+        config = parse(cfg)
+        student = plan(config, resolve(config.dataset, config.data_root, 1, config.image_size))[0]
+        return list(reasons(cfg, config, student, overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["why=method.T"], "method.T=4: conf/method/kd.yaml"),
+        (["why=method.T", "method=ta"], "method.T=4: conf/method/ta.yaml, chosen by method=ta"),
+        (["why=method.T", "method.T=7"], "method.T=7: the command line (method.T=7)"),
+        (["why=seed"], "seed=0: conf/config.yaml"),
+        (["why=teacher.seed"], "teacher.seed=0: conf/base.yaml"),
+        (["why=assistant_loss.beta", "loss@assistant_loss=dkd", "method=ta"], "assistant_loss.beta="),
+        (["why=model.name"], "model.name=resnet8: model/resnet8"),
+        (["why=model.name", "model=plane2"], "model.name=plane2: model/plane2, chosen by model=plane2"),
+        (["why=model.freeze"], "model.freeze=null: the default"),
+        (["why=runtime.threads"], f"runtime.threads=null, here {cpu_count()}: conf/runtime/default.yaml"),
+        (["why=runtime.threads", "runtime.threads=1"], "runtime.threads=1: the command line (runtime.threads=1)"),
+        (["why=dataset.label", "dataset.label=mine"], "dataset.label=mine: the command line (dataset.label=mine)"),
+        (["why=method.reference", "method=trained_teacher"], "method.reference=null, here resnet8: conf/method/"),
+        (["why=mode", "mode=paper"], "mode=paper: the command line (mode=paper)"),
+        (["why=freeze"], "freeze=[]: conf/config.yaml"),
+    ],
+)
+def test_where_a_value_comes_from(overrides: list[str], line: str) -> None:
+    (found,) = told(*overrides)
+    assert found.startswith(line)
+
+
+def test_a_training_setting_is_told_for_each_stage() -> None:
+    assert told("why=train.epochs", "train.epochs=3", "model.train.epochs=4") == [
+        "train.epochs of teacher resnet20=3: the command line (train.epochs=3)",
+        "train.epochs of student resnet8=4: the command line (model.train.epochs=4)",
+    ]
+    assert told("why=train.lr", "method=scratch") == ["train.lr of student resnet8=0.05: recipe digits of mode=paper"]
+    (precision,) = told("why=train.precision", "method=scratch", "model.train.precision=fp32")
+    assert precision == "train.precision of student resnet8=fp32: the command line (model.train.precision=fp32)"
+
+
+def test_several_keys_and_a_group_s_name() -> None:
+    assert [line.partition("=")[0] for line in told("why=[seed,method]", "seed=3")] == [
+        "seed",
+        "method.name",
+        "method.T",
+        "method.lambda",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("method.Temp", "method.T"), ("lr", "train.lr"), ("runtime.thread", "runtime.threads"), ("sed", "seed")],
+)
+def test_a_misspelt_key_gets_the_nearest_names(key: str, near: str) -> None:
+    with pytest.raises(KnownError, match=rf"why: there is no key {key}; did you mean .*\b{near}\b"):
+        told(f"why={key}")
+
+
+def test_on_the_command_line_it_trains_nothing(tmp_path: Path) -> None:
+    done = run_py("why=[method.T,nothing.at.all]", "hydra.run.dir=out", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "why: there is no key nothing.at.all; --cfg job prints every key\n")
+    done = run_py("why=method.T", "method.T=2", "hydra.run.dir=out", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "method.T=2: the command line (method.T=2)\n")
+    assert not (tmp_path / "out" / "result.json").exists()
