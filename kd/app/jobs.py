@@ -166,6 +166,8 @@ def known_reason(error: Exception) -> str | None:
     if isinstance(error, (KnownError, OSError)):  # an OSError names its file
         return tilde(str(error))
     said = str(error).splitlines()[0] if str(error) else ""
+    if "more than 1 value per channel" in said:  # of a loss's own layers; networks are checked before
+        return f"a BatchNorm cannot learn from one value ({said}); use a larger train.batch_size"
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", said):
         return f"out of memory ({said[:120]}); use a smaller train.batch_size, or fewer jobs at the same time"
     return None
