@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -40,6 +41,7 @@ if __name__ == "__main__":
     if world().rank:
         sys.exit(follow())
     raise_on_sigterm()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, where it would print a traceback and exit
     ranks = team()
     try:
         register()
@@ -48,6 +50,11 @@ if __name__ == "__main__":
     except KnownError as error:  # a mistake in conf/paper or on the command line: nothing has begun
         print(error, file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if (reason := jobs.why_ended(error)) is None:
+            raise
+        print(reason, file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as interrupt:
         print("interrupted: start the same command again to resume from the last checkpoint", file=sys.stderr)
         sys.exit(exit_code(interrupt))

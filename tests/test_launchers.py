@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd.app.jobs import processors_of_a_job, with_share
+from kd.app.jobs import processors_of_a_job, why_ended, with_share
 from kd.core import hardware
 from kd.reporting import console
 from kd.training.workplace import RuntimeSpec
@@ -131,6 +133,58 @@ def test_slurm(jobs: Path) -> None:
 def test_ray(jobs: Path) -> None:
     own = ("+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false")
     assert len(check(jobs, "ray", launch(jobs, "ray", *own))) == 4
+
+
+# how launchers end ---------------------------------------------------------------------------------------------------
+
+
+def raised(name: str, *arguments: str) -> Exception:
+    """An error of a package that need not be installed."""
+    error: Exception = type(name, (RuntimeError,), {})(*arguments)
+    return error
+
+
+def test_what_ends_a_launcher_is_a_line() -> None:
+    lines = {
+        raised("TerminatedWorkerError"): "a worker was killed, perhaps for its memory: the same command trains what",
+        raised("BrokenProcessPool"): "a worker was killed",
+        raised("UncompletedJobError", "no\nfile"): "a job ended without a result, and its output is in .submitit/",
+        raised("FailedJobError"): "a job ended without a result",
+        OSError(errno.ENOSPC, "No space left on device", "sweep/0/.hydra"): "[Errno 28] No space left on device: 'sw",
+        ConfigCompositionException("Could not override 'x'"): "Could not override 'x'",
+    }
+    for error, line in lines.items():
+        said = why_ended(error)
+        assert said is not None
+        assert said.startswith(line)
+        assert "\n" not in said
+    assert why_ended(RuntimeError("a bug")) is None
+
+
+BROKEN = """
+from hydra._internal.hydra import Hydra
+class TerminatedWorkerError(RuntimeError): pass
+def multirun(self, *args, **kwargs): raise {error}
+Hydra.multirun = multirun
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "last", "traceback"),
+    [
+        ("TerminatedWorkerError('long')", "a worker was killed, perhaps for its memory: the same command", False),
+        ("OSError(28, 'No space left on device', 'sweep/0')", "[Errno 28] No space left on device: 'sweep/0'", False),
+        ("RuntimeError('a bug')", "RuntimeError: a bug", True),
+    ],
+)
+def test_a_launcher_that_fails_prints_its_reason(tmp_path: Path, error: str, last: str, traceback: bool) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BROKEN.format(error=error))
+    jobs = ("-m", *QUICK, "method=scratch", "seed=0,1", "hydra.sweep.dir=sweep")
+    done = run_py(*jobs, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}", HYDRA_FULL_ERROR="0")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(last)
+    assert ("Traceback" in done.stderr) == traceback
+    assert traceback or done.stderr.count("\n") == 1
 
 
 # a job's share of the machine ----------------------------------------------------------------------------------------

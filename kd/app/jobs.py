@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from kd.app.config import Config, initial_files, plan, plan_alone
 from kd.app.effects import remarks
@@ -171,6 +173,20 @@ def known_reason(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", said):
         return f"out of memory ({said[:120]}); use a smaller train.batch_size, or fewer jobs at the same time"
     return None
+
+
+def why_ended(error: Exception) -> str | None:
+    """Why a run or a multirun ended, where Hydra or its launcher raised the error; None if it needs a traceback."""
+    if isinstance(error, HydraException):
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+        return "\n".join(filter(None, [str(error), str(cause or "")]))
+    again = "the same command trains what is missing"
+    match type(error).__name__:  # of packages that need not be installed
+        case "TerminatedWorkerError" | "BrokenProcessPool":
+            return f"a worker was killed, perhaps for its memory: {again}; hydra.launcher.n_jobs=1 needs less"
+        case "UncompletedJobError" | "FailedJobError":
+            return f"a job ended without a result, and its output is in .submitit/ of the sweep's folder: {again}"
+    return known_reason(error)
 
 
 def typed() -> list[str]:
