@@ -95,7 +95,7 @@ def test_a_search_of_failures_ends_in_one_line(tmp_path: Path, monkeypatch: pyte
     done = search(tmp_path / "out", *overrides)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert [line for line in done.stderr.splitlines() if line][-2].endswith(
+    assert [line for line in done.stderr.splitlines() if line][-1].endswith(
         "every trial has failed, so there is no best one"
     )
     assert "job 1 (" in done.stdout  # the summary is there
