@@ -289,7 +289,7 @@ class Multirun(Callback):
         if config.hydra.sweeper.get("custom_search_space") != SEARCH:
             folder = Path(config.hydra.sweep.dir)
             _check_folder("hydra.sweep.dir", folder)
-            Multirun.begin(folder, _jobs_of_a_grid(config))
+            Multirun.begin(folder, jobs_of_a_grid(config))
             return
         logging.getLogger("alembic").setLevel(logging.WARNING)
         os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # optuna 2 needs sqlalchemy 1.4, which warns
@@ -332,7 +332,7 @@ def _check_slurm(config: DictConfig) -> None:
         sys.exit(2)
 
 
-def _jobs_of_a_grid(config: DictConfig) -> int:
+def jobs_of_a_grid(config: DictConfig) -> int:
     """The number of jobs that the basic sweeper makes of the command line; 0 for other sweepers and dry runs."""
     if not config.hydra.sweeper["_target_"].endswith(".BasicSweeper"):
         return 0

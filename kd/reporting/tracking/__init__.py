@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from kd.core.spec import Frozen, Text
 from kd.core.stage import Source, Stage
+from kd.reporting.status import StatusFile
 from kd.store import Metrics, Store
 
 
@@ -94,6 +95,7 @@ class Tracker:
 
     def __init__(self, folder: Path, sources: Sequence[Source], page: Page) -> None:
         self._file, self._page = folder / "metrics.jsonl", page
+        self.status = StatusFile(folder)
         self._axes = axes(sources)
         self._before: dict[str, int] = {}  # number of epochs of all earlier stages, by key
         epochs = 0
@@ -145,7 +147,11 @@ def track(
         keep=store.partial(last.key) if last else None,
     )
     with _opened(spec, opening) as page:
-        yield Tracker(folder, sources, page)
+        tracker = Tracker(folder, sources, page)
+        try:
+            yield tracker
+        finally:
+            tracker.status.close()
 
 
 def track_sweep(
