@@ -14,7 +14,7 @@ from rich.text import Text
 
 from kd.app.jobs import jobs_of_a_grid
 from kd.core.spec import KnownError
-from kd.reporting.board import Line, board, has_ended, headline_of, lines_of, plain, shared_by
+from kd.reporting.board import IDLE, Line, board, has_ended, headline_of, lines_of, plain, shared_by
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
@@ -23,7 +23,9 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     watching = commands.add_parser("watch", help="what each job does: stage, epoch, validation, images/s, time left")
     watching.add_argument("folder", type=Path, help="the sweep's folder: multirun/<date>/<time>")
     watching.add_argument("--once", action="store_true", help="print the table once")
-    watching.add_argument("--every", type=float, default=2, metavar="SECONDS", help="between two looks; default: 2")
+    watching.add_argument(
+        "--every", type=float, metavar="SECONDS", help="between two looks; default: 2, without a terminal 10"
+    )
     return parser.parse_args(given)
 
 
@@ -38,10 +40,10 @@ def main(given: Sequence[str]) -> int:
         lines = lines_of(folder)
         out.print(_screen(folder, lines, expected))
     elif out.is_terminal:
-        lines = _live(folder, expected, arguments.every, out)
+        lines = _live(folder, expected, arguments.every or 2, out)
     else:
-        lines = _plain_lines(folder, expected, arguments.every)
-    return int(any(line.job.failed and line.job.reason != "no training now" for line in lines))
+        lines = _plain_lines(folder, expected, arguments.every or 10)
+    return int(any(line.job.failed and line.job.reason != IDLE for line in lines))
 
 
 def _expected(folder: Path) -> int:
