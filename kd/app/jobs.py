@@ -104,7 +104,8 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         from kd.app.provenance import reasons
 
         print("\n".join(reasons(cfg, config, students[0], typed())), flush=True)
-        return None
+        if not config.dry_run:
+            return None
     for line in (*choices(config, dataset), *without_effect(config), *still_growing(students[0])):
         print(line, flush=True)
     store = Store(config.store_root)
@@ -290,6 +291,10 @@ class Multirun(Callback):
             folder = Path(config.hydra.sweep.dir)
             _check_folder("hydra.sweep.dir", folder)
             Multirun.begin(folder, jobs_of_a_grid(config))
+            if not config.hydra.launcher["_target_"].endswith(
+                ".BasicLauncher"
+            ):  # the jobs' lines mix, or are elsewhere
+                print(tilde(f"to watch it: python -m kd.sweep watch {folder}"), flush=True)
             return
         logging.getLogger("alembic").setLevel(logging.WARNING)
         os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # optuna 2 needs sqlalchemy 1.4, which warns
