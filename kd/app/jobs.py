@@ -107,7 +107,8 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         from kd.app.provenance import reasons
 
         print("\n".join(reasons(cfg, config, students[0], typed())), flush=True)
-        return None
+        if not config.dry_run:
+            return None
     alone = plan_alone(config, dataset, students)
     for line in remarks(config, dataset, students[0], by_key(typed())):
         print(line, flush=True)
@@ -250,7 +251,11 @@ class Multirun(Callback):
         if config.hydra.sweeper.get("custom_search_space") != SEARCH:
             folder = Path(config.hydra.sweep.dir)
             _check_folder("hydra.sweep.dir", folder)
-            Multirun.begin(folder, _jobs_of_a_grid(config))
+            Multirun.begin(folder, jobs_of_a_grid(config))
+            if not config.hydra.launcher["_target_"].endswith(
+                ".BasicLauncher"
+            ):  # the jobs' lines mix, or are elsewhere
+                print(tilde(f"to watch it: python -m kd.sweep watch {folder}"), flush=True)
             return
         logging.getLogger("alembic").setLevel(logging.WARNING)
         os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # optuna 2 needs sqlalchemy 1.4, which warns
@@ -315,7 +320,7 @@ def _check_slurm(config: DictConfig) -> None:
         sys.exit(2)
 
 
-def _jobs_of_a_grid(config: DictConfig) -> int:
+def jobs_of_a_grid(config: DictConfig) -> int:
     """The number of jobs that the basic sweeper makes of the command line; 0 for other sweepers and dry runs."""
     if not config.hydra.sweeper["_target_"].endswith(".BasicSweeper"):
         return 0

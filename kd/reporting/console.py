@@ -19,6 +19,7 @@ from kd.core.settings import Select, TrainSpec
 from kd.core.stage import Given, Normalization, Source, Stage
 from kd.reporting.baseline import baseline_lines
 from kd.reporting.results import Outcome, ReplicatedResult, RunResult, whose_seeds
+from kd.reporting.status import Advance, StatusFile
 from kd.store import Metrics, Store
 
 _LINE_EVERY = 10.0  # seconds between two plain lines
@@ -258,10 +259,13 @@ class Watch:
 
 
 class StageProgress(Watch):
-    """Shows the progress of one stage's training, and passes each epoch's metrics to `log`."""
+    """Shows the progress of one stage's training. Each epoch's metrics go to `log`, and how far it is to `status`."""
 
-    def __init__(self, stage: Stage, samples: int, log: Callable[[Stage, Metrics], None]) -> None:
-        self._log = log
+    def __init__(
+        self, stage: Stage, samples: int, log: Callable[[Stage, Metrics], None], status: StatusFile | None = None
+    ) -> None:
+        self._log, self._file = log, status
+        self._val: float | None = None
         self._stage, self._samples, self._epochs = stage, samples, stage.train.epochs
         self._name = f"{stage.role} {stage.model} s{stage.seed}"
         self._console = console()
@@ -310,12 +314,15 @@ class StageProgress(Watch):
             self._announce((self._done - done) / max(time.monotonic() - began, 1e-6))
             self._measured_from = None
         self._show()
+        if self._file is not None:
+            self._file.report(self._advance)
 
     def epoch_ended(self, metrics: Metrics) -> None:
         self._log(self._stage, metrics)
         self._epoch += 1
         self._guide_before += self._guide_seconds
         self._guide_done, self._guide_seconds, self._phase_began = 0, 0.0, time.monotonic()
+        self._val = metrics.get("val_acc")
         shown = [f"loss {metrics['loss']:.4f}"]
         for name in ("val", "test"):
             if (accuracy := metrics.get(f"{name}_acc")) is not None:
@@ -342,6 +349,10 @@ class StageProgress(Watch):
         speed, left = self._pace()
         parts = (f"epoch {epoch}/{self._epochs}", self._status, f"{speed:,.0f} images/s", f"{duration(left)} left")
         return "  ".join(part for part in parts if part)
+
+    def _advance(self) -> Advance:
+        epoch, (speed, left) = min(self._epoch + 1, self._epochs), self._pace()
+        return Advance(stage=self._name, epoch=epoch, epochs=self._epochs, val_acc=self._val, speed=speed, left=left)
 
     def _pace(self) -> tuple[float, float]:
         """Images per second so far, including the guide's time, and the seconds left."""

@@ -38,7 +38,7 @@ def print_jobs(jobs: Sequence[Job]) -> None:
     marks: dict[str, list[str]] = {}
     for job in jobs:
         if job.result is not None:
-            own = escape(_difference(job.overrides, shared))
+            own = escape(difference(job.overrides, shared))
             table.add_row(job.number, own, percent(job.result.objective), *test_of(job.result))
             for mark in test_set_choices(job.result):
                 marks.setdefault(mark, []).append(job.number)
@@ -48,11 +48,11 @@ def print_jobs(jobs: Sequence[Job]) -> None:
         out.print(f"jobs {', '.join(numbers)}: {mark}", highlight=False)
     for job in sorted(jobs, key=lambda job: job.failed):
         if job.result is None:
-            line = f"job {job.number} ({_difference(job.overrides, shared)}): {job.reason}"
+            line = f"job {job.number} ({difference(job.overrides, shared)}): {job.reason}"
             out.print(line, style="red" if job.failed else "dim", highlight=False, markup=False, soft_wrap=True)
 
 
-def _difference(overrides: Sequence[str], shared: Collection[str]) -> str:
+def difference(overrides: Sequence[str], shared: Collection[str]) -> str:
     """The overrides that not all jobs have."""
     return " ".join(filter(None, (short(override) for override in overrides if override not in shared)))
 
@@ -129,7 +129,7 @@ class Setting:
 
     def label(self, shared: Collection[str]) -> str:
         """The overrides that not all settings have; the method if there are none."""
-        return _difference(self.overrides, shared) or f"method={self.results[0].method}"
+        return difference(self.overrides, shared) or f"method={self.results[0].method}"
 
     def cells(self, shared: Collection[str]) -> list[str]:
         """A row of the Markdown table."""
@@ -249,7 +249,7 @@ def _best_lines(pool: Sequence[Setting], best: Setting | None, objective: str) -
     text = f"validation {percent(best.val)} %, test {best.mean:.2f} %, {count(len(best.test), 'student')}"
     equals = sum(setting.score(objective) == best.score(objective) for setting in pool)
     tie = f"; {equals} settings are equal, and this is the first by name" if equals > 1 else ""
-    name = _difference(best.overrides, _shared(pool))
+    name = difference(best.overrides, _shared(pool))
     return [f"best setting, {chosen}: {name}: {text}{tie}", f"again: {command(best)}"]
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from kd.core.spec import Frozen, Text
 from kd.core.stage import Source, Stage
+from kd.reporting.status import StatusFile
 from kd.store import Metrics, Store
 
 BASELINE = "baseline"  # what records call the students alone that baseline=true adds
@@ -99,6 +100,7 @@ class Tracker:
 
     def __init__(self, folder: Path, sources: Sequence[Source], page: Page, alone: Sequence[Stage] = ()) -> None:
         self._file, self._page = folder / "metrics.jsonl", page
+        self.status = StatusFile(folder)
         self._axes = axes(sources, alone)
         self._alone = {student.key for student in alone} - {source.key for source in sources}
         self._before: dict[str, int] = {}  # number of epochs of all earlier stages, by key
@@ -154,7 +156,11 @@ def track(
         keep=store.partial(last.key) if last else None,
     )
     with _opened(spec, opening) as page:
-        yield Tracker(folder, sources, page, alone)
+        tracker = Tracker(folder, sources, page, alone)
+        try:
+            yield tracker
+        finally:
+            tracker.status.close()
 
 
 def track_sweep(
