@@ -38,7 +38,8 @@ def _own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     monkeypatch.setenv("KD_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("KD_DATA", str(tmp_path / "data"))
     proxies = (f"{kind}_proxy" for kind in ("http", "https", "all", "no"))
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", *(case for p in proxies for case in (p, p.upper()))):
+    wandb = [name for name in os.environ if name.startswith("WANDB_")]
+    for name in (*wandb, *(case for p in proxies for case in (p, p.upper()))):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")

@@ -60,6 +60,12 @@ def test_the_page_of_a_multirun(tmp_path: Path) -> None:
     assert (image.width, image.height) == (30, 20)
 
 
+def test_a_name_longer_than_a_file_system_takes_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    track_sweep(SPEC, tmp_path, "g" * 250, TABLE, [])
+    assert text(read(tmp_path, "summary of " + "g" * 116 + "…"), "jobs/text_summary")
+    assert capsys.readouterr().out.startswith("tracking: run_name is longer than 128 characters, and is cut: summary")
+
+
 def test_a_missing_package_is_one_line(
     job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

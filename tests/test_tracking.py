@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import wandb
 from PIL import Image
+from pydantic import ValidationError
 
-from kd.core.spec import KnownError
+from kd.core.spec import KnownError, explain
 from kd.losses import TeachableTeacher
 from kd.reporting.tracking import TrackingSpec, axes, group_of, run_name, track, track_sweep
 from kd.reporting.tracking.wandb import RunId, WandbPage
@@ -189,10 +190,10 @@ def test_auto_waits_once_and_not_long_for_a_server(
     assert capsys.readouterr().out.count("tracking: offline, because W&B did not start") == 2
 
 
-def open_page(folder: Path, mode: str) -> None:
+def open_page(folder: Path, mode: str = "auto", method: str = "kd", multirun: str | None = None, **typed: Any) -> None:
     folder.mkdir(exist_ok=True)
-    spec = TrackingSpec.model_validate({"name": "wandb", "project": "p", "mode": mode})
-    with track(spec, folder, [distilled()], {"method": {"name": "kd"}}, Store(folder)):
+    spec = TrackingSpec.model_validate({"name": "wandb", "mode": mode, **typed})
+    with track(spec, folder, [distilled()], {"method": {"name": method}}, Store(folder), multirun):
         pass
 
 
@@ -215,7 +216,7 @@ def test_a_key_in_netrc_counts(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fresh_wandb")
-@pytest.mark.parametrize(("mode", "runs"), [("offline", 1), ("disabled", 0)])
+@pytest.mark.parametrize(("mode", "runs"), [("offline", 1), ("dryrun", 1), ("disabled", 0)])
 def test_wandb_mode_is_respected(mode: str, runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**NOWHERE, "WANDB_MODE": mode}.items():
         monkeypatch.setenv(name, value)
@@ -238,6 +239,157 @@ def test_wrong_settings_of_wandb_are_one_line(
     monkeypatch.setenv(variable, value)
     with pytest.raises(KnownError, match=f"tracking: W&B's settings are wrong \\({message}") as problem:
         open_page(tmp_path, "auto")
+    assert "\n" not in str(problem.value)
+
+
+# variables of wandb, and names that it does not take ---------------------------------------------------------------
+
+VARIABLES = {
+    "WANDB_PROJECT": "theirs",
+    "WANDB_ENTITY": "lab",
+    "WANDB_NAME": "named",
+    "WANDB_RUN_GROUP": "grouped",
+    "WANDB_JOB_TYPE": "probe",
+    "WANDB_TAGS": "a,b",
+    "WANDB_NOTES": "noted",
+    "WANDB_RUN_ID": "abcd1234",
+    "WANDB_HOST": "node7",
+}
+FIELDS = ("project", "entity", "display_name", "run_group", "job_type", "tags", "notes", "run_id", "host")
+DEFAULTS = ("distillation", None, "resnet8 ← resnet20 · T4 λ0.5 · s0", None, "kd", None, None)
+
+
+def variables(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    for name, value in {"WANDB_MODE": "offline", **values}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+@pytest.mark.parametrize("values", [{}, dict.fromkeys(("WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_GROUP"), "")])
+def test_defaults_hold_where_nothing_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, str]
+) -> None:
+    variables(monkeypatch, **values)
+    open_page(tmp_path)
+    started = started_of(tmp_path)
+    assert tuple(started.get(name) for name in FIELDS[:7]) == DEFAULTS
+    assert not started.get("host")
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+def test_variables_of_wandb_beat_our_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables(monkeypatch, **VARIABLES)
+    open_page(tmp_path)
+    started = started_of(tmp_path)
+    assert [started.get(name) for name in FIELDS] == [
+        *("theirs", "lab", "named", "grouped", "probe", ["a", "b"], "noted", "abcd1234", "node7")
+    ]
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+def test_typed_settings_beat_variables_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables(monkeypatch, **VARIABLES)
+    open_page(tmp_path, project="mine", entity="me", group="ours", tags=["c"], multirun="three")
+    started = started_of(tmp_path)
+    assert [started[name] for name in ("project", "entity", "run_group", "tags")] == ["mine", "me", "ours", ["c"]]
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+def test_wandbs_own_file_of_settings_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `wandb init` and `wandb offline` write it."""
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nproject = filed\nmode = offline\n")
+    monkeypatch.chdir(tmp_path)
+    open_page(tmp_path / "out")
+    assert started_of(tmp_path / "out")["project"] == "filed"
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+def test_wandb_dir_is_where_runs_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "runs"))
+    open_page(tmp_path / "out")
+    assert started_of(tmp_path / "runs")["project"] == "distillation"
+    assert not (tmp_path / "out" / "wandb").exists()
+    (run,) = (tmp_path / "runs" / "wandb").glob("offline-run-*")
+    assert f"`wandb sync {run}` sends this run later" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+def test_the_runs_of_a_multirun_have_ids_of_their_own_and_its_summary_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variables(monkeypatch, **VARIABLES)
+    open_page(tmp_path / "0", multirun="three")
+    assert "tracking: WANDB_RUN_ID has no effect: a multirun has several runs\n" in capsys.readouterr().out
+    job = started_of(tmp_path / "0")
+    assert (job["run_id"] != "abcd1234", job["run_group"], job["display_name"]) == (True, "grouped", "named")
+    track_sweep(TrackingSpec(name="wandb"), tmp_path, "three", TABLE, [])
+    whole = started_of(tmp_path)
+    assert (whole["run_id"] != "abcd1234", whole["run_group"]) == (True, "grouped")
+    assert (whole["project"], whole["display_name"], whole["job_type"]) == ("theirs", "summary of three", "summary")
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ({"tags": [""]}, "tracking.tags: should have 1 to 64 characters for W&B (got [''])"),
+        ({"tags": ["a", "t" * 70]}, "tracking.tags: should have 1 to 64 characters for W&B (got ['a', 'ttt"),
+        ({"project": ""}, "tracking.project: should have 1 to 128 characters for W&B (got '')"),
+        ({"project": " "}, "tracking.project: should have 1 to 128 characters for W&B (got ' ')"),
+        ({"project": "kd/a#1"}, "tracking.project: should be without # / for W&B, which takes none of / \\ # ? % :"),
+        ({"entity": "lab/kd"}, "tracking.entity: should be without / for W&B"),
+        ({"group": "g" * 129}, "tracking.group: should have 1 to 128 characters for W&B (got 'ggg"),
+    ],
+)
+def test_names_that_wandb_does_not_take_are_lines(typed: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        TrackingSpec.model_validate({"name": "wandb", **typed})
+    (said,) = explain(error.value, "tracking")
+    assert said.startswith(line)
+    TrackingSpec.model_validate({"name": "none", **typed})  # there it is nobody's name
+
+
+def test_tags_at_the_limit_are_taken() -> None:
+    assert TrackingSpec(name="wandb", tags=("t" * 64, "数字")).tags == ("t" * 64, "数字")
+
+
+def test_an_empty_tag_ends_the_run_before_anything_is_trained(tmp_path: Path) -> None:
+    done = run_py(*QUICK, "tracking=wandb", "tracking.tags=['']", "tracking.project=a:b", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["tracking.project", "tracking.tags"]
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+def test_names_of_ours_are_cut_to_what_wandb_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder's name may be longer, and so may the dotted path of a method."""
+    variables(monkeypatch)
+    open_page(tmp_path, method="package.module." + "M" * 60, multirun="g" * 200)
+    started = started_of(tmp_path)
+    assert started["run_group"] == "g" * 127 + "…"
+    assert (len(started["job_type"]), started["job_type"][:16]) == (64, "package.module.M")
+    assert capsys.readouterr().out.count(", and is cut: ") == 2
+
+
+@pytest.mark.usefixtures("fresh_wandb")
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("WANDB_PROJECT", "a/b", "Invalid project name 'a/b'"),
+        ("WANDB_TAGS", "a,,b", "Tag at index 1 is empty"),
+        ("WANDB_RUN_GROUP", "g" * 129, "at most 128 characters for run_group"),
+        ("WANDB_JOB_TYPE", "j" * 65, "at most 64 characters for run_job_type"),
+    ],
+)
+def test_variables_that_wandb_does_not_take_are_one_line(
+    tmp_path: Path, variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables(monkeypatch, **{variable: value})
+    with pytest.raises(KnownError, match=f"^tracking: .*{message}") as problem:
+        open_page(tmp_path)
     assert "\n" not in str(problem.value)
 
 

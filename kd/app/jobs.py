@@ -364,4 +364,4 @@ def _summarize(folder: Path, done: Sequence[Job], missing: int) -> None:
     if news and "tracking" in config and any(job.result for job in done):
         spec = TrackingSpec.model_validate(OmegaConf.to_container(config.tracking, resolve=True))
         figures = [path for path in [folder / "summary.png"] if path.exists()]
-        track_sweep(spec, folder, spec.group or group_of(folder), summary.rows(done), figures)
+        track_sweep(spec, folder, group_of(folder), summary.rows(done), figures)

@@ -11,11 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationInfo, field_validator
+
 from kd.core.spec import Frozen, Text
 from kd.core.stage import Source, Stage
 from kd.reporting.status import StatusFile
 from kd.store import Metrics, Store
 
+_LONGEST_NAME, _LONGEST_TAG = 128, 64  # characters that W&B takes
+LONGEST = {"run_name": _LONGEST_NAME, "run_group": _LONGEST_NAME, "run_job_type": 64}  # by wandb's names
+_ODD = "/\\#?%:"  # characters that W&B takes in no name of a project
 BASELINE = "baseline"  # what records call the students alone that baseline=true adds
 
 
@@ -23,11 +28,25 @@ class TrackingSpec(Frozen):
     """The `tracking` section of the configuration."""
 
     name: Literal["wandb", "tensorboard", "none"]
-    project: Text
+    project: Text | None = None  # null, here and below: what WANDB_ variables say, or else the default of W&B's page
     entity: Text | None = None
     group: Text | None = None  # null: the multirun's name; none for a single run
     tags: tuple[Text, ...] = ()
     mode: Literal["auto", "online", "offline"] = "auto"
+
+    @field_validator("project", "entity", "group", "tags")
+    @classmethod
+    def _taken_by_wandb(cls, value: str | tuple[str, ...] | None, told: ValidationInfo) -> str | tuple[str, ...] | None:
+        """W&B refuses other names, partly at its server only, when a run is sent."""
+        if told.data.get("name") != "wandb":
+            return value
+        longest = _LONGEST_TAG if told.field_name == "tags" else _LONGEST_NAME
+        for text in (value,) if isinstance(value, str) else value or ():
+            if not text.strip() or len(text) > longest:
+                raise ValueError(f"should have 1 to {longest} characters for W&B")
+            if told.field_name in ("project", "entity") and (odd := sorted({*text} & {*_ODD})):
+                raise ValueError(f"should be without {' '.join(odd)} for W&B, which takes none of {' '.join(_ODD)}")
+        return value
 
 
 @dataclass(frozen=True)
@@ -36,11 +55,12 @@ class Opening:
 
     name: str
     job_type: str
-    group: str | None
+    multirun: str | None  # the name of the multirun that the run belongs to
     folder: Path  # where the page may write
     config: dict[str, Any] = field(default_factory=dict)
     axes: tuple[str, ...] = ()  # names of the stages, each with epochs of its own
     keep: Path | None = None  # the folder that keeps the run's id, as long as the run may go on later
+    summary: bool = False  # whether the run shows a multirun as a whole
 
 
 class Page:
@@ -70,6 +90,15 @@ def run_name(students: Sequence[Stage]) -> str:
     settings = [student.loss.label, *(teacher.loss.label for teacher in teachers)]
     seeds = f"s{student.seed}" + (f"–{students[-1].seed}" if len(students) > 1 else "")
     return " · ".join(part for part in (networks, " ".join(filter(None, settings)), seeds) if part)
+
+
+def shortened(what: str, text: str, longest: int) -> str:
+    """A text that we made up, cut to its `longest` characters. A line says so."""
+    if len(text) <= longest:
+        return text
+    cut = text[: longest - 1] + "…"
+    print(f"tracking: {what} is longer than {longest} characters, and is cut: {cut}", flush=True)
+    return cut
 
 
 def group_of(folder: Path) -> str:
@@ -149,7 +178,7 @@ def track(
     opening = Opening(
         name=run_name(students),
         job_type=str(config["method"]["name"]),
-        group=spec.group or multirun,
+        multirun=multirun,
         folder=folder,
         config={**config, "stages": stages},
         axes=tuple(names.values()),
@@ -164,11 +193,12 @@ def track(
 
 
 def track_sweep(
-    spec: TrackingSpec, folder: Path, group: str, table: Sequence[Mapping[str, Any]], figures: Sequence[Path]
+    spec: TrackingSpec, folder: Path, multirun: str, table: Sequence[Mapping[str, Any]], figures: Sequence[Path]
 ) -> None:
     """Record a multirun as a whole: a row a job, and figures (PNG). A failure is printed in one line, never raised."""
+    name = f"summary of {spec.group or multirun}"
     try:
-        with _opened(spec, Opening(f"summary of {group}", "summary", group, folder, keep=folder / "wandb")) as page:
+        with _opened(spec, Opening(name, "summary", multirun, folder, keep=folder / "wandb", summary=True)) as page:
             page.show(table, figures)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].removeprefix("tracking: ")

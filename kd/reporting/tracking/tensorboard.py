@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.core.spec import KnownError
-from kd.reporting.tracking import Opening, Page
+from kd.reporting.tracking import LONGEST, Opening, Page, shortened
 from kd.store import Metrics
 
 _FLUSH_SECONDS = 10  # the page may be so much behind the training
@@ -33,7 +33,8 @@ class TensorBoardPage(Page):
             ) from error
         place = opening.folder / "tensorboard"
         shutil.rmtree(place, ignore_errors=True)
-        self._writer = SummaryWriter(str(place / opening.name), flush_secs=_FLUSH_SECONDS)
+        name = shortened("run_name", opening.name, LONGEST["run_name"])  # file systems take 255 bytes
+        self._writer = SummaryWriter(str(place / name), flush_secs=_FLUSH_SECONDS)
         self._config, self._final = opening.config, dict[str, Any]()
         if self._config:
             self._writer.add_text("configuration", _listing(dict(_settings(self._config))))

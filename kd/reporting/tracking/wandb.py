@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from kd.core.spec import Frozen, KnownError, explain, tilde
-from kd.reporting.tracking import Opening, Page, TrackingSpec
+from kd.reporting.tracking import LONGEST, Opening, Page, TrackingSpec, shortened
 from kd.store import Metrics
 
 if TYPE_CHECKING:
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 # wandb's own settings, unless the user has set them. Its service would send reports of its errors, even offline.
 _DEFAULTS = {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
+_PROJECT = "distillation"  # where neither the user nor wandb's settings name one
 _PATIENCE = 5.0  # seconds for a server to answer in tracking.mode=auto, unless WANDB_INIT_TIMEOUT says otherwise
+_OLD_MODES = {"dryrun": "offline", "run": "online"}  # wandb still takes these names
+_IDENTIFIED = {"run_id", "fork_from", "resume_from"}  # settings by which the user says which run goes on
 # No metadata of the process: paths, arguments, host, user, e-mail, git remote, code.
 _PRIVATE: dict[str, Any] = {"x_disable_meta": True, "disable_git": True, "disable_code": True, "host": ""}
 
@@ -60,7 +63,10 @@ class RunId:
 
 
 class WandbPage(Page):
-    """A run at W&B: online, or in files that `wandb sync` sends. Raises KnownError if it cannot start."""
+    """A run at W&B: online, or in files that `wandb sync` sends. Raises KnownError if it cannot start.
+
+    What is typed as tracking.… wins; then come WANDB_ variables and wandb's files of settings, then our defaults.
+    """
 
     unreachable: ClassVar[str] = ""  # why auto became offline in this process: each job of a sweep would wait again
 
@@ -71,11 +77,15 @@ class WandbPage(Page):
         import wandb
 
         mode, reason = _mode(spec.mode)
-        self._folder, self._id = opening.folder, None
-        if opening.keep is not None and mode != "disabled":
-            self._id = RunId(opening.keep, f"{spec.entity or ''}/{spec.project}/{opening.name}")
+        users = _users(opening)
+        self._id = None
+        if opening.keep is not None and mode != "disabled" and not users.keys() & _IDENTIFIED:
+            project = spec.project or users.get("project", _PROJECT)
+            self._id = RunId(opening.keep, f"{spec.entity or users.get('entity', '')}/{project}/{opening.name}")
+        settings = {**_ours(opening, self._id, users), **_typed(spec)}
+        self._logs = Path(settings.get("root_dir") or users["root_dir"]), self._id.value if self._id else "*"
         try:
-            self._run = self._start(spec, opening, mode)
+            self._run = _start(settings, opening, mode)
         except (wandb.Error, OSError) as error:
             problem = f"W&B did not start ({' '.join(str(error).partition('Consider increasing')[0].split())})"
             wandb.teardown()  # its service still holds the run's id
@@ -83,36 +93,16 @@ class WandbPage(Page):
                 self._leave()
                 raise KnownError(f"tracking: {problem}; tracking.mode=offline needs no server") from error
             reason = WandbPage.unreachable = problem
-            self._run = self._start(spec, opening, "offline")
+            self._run = _start(settings, opening, "offline")
         if reason:
-            sync = f"wandb sync {opening.folder}/wandb/offline-run-*"
+            sync = f"wandb sync {self._run.settings.sync_dir}"
             print(tilde(f"tracking: offline, because {reason}; `{sync}` sends this run later"), flush=True)
         for axis in opening.axes:
             self._run.define_metric(f"{axis}/*", step_metric=f"{axis}/epoch")
 
-    def _start(self, spec: TrackingSpec, opening: Opening, mode: Any) -> Run:
-        import wandb
-
-        settings: dict[str, Any] = {"console": "off", "x_disable_stats": True, **_PRIVATE}
-        if mode == "auto" and "WANDB_INIT_TIMEOUT" not in os.environ:
-            settings["init_timeout"] = _PATIENCE
-        return wandb.init(
-            project=spec.project,
-            entity=spec.entity,
-            group=opening.group,
-            job_type=opening.job_type,
-            tags=list(spec.tags),
-            name=opening.name,
-            config=opening.config,
-            dir=opening.folder,
-            mode="online" if mode == "auto" else mode,
-            id=self._id.value if self._id else None,
-            resume="allow" if self._id else None,
-            settings=wandb.Settings(**settings),
-        )
-
     def _leave(self) -> None:
-        for log in self._folder.glob("wandb/*/logs/*.log"):  # they contain the home folder
+        folder, run = self._logs
+        for log in folder.glob(f"wandb/*-{run}/logs/*.log"):  # they contain the home folder
             log.write_text(tilde(log.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
         if self._id is not None:
             self._id.release()
@@ -140,6 +130,61 @@ class WandbPage(Page):
         self._leave()
 
 
+def _typed(spec: TrackingSpec) -> dict[str, Any]:
+    """wandb's settings that `tracking` sets."""
+    named = {"project": spec.project, "entity": spec.entity, "run_group": spec.group, "run_tags": spec.tags}
+    return {name: value for name, value in named.items() if value}
+
+
+def _ours(opening: Opening, kept: RunId | None, users: Mapping[str, Any]) -> dict[str, Any]:
+    """Our defaults of wandb's settings, without those that the user set elsewhere."""
+    ours = {
+        "project": _PROJECT,
+        "run_group": opening.multirun,
+        "run_job_type": opening.job_type,
+        "run_name": opening.name,
+        "root_dir": str(opening.folder),
+        "run_id": kept.value if kept else None,
+        "resume": "allow" if kept or "run_id" in users else None,
+        "console": "off",
+        "x_disable_stats": True,
+        **_PRIVATE,
+    }
+    left = {name: value for name, value in ours.items() if value is not None and name not in users}
+    return left | {name: shortened(name, left[name], LONGEST[name]) for name in left.keys() & LONGEST.keys()}
+
+
+def _users(opening: Opening) -> dict[str, Any]:
+    """What the user set by WANDB_ variables, or in wandb's own files, by the names of wandb's settings.
+
+    A multirun has several runs, so no variable can be the id of each; and the run of its summary has its own name.
+    Raises KnownError for a name that is too long for W&B's server.
+    """
+    import wandb
+
+    settings = wandb.setup().settings
+    found = {name: getattr(settings, name) for name in settings.model_fields_set}
+    found = {name: value for name, value in found.items() if value not in (None, "")}
+    if "WANDB_HOST" not in os.environ:  # wandb fills it in
+        found.pop("host", None)
+    if opening.multirun is not None and found.pop("run_id", None) is not None and not opening.summary:
+        print("tracking: WANDB_RUN_ID has no effect: a multirun has several runs", flush=True)
+    if opening.summary:
+        found = {name: value for name, value in found.items() if name not in ("run_name", "run_job_type")}
+    for name in found.keys() & LONGEST.keys():
+        if len(found[name]) > LONGEST[name]:
+            raise KnownError(f"tracking: W&B takes at most {LONGEST[name]} characters for {name} (got {found[name]!r})")
+    return found
+
+
+def _start(settings: Mapping[str, Any], opening: Opening, mode: str) -> Run:
+    import wandb
+
+    patience = {} if mode != "auto" or "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": _PATIENCE}
+    told = wandb.Settings(**{**settings, **patience, "mode": "online" if mode == "auto" else mode})
+    return wandb.init(config=opening.config, settings=told)
+
+
 def _mode(asked: str) -> tuple[str, str]:
     """W&B's mode, and why `auto` became offline. It stays `auto` if a key is configured: then online is tried first.
 
@@ -153,7 +198,7 @@ def _mode(asked: str) -> tuple[str, str]:
         if asked != "auto":
             return asked, ""
         if "WANDB_MODE" in os.environ or settings.mode != "online":
-            return settings.mode, ""
+            return _OLD_MODES.get(settings.mode, settings.mode), ""
         if WandbPage.unreachable:
             return "offline", WandbPage.unreachable
         if wbauth.authenticate_session(host=settings.base_url, source="kd", prompt=False, update_session=False):
