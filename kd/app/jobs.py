@@ -300,7 +300,8 @@ _MAXIMISES = {  # how sweepers that search are told to maximise; all of them min
 
 def _check_direction(config: DictConfig) -> None:
     """Let a search maximise, because jobs return accuracies. Exit if the command line says the opposite."""
-    typed_keys = {str(each).lstrip("+").partition("=")[0] for each in config.hydra.overrides.hydra}
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides.hydra)  # may refer to a job's number
+    typed_keys = {str(each).lstrip("+").partition("=")[0] for each in overrides}
     for name, wanted in _MAXIMISES.items():
         given, key = OmegaConf.select(config.hydra.sweeper, name), f"hydra.sweeper.{name}"
         if given is None or getattr(given, "name", given) == wanted:

@@ -120,7 +120,7 @@ def board(lines: Sequence[Line]) -> Group:
         style = "bold" if line.runs else "red" if line.problem else "dim"
         setting = escape(difference(line.job.overrides, shared))
         table.add_row(line.job.number, setting, *map(escape, line.cells), style=style)
-    problems = [plain(line, shared) for line in lines if line.problem]
+    problems = [plain_line(line, shared) for line in lines if line.problem]
     return Group(table, *(Text(each, style="red", overflow="fold") for each in problems))
 
 
@@ -129,7 +129,7 @@ def shared_by(lines: Sequence[Line]) -> set[str]:
     return set.intersection(*(set(line.job.overrides) for line in lines)) if len(lines) > 1 else set()
 
 
-def plain(line: Line, shared: set[str]) -> str:
+def plain_line(line: Line, shared: set[str]) -> str:
     """A job in one line, for an output that is no terminal."""
     stage, epoch, val, speed, left = line.cells
     told = [line.problem or stage, *([f"epoch {epoch}"] if epoch else []), *([f"val {val} %"] if val else [])]

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from kd.app.jobs import jobs_of_a_grid
 from kd.core.spec import KnownError
-from kd.reporting.board import IDLE, Line, board, has_ended, headline_of, lines_of, plain, shared_by
+from kd.reporting.board import IDLE, Line, board, has_ended, headline_of, lines_of, plain_line, shared_by
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
@@ -74,7 +74,7 @@ def _plain_lines(folder: Path, expected: int, every: float) -> list[Line]:
     while True:
         lines = lines_of(folder)
         for line in lines:
-            if said.get(line.job.number) != (text := plain(line, shared_by(lines))):
+            if said.get(line.job.number) != (text := plain_line(line, shared_by(lines))):
                 print(text, flush=True)
                 said[line.job.number] = text
         if has_ended(folder, lines):
