@@ -17,7 +17,7 @@ from rich.console import Console
 
 import kd
 from kd.reporting import status as statuses
-from kd.reporting.board import board, has_ended, headline_of, lines_of, plain, shared_by
+from kd.reporting.board import board, has_ended, headline_of, lines_of, plain_line, shared_by
 from kd.reporting.results import record_failed
 from kd.reporting.status import Advance, Status, StatusFile, read_status
 from kd.tools.watch import main
@@ -79,7 +79,7 @@ def test_the_table(sweep: Path, width: int) -> None:
 def test_plain_lines(sweep: Path) -> None:
     lines = lines_of(sweep)
     shared = shared_by(lines)
-    assert [plain(line, shared) for line in lines] == [
+    assert [plain_line(line, shared) for line in lines] == [
         "job 0 (method.T=1): student plane2 s0  epoch 3/60  val 91.50 %  1,234 images/s  95 s left",
         "job 1 (method.T=2): killed in epoch 3/60 of student plane2 s0",
         "job 2 (method.T=-1): method.T: should be above 0 (got -1)",
