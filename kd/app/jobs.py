@@ -97,7 +97,7 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.RUN and hydra.sweeper.get("custom_search_space") == SEARCH and not is_dry(cfg):
         raise KnownError("sweep: a search needs -m: python run.py -m sweep=…")
-    config = parse(cfg, typed())
+    config = parse(cfg, typed(), home())
     runtime = with_share(config.runtime)
     if not is_dry(cfg):
         bind_threads(runtime.threads, resolve_device(runtime.device))
@@ -176,6 +176,12 @@ def typed() -> list[str]:
     """This job's overrides, as they were typed: their interpolations may have no value."""
     overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
     return list(overrides)
+
+
+def home() -> Path | None:
+    """The folder where the command was given, where the job works in another; otherwise None."""
+    hydra = HydraConfig.get()
+    return Path(hydra.runtime.cwd) if hydra.job.chdir else None
 
 
 def group() -> str | None:

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from kd.core.recipes import RELEASED
 from kd.core.settings import TrainOverrides
-from kd.core.spec import Frozen, PathText, Text
+from kd.core.spec import FileName, Frozen, PathText, Text, located
 from kd.core.stage import DatasetSpec, Normalization, Part, Seed
 from kd.datasets import DATASETS
 from kd.models import NetworkName, preprocessing_of
@@ -19,8 +19,15 @@ from kd.models.spelling import LibraryName
 from kd.store.foreign import fetched
 
 Freeze = Literal["backbone"]
-InitText = PathText  # a file of weights, or `pretrained`
 _SIZE = Field(None, ge=8, le=4096)
+_PUBLISHED = "pretrained"  # initial weights that a library publishes
+
+
+def _initial(text: str, told: ValidationInfo) -> str:
+    return text if text == _PUBLISHED else located(text, told)
+
+
+InitText = Annotated[FileName, AfterValidator(_initial)]  # a file of weights, or `pretrained`
 
 
 class NetworkConfig(Frozen):
@@ -97,6 +104,6 @@ def preprocessing(network: str, image_size: int | None, dataset: DatasetSpec) ->
 
 def initial_file(init: str, network: str, data_root: Path, key: str) -> Path:
     """The file of initial weights; those that a library publishes are downloaded once. Raises KnownError."""
-    if init == "pretrained":
+    if init == _PUBLISHED:
         return fetched(network, data_root, key)
     return Path(os.path.expanduser(init))

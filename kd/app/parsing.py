@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -83,9 +84,10 @@ def register() -> None:
     store.repo = _Shared(store.repo)
 
 
-def parse(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
+def parse(cfg: DictConfig, overrides: Iterable[str] = (), home: Path | None = None) -> Config:
     """The validated configuration; no value is changed. `overrides` are the command line's, for what to type instead.
 
+    Paths are relative to `home`, by default to the working directory.
     Raises KnownError with all problems, one per line.
     """
     given = by_key(overrides)
@@ -103,8 +105,11 @@ def parse(cfg: DictConfig, overrides: Iterable[str] = ()) -> Config:
             problems.append(f"assistant_loss: is chosen by loss@assistant_loss={option} (got {option!r})")
             continue
         try:
-            section = _method(tree.get(name)) if name == "method" else TypeAdapter(kind).validate_python(tree.get(name))
-            problems += _truths(tree.get(name), section, name)
+            value = tree.get(name)
+            section = (
+                _method(value) if name == "method" else TypeAdapter(kind).validate_python(value, context={"home": home})
+            )
+            problems += _truths(value, section, name)
             sections[name] = section
         except ValidationError as error:
             problems += explain(error, name)

@@ -17,7 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from inspect import isabstract
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
 _MESSAGES = {
@@ -170,8 +170,15 @@ def _path(text: str) -> str:
     return text
 
 
+def located(text: str, told: ValidationInfo) -> str:
+    """A path that is relative to the `home` of the context, if there is one; otherwise it stays as it is."""
+    home = (told.context or {}).get("home")
+    return text if home is None else os.path.join(home, os.path.expanduser(text))
+
+
 Text = Annotated[str, AfterValidator(_one_line)]
-PathText = Annotated[str, Field(min_length=1), AfterValidator(_one_line), AfterValidator(_path)]
+FileName = Annotated[str, Field(min_length=1), AfterValidator(_one_line), AfterValidator(_path)]
+PathText = Annotated[FileName, AfterValidator(located)]
 
 
 def nearest(name: str, names: Sequence[str], listed: Sequence[str] = ()) -> str:

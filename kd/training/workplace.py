@@ -39,7 +39,7 @@ class RuntimeSpec(Frozen):
     device: Annotated[str, BeforeValidator(_device)] = "auto"
     threads: int | None = Field(None, ge=1, le=1024)  # null: all processors that this process may use
     workers: int | None = Field(None, ge=1, le=1024)  # threads that decode a folder of images; null as above
-    store: PathText | None = None  # null: store/ in the repository; paths are relative to the working directory
+    store: PathText | None = None  # null: store/ in the repository
     data: PathText | None = None  # null: data/ in the repository
     checkpoint_every: int = Field(10, ge=1)  # epochs between two checkpoints of an unfinished stage
     compile: bool | Literal["auto"] = "auto"  # compile the training step; auto: if it saves time over the stage
