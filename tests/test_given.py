@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import kd
+from kd.app.parsing import parse
 from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec, Given, Normalization
 from kd.datasets import digits
 from kd.models import build
 from kd.store.foreign import fingerprint, initial_weights, load_network
 from kd.store.weights_file import allowed_globals
-from tests.conftest import QUICK, run_py
+from tests.conftest import QUICK, composed, run_py
 from tests.test_stage import DATASET
 
 Job = Callable[..., Any]
@@ -621,6 +622,98 @@ def test_a_run_on_given_weights(job: Job, tmp_path: Path, capsys: pytest.Capture
     other = job(f"teacher.checkpoint={tmp_path / 'moved.tar'}")
     assert other["chain"][1]["key"] != student["key"]
     assert str(tmp_path) not in (tmp_path / "store" / teacher["key"] / "stage.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("kuangliu", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("trained_teacher", (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+        ("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    ],
+)
+def test_normalisations_have_names(name: str, mean: tuple[float, ...], std: tuple[float, ...], tmp_path: Path) -> None:
+    torch.save(network_of("plane4").state_dict(), tmp_path / "t.pt")
+    teacher = parse(composed(f"teacher.checkpoint={tmp_path}/t.pt", f"teacher.normalize={name}")).teacher
+    assert teacher.normalize is not None
+    assert (teacher.normalize.mean, teacher.normalize.std) == (mean, std)
+
+
+def test_an_unknown_normalisation_lists_the_names(tmp_path: Path) -> None:
+    torch.save(network_of("plane4").state_dict(), tmp_path / "t.pt")
+    with pytest.raises(KnownError, match=r"teacher\.normalize: should be one of .*kuangliu, imagenet, or .*'kuang'"):
+        parse(composed(f"teacher.checkpoint={tmp_path}/t.pt", "teacher.normalize=kuang"))
+
+
+# What is wrong with a file that should have the weights of plane4, and what is said of it.
+MISFITS: dict[str, tuple[Callable[[State], Any], str]] = {
+    "another network": (lambda _: network_of("resnet14").state_dict(), "unexpected"),
+    "a weight is missing": (lambda state: dict([*state.items()][1:]), "1 missing"),
+    "a weight of another shape": (lambda state: {**state, min(state): torch.zeros(3, 3)}, "1 of another shape"),
+    "a weight that is not finite": (lambda state: {**state, min(state): state[min(state)] / 0}, "not finite in fp32"),
+    "integers": (lambda state: {name: tensor.long() for name, tensor in state.items()}, "of another kind"),
+    "no tensors": (lambda _: {"epoch": 3}, "holds no weights"),
+    "a web page": (lambda _: b"<!doctype html><html></html>", "is a web page"),
+}
+CHAIN = ("model=plane2", "teacher=plane6", "method=ta", "method.assistants=[plane4]")
+KEYS: dict[str, tuple[str, ...]] = {
+    "teacher.checkpoint": (),
+    "teacher.init": (),
+    "model.init": ("model=plane4", "teacher=plane6"),
+    "init.plane4": (*CHAIN,),
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "more"),
+    [
+        *[("teacher.checkpoint", kind, ()) for kind in MISFITS],
+        ("teacher.checkpoint", "a weight is missing", ("teacher.key=state_dict",)),
+        ("teacher.init", "another network", ()),
+        ("teacher.init", "a weight of another shape", ("teacher.freeze=backbone",)),
+        ("model.init", "a weight is missing", ()),
+        ("model.init", "a weight that is not finite", ("method=scratch",)),
+        ("init.plane4", "another network", ()),
+        ("init.plane4", "integers", ()),
+    ],
+)
+def test_a_dry_run_refuses_every_file_that_the_run_refuses(
+    key: str,
+    kind: str,
+    more: tuple[str, ...],
+    job: Job,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for hint in ("_recognize", "_library_of"):  # which build every network, and are tested above
+        monkeypatch.setattr(f"kd.store.foreign.{hint}", lambda *_: "")
+    content, message = MISFITS[kind]
+    file, made = tmp_path / "weights.pt", content(network_of("plane4").state_dict())
+    file.write_bytes(made) if isinstance(made, bytes) else torch.save(made, file)
+    name = f"+{key}" if key.startswith("init.") else key
+    said = []
+    for dry in ("true", "false"):
+        job(*KEYS[key], f"{name}={file}", *more, f"dry_run={dry}", code=2)
+        out, err = capsys.readouterr()
+        assert "epoch 1" not in out
+        said.append(err)
+    assert said[0] == said[1]
+    assert message in said[0] or "teacher.key" in said[0]
+    assert not (tmp_path / "store").exists() or not [*(tmp_path / "store").glob("*/stage.json")]
+
+
+def test_a_dry_run_refuses_other_classes_where_the_run_does(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A given teacher's classifier has to fit; initial weights get a new one, and the dry run says so."""
+    file = tmp_path / "weights.pt"
+    torch.save(network_of("resnet8", classes=100).state_dict(), file)
+    job("teacher=resnet8", f"teacher.checkpoint={file}", "dry_run=true", code=2)
+    assert "is not a resnet8 of 10 classes" in capsys.readouterr().err
+    job("teacher=resnet8", f"teacher.init={file}", "dry_run=true", multirun=True)
+    assert "teacher resnet8: its classifier of 100 classes is made anew for 10" in capsys.readouterr().out
 
 
 def test_a_dry_run_shows_what_is_given(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def workplace() -> Workplace:
 
 def accuracy(logits: np.ndarray, workplace: Workplace, key: str) -> float:
     labels = workplace.data(workplace.store.source(key)).test_labels.numpy()
-    return round(100 * float((logits.argmax(1) == labels).mean()), 4)
+    return round(100 * float((logits.argmax(1) == labels).mean()), 10)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])

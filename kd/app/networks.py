@@ -65,6 +65,8 @@ def normalizations() -> dict[str, Normalization]:
     known = {name: (e.facts.mean, e.facts.std) for name, e in DATASETS.usable().items() if e.facts is not None}
     known |= {code.normalization: (code.mean, code.std) for code in RELEASED}
     known["torchdistill"] = (0.49139968, 0.48215841, 0.44653091), (0.24703223, 0.24348513, 0.26158784)
+    known["kuangliu"] = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the deviations are means over images
+    known["imagenet"] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return {name: Normalization(mean=mean, std=std) for name, (mean, std) in known.items()}
 
 

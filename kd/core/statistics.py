@@ -30,6 +30,11 @@ class Paired(Spread):
         return self.p is not None and (low > 0 or high < 0)
 
 
+def trim(value: float) -> float:
+    """A number as records keep it, without the noise of floating point. It is rounded once, where it is printed."""
+    return round(value, 10)
+
+
 def spread(values: Sequence[float]) -> Spread:
     """The spread of two or more values. Raises ValueError for fewer."""
     n = len(values)
@@ -40,20 +45,18 @@ def spread(values: Sequence[float]) -> Spread:
     mean = sum(values) / n
     std = sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
     half = float(stdtrit(n - 1, 0.975)) * std / sqrt(n)
-    return Spread(mean=round(mean, 4), std=round(std, 4), n=n, ci95=(round(mean - half, 4), round(mean + half, 4)))
+    return Spread(mean=trim(mean), std=trim(std), n=n, ci95=(trim(mean - half), trim(mean + half)))
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> Paired:
     """Each value minus its counterpart in `others`. Raises ValueError for fewer than two pairs or unequal lengths."""
-    # Accuracies are rounded to four digits, so equal differences may differ by one in the last digit.
-    differences = [round(a - b, 3) for a, b in zip(values, others, strict=True)]
-    known, p = spread(differences), None
-    if len(set(differences)) > 1:
-        from scipy.special import stdtr
+    known = spread([a - b for a, b in zip(values, others, strict=True)])
+    # Stages of before have accuracies of four digits, so equal differences may differ by one in the last digit.
+    if len({round(a - b, 3) for a, b in zip(values, others, strict=True)}) == 1:
+        return Paired(mean=known.mean, std=0, n=known.n, ci95=(known.mean, known.mean), p=None)
+    from scipy.special import stdtr
 
-        mean = sum(differences) / known.n
-        std = sqrt(sum((d - mean) ** 2 for d in differences) / (known.n - 1))
-        p = round(2 * float(stdtr(known.n - 1, -abs(mean) * sqrt(known.n) / std)), 6)
+    p = 2 * float(stdtr(known.n - 1, -abs(known.mean) * sqrt(known.n) / known.std))
     return Paired(**known.model_dump(), p=p)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kd.core.statistics import paired, seeds_needed, told
+from kd.core.statistics import paired, seeds_needed, told, trim
 from kd.reporting.results import Baseline, Outcome, Replicate, ReplicatedResult, RunResult, whose_seeds
 
 
@@ -13,7 +13,7 @@ def compare_alone(chains: Sequence[Sequence[Outcome]], alone: Sequence[Outcome])
     """Compare students that are taught, each the last of its chain, with the same students alone, seed by seed."""
     pairs = [(chain[-1].test_acc, single.test_acc) for chain, single in zip(chains, alone, strict=True)]
     values, others = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    certainty: dict[str, Any] = {"difference": round(values[0] - others[0], 4)}
+    certainty: dict[str, Any] = {"difference": trim(values[0] - others[0])}
     if len(pairs) > 1:
         known = paired(values, others)
         certainty = {**known.model_dump(include={"std", "ci95", "p"}), "seeds_needed": seeds_needed(known)}
@@ -21,7 +21,7 @@ def compare_alone(chains: Sequence[Sequence[Outcome]], alone: Sequence[Outcome])
     return Baseline(
         student=alone[0],
         replicates=tuple(Replicate(**each.model_dump(include=set(Replicate.model_fields))) for each in alone),
-        test_acc=round(sum(others) / len(others), 4),
+        test_acc=trim(sum(others) / len(others)),
         seconds=_seconds(alone),
         taught_seconds=_seconds([outcome for chain in chains for outcome in chain]),
         **certainty,

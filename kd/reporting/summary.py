@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from kd.core.statistics import spread, told
+from kd.core.statistics import spread, told, trim
 from kd.reporting.console import console, count, headline, interval, narrow_table, percent, test_of, test_set_choices
 from kd.reporting.results import Job, ReplicatedResult, RunResult, what_varied, whose_seeds
 from kd.reporting.summary_figure import draw_summary
@@ -275,7 +275,7 @@ def _numbers(result: RunResult | None) -> dict[str, Any]:
     test = [student.test_acc for student in result.students] if result else []
     return {
         "val_acc": result.objective if result else None,
-        "test_acc": round(sum(test) / len(test), 4) if test else None,
+        "test_acc": trim(sum(test) / len(test)) if test else None,
         "std": spread(test).std if len(test) > 1 else None,
         "n": len(test),
         "difference to scratch": result.baseline.difference if result and result.baseline else None,

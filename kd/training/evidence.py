@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from kd.core.stage import Learner, Outputs, Stage
+from kd.core.statistics import trim
 from kd.store import Metrics
 
 _LEAST, _MOST = 0.01, 0.999  # shares of the gradient beyond which one side hardly counts
@@ -30,7 +31,7 @@ def guide_share(parts: Mapping[str, Tensor], label_weight: float, net: Outputs) 
     of_guide, of_labels = vector_norm(whole - labels).item(), vector_norm(labels).item()
     total = of_guide + of_labels
     # A difference of rounding errors is no gradient.
-    return None if total == 0 else 0.0 if of_guide < 1e-6 * of_labels else round(of_guide / total, 6)
+    return None if total == 0 else 0.0 if of_guide < 1e-6 * of_labels else trim(of_guide / total)
 
 
 def _gradient(part: Tensor, read: Sequence[Tensor]) -> Tensor:

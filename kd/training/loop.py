@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kd.core.hardware import widest_float
 from kd.core.spec import NonFiniteError
 from kd.core.stage import DROPOUT, ORDER, VIEW, Stage, random_stream
+from kd.core.statistics import trim
 from kd.datasets.data import Images
 from kd.models.normalization import Normalized
 from kd.reporting.console import Watch
@@ -108,7 +109,7 @@ class _Begun:
 
     def means(self) -> dict[str, float]:
         """Means over the samples, the accuracy of the worst guide, and the guides' share of the gradient."""
-        found = {name: round(total.item() / self.samples, 6) for name, total in self.sums.items()}
+        found = {name: trim(total.item() / self.samples) for name, total in self.sums.items()}
         guides = [found.pop(name) for name in [*found] if name.startswith(_GUIDE)]
         accuracy = {"guide_acc": min(guides)} if guides else {}
         return {**found, **accuracy, **({} if self.share is None else {"guide_share": self.share})}

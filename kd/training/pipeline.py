@@ -19,7 +19,7 @@ from kd.core.files import commit
 from kd.core.settings import OnNaN
 from kd.core.spec import KnownError, NonFiniteError
 from kd.core.stage import Given, Source, Stage
-from kd.core.statistics import spread
+from kd.core.statistics import spread, trim
 from kd.reporting.baseline import compare_alone
 from kd.reporting.console import StageProgress, Unwatched, count
 from kd.reporting.results import Baseline, Evidence, Outcome, Replicate, ReplicatedResult, RunResult, what_varied
@@ -231,7 +231,7 @@ def run_students(
     validated = [outcome.val_acc for outcome in outcomes if outcome.val_acc is not None]
     common = {
         "chain": chains[0],
-        "objective": round(sum(validated) / len(validated), 4) if validated else None,
+        "objective": trim(sum(validated) / len(validated)) if validated else None,
         "classes": students[0].dataset.classes,
         "baseline": _baseline(pipeline, chains, alone) if alone else None,
         **labels,

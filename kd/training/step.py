@@ -16,6 +16,7 @@ from kd.core.hardware import autocast, widest_float
 from kd.core.settings import TrainSpec
 from kd.core.spec import KnownError
 from kd.core.stage import INIT, LOSS, Batch, Formula, LossContext, Outputs, Stage, random_stream
+from kd.core.statistics import trim
 from kd.datasets.data import Images
 from kd.models import build
 from kd.models.normalization import Normalized
@@ -135,7 +136,7 @@ def evaluate(
     """
     hits = (predict(network, batches, labels.device, precision).argmax(1) == labels).to(widest_float(labels.device))
     parts = torch.split(hits, mean_of_batches or len(hits))
-    return round(100 * torch.stack([part.mean() for part in parts]).mean().item(), 4)
+    return trim(100 * torch.stack([part.mean() for part in parts]).mean().item())
 
 
 def make_network(stage: Stage, device: str, initial: Path | None = None) -> Normalized:

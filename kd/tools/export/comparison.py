@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.core.spec import KnownError
+from kd.core.statistics import trim
 from kd.datasets.data import Images
 from kd.models.normalization import Normalized
 from kd.tools.export.formats import Logits, Pixels, Run
@@ -73,4 +74,4 @@ def _both(network: Normalized, run: Run, batch: Tensor) -> tuple[Logits, Logits]
 
 
 def _percent(hits: NDArray[np.bool_]) -> float:
-    return round(100 * float(hits.mean()), 4)
+    return trim(100 * float(hits.mean()))

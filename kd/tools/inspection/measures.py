@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.core.spec import Frozen
+from kd.core.statistics import trim
 
 Logits = NDArray[np.floating[Any]]  # [sample, class]
 Labels = NDArray[np.integer[Any]]  # [sample]
@@ -58,7 +59,7 @@ def fidelity(student: Logits, guide: Logits) -> Fidelity:
     ours, theirs = log_softmax(student, axis=1), log_softmax(guide, axis=1)
     kl = (np.exp(theirs) * (theirs - ours)).sum(1).mean()
     same = student.argmax(1) == guide.argmax(1)
-    return Fidelity(agreement=_percent(same), kl=round(max(float(kl), 0.0), 6), n=len(student))
+    return Fidelity(agreement=_percent(same), kl=trim(max(float(kl), 0.0)), n=len(student))
 
 
 def calibration(logits: Logits, labels: Labels, bins: int = 15) -> Calibration:
@@ -74,7 +75,7 @@ def calibration(logits: Logits, labels: Labels, bins: int = 15) -> Calibration:
     members = [which == number for number in range(bins)]
     gaps = [abs(confidence[each].sum() - right[each].sum()) for each in members]
     return Calibration(
-        ece=round(100 * float(sum(gaps)) / len(logits), 4),
+        ece=trim(100 * float(sum(gaps)) / len(logits)),
         bins=tuple(
             Bin(confidence=_percent(confidence[each]), accuracy=_percent(right[each]), count=int(each.sum()))
             if each.any()
@@ -124,4 +125,4 @@ def _same(what: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
 
 
 def _percent(values: NDArray[Any]) -> float:
-    return round(100 * float(values.mean()), 4)
+    return trim(100 * float(values.mean()))
