@@ -40,6 +40,7 @@ from kd.reporting.results import (
     find_jobs,
     record_failed,
     record_pruned,
+    student_rows,
     write_result,
 )
 from kd.reporting.tracking import Tracker, TrackingSpec, group_of, track, track_sweep
@@ -365,4 +366,4 @@ def _summarize(folder: Path, done: Sequence[Job], missing: int) -> None:
     if news and "tracking" in config and any(job.result for job in done):
         spec = TrackingSpec.model_validate(OmegaConf.to_container(config.tracking, resolve=True))
         figures = [path for path in [folder / "summary.png"] if path.exists()]
-        track_sweep(spec, folder, group_of(folder), summary.rows(done), figures)
+        track_sweep(spec, folder, group_of(folder), student_rows(done), figures)
