@@ -40,6 +40,7 @@ from kd.reporting.results import (
     find_jobs,
     record_failed,
     record_pruned,
+    student_rows,
     write_result,
 )
 from kd.reporting.tracking import Tracker, TrackingSpec, group_of, track, track_sweep
@@ -167,6 +168,8 @@ def known_reason(error: Exception) -> str | None:
     if isinstance(error, (KnownError, OSError)):  # an OSError names its file
         return tilde(str(error))
     said = str(error).splitlines()[0] if str(error) else ""
+    if "more than 1 value per channel" in said:  # of a loss's own layers; networks are checked before
+        return f"a BatchNorm cannot learn from one value ({said}); use a larger train.batch_size"
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", said):
         return f"out of memory ({said[:120]}); use a smaller train.batch_size, or fewer jobs at the same time"
     return None
@@ -371,4 +374,4 @@ def _summarize(folder: Path, done: Sequence[Job], missing: int) -> None:
     if news and "tracking" in config and any(job.result for job in done):
         spec = TrackingSpec.model_validate(OmegaConf.to_container(config.tracking, resolve=True))
         figures = [path for path in [folder / "summary.png"] if path.exists()]
-        track_sweep(spec, folder, group_of(folder), summary.rows(done), figures)
+        track_sweep(spec, folder, group_of(folder), student_rows(done), figures)

@@ -15,24 +15,16 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from kd.core.settings import Select, TrainSpec
+from kd.core.settings import TrainSpec
 from kd.core.stage import Given, Normalization, Source, Stage
 from kd.reporting.baseline import baseline_lines
-from kd.reporting.results import Outcome, ReplicatedResult, RunResult, whose_seeds
+from kd.reporting.results import SELECTED, Outcome, ReplicatedResult, RunResult, whose_seeds
 from kd.reporting.status import Advance, StatusFile
 from kd.store import Metrics, Store
 
 _LINE_EVERY = 10.0  # seconds between two plain lines
 _LONG = 600.0  # seconds; a stage expected to take longer is announced
 _WARM, _MEASURED = 3, 33  # steps: the first few make kernels, the next ones measure the speed
-
-SELECTED: dict[Select | None, str] = {
-    "best_val": "epoch chosen on validation accuracy",
-    "last": "last epoch",
-    "best_test": "EPOCH CHOSEN ON THE TEST SET, as the papers did",
-    "best_test_batches": "EPOCH CHOSEN ON THE TEST SET, by the mean of its batches' accuracies, as Trained Teacher did",
-    None: "given weights",
-}
 
 
 def without_comment(words: Sequence[str]) -> list[str]:
@@ -156,12 +148,6 @@ def narrow_table(*headings: str) -> Table:
 
 def headline(text: str) -> Text:
     return Text(text, style="bold")
-
-
-def test_set_choices(result: RunResult) -> list[str]:
-    """How epochs were chosen by the test set; empty if none was."""
-    selects = dict.fromkeys(outcome.select for outcome in result.chain)
-    return [SELECTED[select] for select in selects if select in ("best_test", "best_test_batches")]
 
 
 def test_of(result: RunResult) -> tuple[str, str]:

@@ -27,6 +27,7 @@ def check_students(
             load_network(checkpoint, source, print)
     stages = [source for source in missing if isinstance(source, Stage)]
     _check_initial(stages, place)
+    _check_batches(stages)
     if networks and missing:
         _check_networks(chain)
     for stage in _alike(stages):
@@ -60,6 +61,40 @@ def _check_networks(chain: Sequence[Source]) -> None:
             if stage.loss.name != "teachable_teacher" and sizes[stage.key] > sizes[guide.key]:
                 told = f"{stage.model} ({sizes[stage.key]:,} parameters)", f"{guide.model} ({sizes[guide.key]:,})"
                 print(f"{stage.role} {told[0]} is larger than its guide, {guide.role} {told[1]}", flush=True)
+
+
+def _check_batches(stages: Sequence[Stage]) -> None:
+    """Raise KnownError for a network whose BatchNorm cannot train on the smallest share of a batch: a single image.
+
+    Maps of one pixel then have one value in each channel, which has no deviation.
+    """
+    for stage in _alike(stages):
+        needed = 2 * stage.train.ranks
+        images = min(stage.train.batch_size, stage.dataset.train_images or stage.train.batch_size)
+        if images >= needed or stage.freeze or not _sees_one_value(stage):
+            continue
+        shared = f", for {stage.train.ranks} ranks" if stage.train.ranks > 1 else ""
+        few = f"train.batch_size={images}" if images == stage.train.batch_size else f"{images} training images"
+        raise KnownError(
+            f"{stage.role} {stage.model}: {few} leaves its BatchNorm one value a channel, from which it cannot learn: "
+            f"it needs at least {needed} images a batch{shared}"
+        )
+
+
+def _sees_one_value(stage: Stage) -> bool:
+    """Whether training the network on one image fails in a BatchNorm, found by trying, without memory."""
+    import torch
+
+    from kd.models import build
+
+    size = stage.input_size
+    with torch.device("meta"):
+        network = build(stage.model, num_classes=stage.dataset.num_classes, image_size=size).train()
+        try:
+            network(torch.zeros(1, 3, size, size))
+        except ValueError as error:  # torch's own check of BatchNorm
+            return "more than 1 value per channel" in str(error)
+    return False
 
 
 def _check_initial(stages: Sequence[Stage], place: Workplace) -> None:

@@ -195,7 +195,7 @@ def track(
 def track_sweep(
     spec: TrackingSpec, folder: Path, multirun: str, table: Sequence[Mapping[str, Any]], figures: Sequence[Path]
 ) -> None:
-    """Record a multirun as a whole: a row a job, and figures (PNG). A failure is printed in one line, never raised."""
+    """Record a multirun as a whole: its table and figures (PNG). A failure is printed in one line, never raised."""
     name = f"summary of {spec.group or multirun}"
     try:
         with _opened(spec, Opening(name, "summary", multirun, folder, keep=folder / "wandb", summary=True)) as page:
