@@ -23,7 +23,7 @@ ROWS = [
 # Rules 2 to 6: each library stays in its rooms.
 HOMES = {
     "hydra": ["run", "kd.app", "kd.tools.paper"],
-    "omegaconf": ["run", "kd.app", "kd.tools.paper", "kd.reporting.results"],
+    "omegaconf": ["run", "kd.app", "kd.tools.paper", "kd.tools.watch", "kd.reporting.results"],
     "optuna": ["kd.app.search"],
     "timm": ["kd.models"],
     "wandb": ["kd.reporting.tracking"],

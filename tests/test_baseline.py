@@ -18,7 +18,7 @@ from kd.core.statistics import Paired, paired, seeds_needed
 from kd.datasets import resolve
 from kd.reporting import summary
 from kd.reporting.baseline import baseline_lines, compare_alone
-from kd.reporting.results import Job, Outcome, Replicate, ReplicatedResult, RunResult
+from kd.reporting.results import Job, Outcome, Replicate, ReplicatedResult, RunResult, student_rows
 from kd.reporting.tracking import axes
 from tests.conftest import QUICK, composed
 from tests.test_tracking import summary as wandb_summary
@@ -247,4 +247,5 @@ def test_a_sweep_takes_the_baselines_of_its_jobs() -> None:
     assert summary.differences(summary.settings(jobs)) == [
         f"method=kd: +2.00 ({2 - half:+.2f} to {2 + half:+.2f}) over 2 seeds"
     ]
-    assert [row["difference to scratch"] for row in summary.rows(jobs)] == [1.0, 3.0]
+    rows = [(row["job"], row["seed"], row["test_acc"], row["difference to scratch"]) for row in student_rows(jobs)]
+    assert rows == [("0", 0, 71.0, 1.0), ("1", 1, 74.0, 3.0)]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scipy.stats import ttest_1samp
 
 from kd.reporting import summary
-from kd.reporting.results import Job, RunResult
+from kd.reporting.results import Job, Replicate, ReplicatedResult, RunResult
 from kd.reporting.summary_figure import varying_numbers
 from tests.test_stage import TEACHER, distilled
 
@@ -143,6 +143,24 @@ def test_failed_and_unfinished_jobs_are_in_every_part(tmp_path: Path) -> None:
     text = (tmp_path / "summary.md").read_text()
     assert "- job 1 (method.T=-1): method.T: too small" in text
     assert "- job 2 (method.T=5): unfinished" in text
+
+
+def test_the_table_has_a_row_a_student(tmp_path: Path) -> None:
+    """With its own seed, chain and accuracies, whatever its job trained."""
+    students = [Replicate(seed=4 + i, key=f"{i:016x}", val_acc=90.0 - i, test_acc=80.0 + i) for i in range(2)]
+    one = a_job(0, "method.T=1", "seed=4", "replicates=2")
+    assert one.result is not None
+    both = {"replicates": students, "mean": 80.5, "std": 0.7, "n": 2, "ci95": (70.0, 90.0)}
+    job = one._replace(result=ReplicatedResult(**{**dict(one.result), **both}))
+    summary.write_summary(tmp_path, [job, a_job(1, "method.T=-1", "seed=4", reason="too small")], "val_acc")
+    rows = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
+    assert [(row["job"], row["seed"], row["val_acc"], row["test_acc"], row["student"]) for row in rows] == [
+        ("0", "4", "90.0", "80.0", "0000000000000000"),
+        ("0", "5", "89.0", "81.0", "0000000000000001"),
+        ("1", "4", "", "", ""),
+    ]
+    assert [row["chain"] for row in rows] == ["plane4 → plane2", "plane4 → plane2", ""]
+    assert [row["failure"] for row in rows] == ["", "", "too small"]
 
 
 def test_when_every_job_failed(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from kd.reporting.results import (
     find_jobs,
     record_failed,
     record_pruned,
+    student_rows,
     write_result,
 )
 from kd.reporting.tracking import Tracker, TrackingSpec, group_of, track, track_sweep
@@ -109,7 +110,8 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         from kd.app.provenance import reasons
 
         print("\n".join(reasons(cfg, config, students[0], typed())), flush=True)
-        return None
+        if not config.dry_run:
+            return None
     alone = plan_alone(config, dataset, students)
     for line in remarks(config, dataset, students[0], by_key(typed())):
         print(line, flush=True)
@@ -274,7 +276,11 @@ class Multirun(Callback):
         if config.hydra.sweeper.get("custom_search_space") != SEARCH:
             folder = Path(config.hydra.sweep.dir)
             _check_folder("hydra.sweep.dir", folder)
-            Multirun.begin(folder, _jobs_of_a_grid(config))
+            Multirun.begin(folder, jobs_of_a_grid(config))
+            if not config.hydra.launcher["_target_"].endswith(
+                ".BasicLauncher"
+            ):  # the jobs' lines mix, or are elsewhere
+                print(tilde(f"to watch it: python -m kd.sweep watch {folder}"), flush=True)
             return
         logging.getLogger("alembic").setLevel(logging.WARNING)
         os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # optuna 2 needs sqlalchemy 1.4, which warns
@@ -319,7 +325,8 @@ _MAXIMISES = {  # how sweepers that search are told to maximise; all of them min
 
 def _check_direction(config: DictConfig) -> None:
     """Let a search maximise, because jobs return accuracies. Exit if the command line says the opposite."""
-    typed_keys = {str(each).lstrip("+").partition("=")[0] for each in config.hydra.overrides.hydra}
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides.hydra)  # may refer to a job's number
+    typed_keys = {str(each).lstrip("+").partition("=")[0] for each in overrides}
     for name, wanted in _MAXIMISES.items():
         given, key = OmegaConf.select(config.hydra.sweeper, name), f"hydra.sweeper.{name}"
         if given is None or getattr(given, "name", given) == wanted:
@@ -339,7 +346,7 @@ def _check_slurm(config: DictConfig) -> None:
         sys.exit(2)
 
 
-def _jobs_of_a_grid(config: DictConfig) -> int:
+def jobs_of_a_grid(config: DictConfig) -> int:
     """The number of jobs that the basic sweeper makes of the command line; 0 for other sweepers and dry runs."""
     if not config.hydra.sweeper["_target_"].endswith(".BasicSweeper"):
         return 0
@@ -383,4 +390,4 @@ def _summarize(folder: Path, done: Sequence[Job], missing: int) -> None:
     if news and "tracking" in config and any(job.result for job in done):
         spec = TrackingSpec.model_validate(OmegaConf.to_container(config.tracking, resolve=True))
         figures = [path for path in [folder / "summary.png"] if path.exists()]
-        track_sweep(spec, folder, group_of(folder), summary.rows(done), figures)
+        track_sweep(spec, folder, group_of(folder), student_rows(done), figures)

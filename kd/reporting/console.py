@@ -15,23 +15,16 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from kd.core.settings import Select, TrainSpec
+from kd.core.settings import TrainSpec
 from kd.core.stage import Given, Normalization, Source, Stage
 from kd.reporting.baseline import baseline_lines
-from kd.reporting.results import Outcome, ReplicatedResult, RunResult, whose_seeds
+from kd.reporting.results import SELECTED, Outcome, ReplicatedResult, RunResult, whose_seeds
+from kd.reporting.status import Advance, StatusFile
 from kd.store import Metrics, Store
 
 _LINE_EVERY = 10.0  # seconds between two plain lines
 _LONG = 600.0  # seconds; a stage expected to take longer is announced
 _WARM, _MEASURED = 3, 33  # steps: the first few make kernels, the next ones measure the speed
-
-SELECTED: dict[Select | None, str] = {
-    "best_val": "epoch chosen on validation accuracy",
-    "last": "last epoch",
-    "best_test": "EPOCH CHOSEN ON THE TEST SET, as the papers did",
-    "best_test_batches": "EPOCH CHOSEN ON THE TEST SET, by the mean of its batches' accuracies, as Trained Teacher did",
-    None: "given weights",
-}
 
 
 def without_comment(words: Sequence[str]) -> list[str]:
@@ -157,12 +150,6 @@ def headline(text: str) -> Text:
     return Text(text, style="bold")
 
 
-def test_set_choices(result: RunResult) -> list[str]:
-    """How epochs were chosen by the test set; empty if none was."""
-    selects = dict.fromkeys(outcome.select for outcome in result.chain)
-    return [SELECTED[select] for select in selects if select in ("best_test", "best_test_batches")]
-
-
 def test_of(result: RunResult) -> tuple[str, str]:
     """Test accuracy, with its standard deviation if there are several students, and the number of students."""
     if isinstance(result, ReplicatedResult):
@@ -258,10 +245,13 @@ class Watch:
 
 
 class StageProgress(Watch):
-    """Shows the progress of one stage's training, and passes each epoch's metrics to `log`."""
+    """Shows the progress of one stage's training. Each epoch's metrics go to `log`, and how far it is to `status`."""
 
-    def __init__(self, stage: Stage, samples: int, log: Callable[[Stage, Metrics], None]) -> None:
-        self._log = log
+    def __init__(
+        self, stage: Stage, samples: int, log: Callable[[Stage, Metrics], None], status: StatusFile | None = None
+    ) -> None:
+        self._log, self._file = log, status
+        self._val: float | None = None
         self._stage, self._samples, self._epochs = stage, samples, stage.train.epochs
         self._name = f"{stage.role} {stage.model} s{stage.seed}"
         self._console = console()
@@ -310,12 +300,15 @@ class StageProgress(Watch):
             self._announce((self._done - done) / max(time.monotonic() - began, 1e-6))
             self._measured_from = None
         self._show()
+        if self._file is not None:
+            self._file.report(self._advance)
 
     def epoch_ended(self, metrics: Metrics) -> None:
         self._log(self._stage, metrics)
         self._epoch += 1
         self._guide_before += self._guide_seconds
         self._guide_done, self._guide_seconds, self._phase_began = 0, 0.0, time.monotonic()
+        self._val = metrics.get("val_acc")
         shown = [f"loss {metrics['loss']:.4f}"]
         for name in ("val", "test"):
             if (accuracy := metrics.get(f"{name}_acc")) is not None:
@@ -342,6 +335,10 @@ class StageProgress(Watch):
         speed, left = self._pace()
         parts = (f"epoch {epoch}/{self._epochs}", self._status, f"{speed:,.0f} images/s", f"{duration(left)} left")
         return "  ".join(part for part in parts if part)
+
+    def _advance(self) -> Advance:
+        epoch, (speed, left) = min(self._epoch + 1, self._epochs), self._pace()
+        return Advance(stage=self._name, epoch=epoch, epochs=self._epochs, val_acc=self._val, speed=speed, left=left)
 
     def _pace(self) -> tuple[float, float]:
         """Images per second so far, including the guide's time, and the seconds left."""

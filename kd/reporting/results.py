@@ -22,9 +22,20 @@ _MARKS = (".hydra/config.yaml", "result.json", "error.json", "pruned.json")
 
 _USUAL = "the student's seed"
 # Columns that every student's row has, after what was set for its job
-_COLUMNS = ("dataset", "method", "mode", "seed", "chain", "val_acc", "test_acc", "student", "failure")
+_COLUMNS = (
+    "dataset", "method", "mode", "seed", "chain", "val_acc", "test_acc", "difference to scratch", "student",
+    "epoch chosen", "failure",
+)  # fmt: skip
 
 Objective = Literal["val_acc", "test_acc"]
+
+SELECTED: dict[Select | None, str] = {
+    "best_val": "epoch chosen on validation accuracy",
+    "last": "last epoch",
+    "best_test": "EPOCH CHOSEN ON THE TEST SET, as the papers did",
+    "best_test_batches": "EPOCH CHOSEN ON THE TEST SET, by the mean of its batches' accuracies, as Trained Teacher did",
+    None: "given weights",
+}
 
 
 class Evidence(Frozen):
@@ -171,6 +182,12 @@ def whose_seeds(varied: str = _USUAL) -> str:
     return f"of {varied}" if varied.endswith("chain") and not varied.startswith(_USUAL) else "of the student"
 
 
+def test_set_choices(result: RunResult) -> list[str]:
+    """How epochs were chosen by the test set; empty if none was."""
+    selects = dict.fromkeys(outcome.select for outcome in result.chain)
+    return [SELECTED[select] for select in selects if select in ("best_test", "best_test_batches")]
+
+
 class Pruned(Exception):  # noqa: N818, it is not an error
     """A search ended the training of a student early; `value` is its validation accuracy in percent."""
 
@@ -301,9 +318,12 @@ def _rows_of(job: Job) -> Iterator[dict[str, Any]]:
         yield {**common, "failure": job.reason}
         return
     run = job.result
+    chosen = " and ".join(test_set_choices(run)) or "without the test set"
+    named = {"dataset": run.dataset, "method": run.method, "mode": run.mode, "chain": run.networks}
+    alone = {each.seed: each.test_acc for each in run.baseline.replicates} if run.baseline else {}
     for student in run.students:
-        own = {"chain": run.networks, "student": student.key, "failure": None}
-        named = {"dataset": run.dataset, "method": run.method, "mode": run.mode}
+        more = round(student.test_acc - alone[student.seed], 4) if student.seed in alone else None
+        own = {"difference to scratch": more, "student": student.key, "epoch chosen": chosen, "failure": None}
         yield {**common, **named, **student.model_dump(exclude={"key"}), **own}
 
 

@@ -12,9 +12,17 @@ from typing import Any
 
 from rich.markup import escape
 
-from kd.core.statistics import spread, told, trim
-from kd.reporting.console import console, count, headline, interval, narrow_table, percent, test_of, test_set_choices
-from kd.reporting.results import Job, ReplicatedResult, RunResult, what_varied, whose_seeds
+from kd.core.statistics import spread, told
+from kd.reporting.console import console, count, headline, interval, narrow_table, percent, test_of
+from kd.reporting.results import (
+    Job,
+    ReplicatedResult,
+    RunResult,
+    student_rows,
+    test_set_choices,
+    what_varied,
+    whose_seeds,
+)
 from kd.reporting.summary_figure import draw_summary
 
 # Overrides that may differ between jobs and do not change results.
@@ -38,7 +46,7 @@ def print_jobs(jobs: Sequence[Job]) -> None:
     marks: dict[str, list[str]] = {}
     for job in jobs:
         if job.result is not None:
-            own = escape(_difference(job.overrides, shared))
+            own = escape(difference(job.overrides, shared))
             table.add_row(job.number, own, percent(job.result.objective), *test_of(job.result))
             for mark in test_set_choices(job.result):
                 marks.setdefault(mark, []).append(job.number)
@@ -48,11 +56,11 @@ def print_jobs(jobs: Sequence[Job]) -> None:
         out.print(f"jobs {', '.join(numbers)}: {mark}", highlight=False)
     for job in sorted(jobs, key=lambda job: job.failed):
         if job.result is None:
-            line = f"job {job.number} ({_difference(job.overrides, shared)}): {job.reason}"
+            line = f"job {job.number} ({difference(job.overrides, shared)}): {job.reason}"
             out.print(line, style="red" if job.failed else "dim", highlight=False, markup=False, soft_wrap=True)
 
 
-def _difference(overrides: Sequence[str], shared: Collection[str]) -> str:
+def difference(overrides: Sequence[str], shared: Collection[str]) -> str:
     """The overrides that not all jobs have."""
     return " ".join(filter(None, (short(override) for override in overrides if override not in shared)))
 
@@ -129,7 +137,7 @@ class Setting:
 
     def label(self, shared: Collection[str]) -> str:
         """The overrides that not all settings have; the method if there are none."""
-        return _difference(self.overrides, shared) or f"method={self.results[0].method}"
+        return difference(self.overrides, shared) or f"method={self.results[0].method}"
 
     def cells(self, shared: Collection[str]) -> list[str]:
         """A row of the Markdown table."""
@@ -227,7 +235,7 @@ def write_summary(folder: Path, jobs: Sequence[Job], objective: str, missing: in
         lines.append(f"{missing} of {count(len(jobs) + missing)} left no result: killed, or never started")
     for stale in ("best.sh", "summary.png"):
         (folder / stale).unlink(missing_ok=True)
-    _write_csv(folder / "summary.csv", rows(jobs))
+    _write_csv(folder / "summary.csv", student_rows(jobs))
     (folder / "summary.md").write_text(_markdown(pool, jobs, added, lines), encoding="utf-8")
     if pool:
         named = {setting.overrides: index for index, setting in enumerate(pool)}
@@ -249,18 +257,8 @@ def _best_lines(pool: Sequence[Setting], best: Setting | None, objective: str) -
     text = f"validation {percent(best.val)} %, test {best.mean:.2f} %, {count(len(best.test), 'student')}"
     equals = sum(setting.score(objective) == best.score(objective) for setting in pool)
     tie = f"; {equals} settings are equal, and this is the first by name" if equals > 1 else ""
-    name = _difference(best.overrides, _shared(pool))
+    name = difference(best.overrides, _shared(pool))
     return [f"best setting, {chosen}: {name}: {text}{tie}", f"again: {command(best)}"]
-
-
-def rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """A row per job: its overrides, and its accuracies in percent or the reason why it has none."""
-    overrides = [dict(each.split("=", 1) for each in job.overrides if "=" in each) for job in jobs]
-    names = dict.fromkeys(name for each in overrides for name in each)
-    return [
-        {"job": job.number, **{name: each.get(name) for name in names}, **_numbers(job.result), "failure": job.reason}
-        for job, each in zip(jobs, overrides, strict=True)
-    ]
 
 
 def _whose(pool: Sequence[Setting]) -> list[str]:
@@ -269,21 +267,6 @@ def _whose(pool: Sequence[Setting]) -> list[str]:
     usual = ["It is over the students' seeds."] if not all(setting.whose for setting in pool) else []
     others = [f"Of {each.label(shared)} it is over seeds {each.whose}." for each in pool if each.whose]
     return [*usual, *others]
-
-
-def _numbers(result: RunResult | None) -> dict[str, Any]:
-    test = [student.test_acc for student in result.students] if result else []
-    return {
-        "val_acc": result.objective if result else None,
-        "test_acc": trim(sum(test) / len(test)) if test else None,
-        "std": spread(test).std if len(test) > 1 else None,
-        "n": len(test),
-        "difference to scratch": result.baseline.difference if result and result.baseline else None,
-        "chain": result.networks if result else None,
-        "student": result.chain[-1].key if result else None,
-        "mode": result.mode if result else None,
-        "epoch chosen": " and ".join(test_set_choices(result)) or "without the test set" if result else None,
-    }
 
 
 def _write_csv(path: Path, table: Sequence[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from warnings import catch_warnings, filterwarnings
 
 from kd.core.statistics import spread
-from kd.reporting.console import SELECTED
+from kd.reporting.results import SELECTED
 
 if TYPE_CHECKING:
     from kd.reporting.summary import Setting

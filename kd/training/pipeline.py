@@ -183,7 +183,8 @@ class Pipeline(Workplace):
         runtime = {**self._runtime(), "compiled": compiled}
         checkpoint = Checkpoint(folder, stage, runtime, self.runtime.checkpoint_every, signals)
         errand = stage, self.elsewhere()
-        with StageProgress(planned, len(data.train), self._log) as watch, self.team.together(errand):
+        progress = StageProgress(planned, len(data.train), self._log, self.tracker.status)
+        with progress as watch, self.team.together(errand):
             trained = train_stage(
                 stage,
                 data=data,

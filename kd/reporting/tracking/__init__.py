@@ -15,6 +15,7 @@ from pydantic import ValidationInfo, field_validator
 
 from kd.core.spec import Frozen, Text
 from kd.core.stage import Source, Stage
+from kd.reporting.status import StatusFile
 from kd.store import Metrics, Store
 
 _LONGEST_NAME, _LONGEST_TAG = 128, 64  # characters that W&B takes
@@ -128,6 +129,7 @@ class Tracker:
 
     def __init__(self, folder: Path, sources: Sequence[Source], page: Page, alone: Sequence[Stage] = ()) -> None:
         self._file, self._page = folder / "metrics.jsonl", page
+        self.status = StatusFile(folder)
         self._axes = axes(sources, alone)
         self._alone = {student.key for student in alone} - {source.key for source in sources}
         self._before: dict[str, int] = {}  # number of epochs of all earlier stages, by key
@@ -183,13 +185,17 @@ def track(
         keep=store.partial(last.key) if last else None,
     )
     with _opened(spec, opening) as page:
-        yield Tracker(folder, sources, page, alone)
+        tracker = Tracker(folder, sources, page, alone)
+        try:
+            yield tracker
+        finally:
+            tracker.status.close()
 
 
 def track_sweep(
     spec: TrackingSpec, folder: Path, multirun: str, table: Sequence[Mapping[str, Any]], figures: Sequence[Path]
 ) -> None:
-    """Record a multirun as a whole: a row a job, and figures (PNG). A failure is printed in one line, never raised."""
+    """Record a multirun as a whole: its table and figures (PNG). A failure is printed in one line, never raised."""
     name = f"summary of {spec.group or multirun}"
     try:
         with _opened(spec, Opening(name, "summary", multirun, folder, keep=folder / "wandb", summary=True)) as page:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from kd.core.files import commit
 from kd.core.stage import FORMAT, DatasetSpec, Source, Stage
-from kd.reporting.console import SELECTED, in_bytes, percent, training
+from kd.reporting.console import in_bytes, percent, training
+from kd.reporting.results import SELECTED
 from kd.store import StageResult
 from kd.tools.export.contract import Contract
 from kd.tools.export.formats import Format

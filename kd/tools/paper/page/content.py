@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kd.core.statistics import Spread
-from kd.reporting.console import SELECTED, duration, percent
+from kd.reporting.console import duration, percent
+from kd.reporting.results import SELECTED
 from kd.tools.paper.report import CellResult, Report, RowResult, StageReport, TableResult, mean
 
 OURS = "A table of our own, in no paper"

@@ -1,0 +1,138 @@
+"""The table of a sweep while it goes: what each job does, from the small status files that jobs write."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Group
+from rich.markup import escape
+from rich.text import Text
+
+from kd.reporting.console import count, duration, narrow_table, percent, test_of
+from kd.reporting.results import Job, find_jobs
+from kd.reporting.status import Status, read_status
+from kd.reporting.summary import difference
+
+IDLE = "not training"  # a job that has begun: it loads, waits for another's stage, or was killed before it trained
+_SILENT = 600.0  # seconds without news after which a job of another machine may have ended
+
+
+class Line(NamedTuple):
+    """A job of a sweep: its setting, and what it does, has or lacks."""
+
+    job: Job
+    status: Status | None
+    gone: str  # why a job with a status does not run; "" if it runs
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is being trained."""
+        return self.job.result is None and self.status is not None and not self.gone
+
+    @property
+    def problem(self) -> str:
+        """Why it has no result and does not run, in words; "" if it has or does."""
+        return (
+            ""
+            if self.job.result or self.runs or (self.job.reason == IDLE and not self.gone)
+            else self.gone or self.job.reason
+        )
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Stage, epoch, validation, images a second, time left; of a job that has ended, its test accuracy."""
+        if self.job.result is not None:
+            test, students = test_of(self.job.result)
+            return "done", "", percent(self.job.result.objective), "", f"test {test}" + _of(students)
+        if self.status is None or self.gone:
+            word = "stopped" if self.gone else IDLE if self.job.reason == IDLE else "failed"
+            return "pruned" if self.job.pruned else word, "", "", "", ""
+        now = self.status
+        speed, left = ("" if value is None else value for value in (now.speed, now.left))
+        return (
+            now.stage,
+            f"{now.epoch}/{now.epochs}",
+            percent(now.val_acc),
+            f"{speed:,.0f}" if speed != "" else "",
+            duration(float(left)) if left != "" else "",
+        )
+
+
+def _of(students: str) -> str:
+    return "" if students == "1" else f" (n={students})"
+
+
+def lines_of(folder: Path) -> list[Line]:
+    """All jobs of a sweep that have begun."""
+    return [_line(folder, job) for job in find_jobs(folder)]
+
+
+def _line(folder: Path, job: Job) -> Line:
+    if job.result is not None or job.reason != "unfinished":
+        return Line(job, None, "")
+    status = read_status(folder / job.number)
+    return Line(job._replace(reason=IDLE), status, "" if status is None else _gone(status))
+
+
+def _gone(status: Status) -> str:
+    """Why a job with a status does not run; "" if it runs, as far as one can see."""
+    if status.host == platform.node():
+        try:
+            os.kill(status.pid, 0)
+        except ProcessLookupError:
+            return f"killed in epoch {status.epoch}/{status.epochs} of {status.stage}"
+        except PermissionError:  # of another user
+            return ""
+        return ""
+    silent = time.time() - status.at
+    return f"no news for {duration(silent)}, from {status.host}" if silent > _SILENT else ""
+
+
+def has_ended(folder: Path, lines: Sequence[Line]) -> bool:
+    """Whether a sweep is over: it is summarised at its end, after its last job."""
+    summary = folder / "summary.md"
+    if not summary.exists() or any(line.runs for line in lines):
+        return False
+    began = [(folder / line.job.number / ".hydra" / "config.yaml").stat().st_mtime for line in lines]
+    return not began or summary.stat().st_mtime >= max(began)
+
+
+def headline_of(folder: Path, lines: Sequence[Line], expected: int) -> str:
+    """How many jobs are done, run and failed."""
+    done = sum(line.job.result is not None for line in lines)
+    failed = sum(line.job.failed and line.job.reason != IDLE for line in lines)
+    whole = f"{done} of {max(expected, len(lines))} jobs done" if expected else f"{count(done)} done"
+    parts = [whole, f"{sum(line.runs for line in lines)} running", *([f"{failed} failed"] if failed else [])]
+    return f"{folder}: {', '.join(parts)}"
+
+
+def board(lines: Sequence[Line]) -> Group:
+    """The table of a sweep without what all jobs have in common, and a line for each job that has failed or stopped."""
+    table = narrow_table("job", "setting", "stage", "epoch>", "val %>", "images/s>", "left")
+    table.padding = (0, 1, 0, 0)
+    shared = shared_by(lines)
+    for line in lines:
+        style = "bold" if line.runs else "red" if line.problem else "dim"
+        setting = escape(difference(line.job.overrides, shared))
+        table.add_row(line.job.number, setting, *map(escape, line.cells), style=style)
+    problems = [plain_line(line, shared) for line in lines if line.problem]
+    return Group(table, *(Text(each, style="red", overflow="fold") for each in problems))
+
+
+def shared_by(lines: Sequence[Line]) -> set[str]:
+    """The overrides that all jobs have."""
+    return set.intersection(*(set(line.job.overrides) for line in lines)) if len(lines) > 1 else set()
+
+
+def plain_line(line: Line, shared: set[str]) -> str:
+    """A job in one line, for an output that is no terminal."""
+    stage, epoch, val, speed, left = line.cells
+    told = [line.problem or stage, *([f"epoch {epoch}"] if epoch else []), *([f"val {val} %"] if val else [])]
+    told += [f"{speed} images/s"] if speed else []
+    told += [f"{left} left" if line.runs else left] if left else []
+    return f"job {line.job.number} ({difference(line.job.overrides, shared)}): {'  '.join(told)}"

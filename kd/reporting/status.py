@@ -1,0 +1,68 @@
+"""status.json of a job while it trains: how far it is, for `python -m kd.sweep watch`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from kd.core import files
+from kd.core.spec import Frozen
+
+STATUS = "status.json"
+_EVERY = 2.0  # seconds between two writes of a status
+
+
+class Advance(Frozen):
+    """How far the training of a stage is."""
+
+    stage: str  # role, network and seed
+    epoch: int  # that is trained now, from 1
+    epochs: int
+    val_acc: float | None  # after the last whole epoch, in percent
+    speed: float | None  # images a second; null before the first step
+    left: float | None  # seconds of this stage
+
+
+class Status(Advance):
+    """status.json of a job that runs."""
+
+    pid: int
+    host: str
+    at: float  # seconds of Unix
+
+
+class StatusFile:
+    """Writes a job's status.json: often enough to watch, and without waiting for the disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._last = folder / STATUS, 0.0
+
+    def report(self, progress: Callable[[], Advance]) -> None:
+        """Write how far a stage is, if the last time was long enough ago. A full disk stops no training."""
+        if (now := time.time()) - self._last < _EVERY:
+            return
+        self._last = now
+        status = Status(**progress().model_dump(), pid=os.getpid(), host=platform.node(), at=now)
+        partial = files.temporary(self._path)
+        with suppress(OSError):
+            partial.write_text(status.model_dump_json(), encoding="utf-8")
+            os.replace(partial, self._path)
+
+    def close(self) -> None:
+        """The job has ended: its result or its failure says the rest."""
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+
+def read_status(folder: Path) -> Status | None:
+    """The status in a job's folder. None before and after a training, and for a file that is damaged."""
+    try:
+        return Status.model_validate_json((folder / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
