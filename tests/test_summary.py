@@ -195,10 +195,30 @@ def test_a_grid_of_numbers_is_drawn_as_a_curve_for_each_other_choice(tmp_path: P
     summary.write_summary(tmp_path, jobs, "val_acc")
     (axes,) = figures[0].axes
     assert axes.get_xlabel() == "method.T"
-    assert axes.get_ylabel() == "test accuracy on digits, mode paper, %"
+    assert axes.get_ylabel() == "test accuracy (×: on validation), %\non digits, mode paper"
     assert legend(axes) == {"method=kd", "method=ta", "best setting, by validation"}
+    (best,) = [line for line in axes.lines if line.get_label() == "best setting, by validation"]
+    assert [*best.get_ydata()] == [85.0]  # the highest on validation; all have 80 % on test
     (curve,) = [line for line in axes.lines if line.get_label() == "method=kd"]
     assert [round(x) for x in curve.get_xdata()] == [1, 5, 20]
+
+
+@pytest.mark.parametrize("swept", ["method.T", "method"])
+def test_a_choice_by_the_test_set_is_circled_there(tmp_path: Path, figures: list[Figure], swept: str) -> None:
+    """Without marks of validation, which decided nothing. The circle is around the one job that won."""
+    told = (1, 5) if swept == "method.T" else ("kd", "ta")
+    tests = ((70.0, 90.0), (81.0, 82.0))
+    jobs = [
+        a_job(2 * i + s, f"{swept}={each}", f"seed={s}", test=tests[i][s])
+        for i, each in enumerate(told)
+        for s in (0, 1)
+    ]
+    summary.write_summary(tmp_path, jobs, "test_acc")
+    (axes,) = figures[0].axes
+    circle = next(line for line in axes.lines if line.get_label() == "best setting, by test")
+    assert 90.0 in (*circle.get_xdata(), *circle.get_ydata())
+    assert "mean on validation" not in legend(axes)
+    assert "×" not in axes.get_xlabel().splitlines()[0] + axes.get_ylabel()
 
 
 def test_a_search_is_drawn_as_dots(tmp_path: Path, figures: list[Figure]) -> None:
@@ -208,6 +228,7 @@ def test_a_search_is_drawn_as_dots(tmp_path: Path, figures: list[Figure]) -> Non
     assert [axes.get_xlabel() for axes in figures[0].axes] == ["method.T", "method.lambda"]
     for axes in figures[0].axes:
         assert {len(line.get_xdata()) for line in axes.lines} == {1}
+        assert sum(line.get_marker() == "x" for line in axes.lines) == 9  # on validation, which chose the best
         assert legend(axes) == {"best setting, by validation"}
 
 
@@ -222,9 +243,11 @@ def test_settings_without_numbers_are_drawn_as_lines(tmp_path: Path, figures: li
     (axes,) = figures[0].axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["method=scratch\nplane2", "method=kd\nplane4 → plane2"]
-    assert legend(axes) == {"a student", "mean, 95 % interval", "its teacher", "best setting, by validation"}
+    students = {"a student", "mean, 95 % interval", "its teacher"}
+    assert legend(axes) == {*students, "mean on validation", "best setting, by validation"}
     points = {(line.get_label(), *line.get_xdata()) for line in axes.lines}
-    assert {("a student", 60.0, 95.0), ("its teacher", 85.0), ("best setting, by validation", 77.5)} <= points
+    assert {("a student", 60.0, 95.0), ("its teacher", 85.0), ("mean on validation", 89.0)} <= points
+    assert ("best setting, by validation", 90.0) in points  # where it was chosen, and not its 77.5 % on test
     assert axes.get_xlim() == (0, 100.4)  # whatever an interval of two students says
 
 

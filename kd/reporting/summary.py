@@ -239,7 +239,7 @@ def write_summary(folder: Path, jobs: Sequence[Job], objective: str, missing: in
     (folder / "summary.md").write_text(_markdown(pool, jobs, added, lines), encoding="utf-8")
     if pool:
         named = {setting.overrides: index for index, setting in enumerate(pool)}
-        circle = (named[best.overrides], best.mean) if best else None
+        circle = (named[best.overrides], best.score(objective)) if best else None
         by = "test" if objective == "test_acc" else "validation"
         draw_summary(folder / "summary.png", pool, _shared(pool), circle, by)
     if best is not None:

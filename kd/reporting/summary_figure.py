@@ -24,7 +24,8 @@ def draw_summary(
 ) -> None:
     """Draw the test accuracy of each student of the settings, which have the overrides `shared` in common.
 
-    `best`, a setting's index and accuracy in percent, is circled. It was chosen by validation or test: `chosen_by`.
+    `best`, a setting's index and the accuracy in percent that decided, is circled. It was chosen by validation or
+    test: `chosen_by`. Means on validation that decided have marks of their own: the circle is around the highest.
     """
     from matplotlib.figure import Figure
 
@@ -34,19 +35,19 @@ def draw_summary(
     panels = figure.subplots(1, max(1, len(numbers)), squeeze=False, sharey=True)[0]
     look: dict[str, Any] = {"color": "black", "mfc": "none", "ms": 16, "label": f"best setting, by {chosen_by}"}
     for axes, (name, places) in zip(panels, numbers.items(), strict=False):
-        drawn = _draw_curves(axes, name, places, pool, shared)
+        drawn = _draw_curves(axes, name, places, pool, shared, chosen_by)
         if best is not None:
             axes.plot([drawn[best[0]]], [best[1]], "o", **look)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8, markerscale=0.6)
+        if handles := dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)):
+            axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, markerscale=0.6)
     if numbers:
-        panels[0].set_ylabel(f"test accuracy on {_conditions(pool)}, %")
+        panels[0].set_ylabel(f"{_measured(pool, chosen_by)}\non {_conditions(pool)}")
     else:
-        _draw_lines(panels[0], pool, shared)
+        _draw_lines(panels[0], pool, shared, chosen_by)
         if best is not None:
             panels[0].plot([best[1]], [best[0]], "o", **look)
         handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     with catch_warnings():
         filterwarnings("ignore", "Glyph")  # a label in letters that matplotlib's font lacks: boxes
         figure.savefig(path, dpi=150)
@@ -70,8 +71,19 @@ def _conditions(pool: Sequence[Setting]) -> str:
     return "; ".join(dict.fromkeys(f"{result.dataset}, mode {result.mode}" for each in pool for result in each.results))
 
 
+def _measured(pool: Sequence[Setting], chosen_by: str) -> str:
+    """What the axis of accuracies has."""
+    validated = chosen_by == "validation" and any(setting.val is not None for setting in pool)
+    return f"test accuracy{' (×: on validation)' if validated else ''}, %"
+
+
+def _validation(setting: Setting, chosen_by: str) -> list[float]:
+    """The mean of a setting on validation, if that decided."""
+    return [setting.val] if chosen_by == "validation" and setting.val is not None else []
+
+
 def _draw_curves(
-    axes: Any, name: str, places: Sequence[float], pool: Sequence[Setting], shared: Sequence[str]
+    axes: Any, name: str, places: Sequence[float], pool: Sequence[Setting], shared: Sequence[str], chosen_by: str
 ) -> list[float]:
     """A curve over the number `name` for each choice of the other overrides. Returns where each setting is drawn."""
     curves: dict[str, list[int]] = {}
@@ -87,6 +99,8 @@ def _draw_curves(
             drawn[index] += apart * (number - (len(curves) - 1) / 2)
             students = pool[index].test
             axes.plot([drawn[index]] * len(students), students, "o", color=color, alpha=0.5, ms=4)
+            decided = _validation(pool[index], chosen_by)
+            axes.plot([drawn[index]] * len(decided), decided, "x", color=color, ms=5)
         curve.sort(key=places.__getitem__)
         xs, means = [drawn[index] for index in curve], [pool[index].mean for index in curve]
         named = label if joined and len(curves) > 1 else None
@@ -96,7 +110,7 @@ def _draw_curves(
     return drawn
 
 
-def _draw_lines(axes: Any, pool: Sequence[Setting], shared: Sequence[str]) -> None:
+def _draw_lines(axes: Any, pool: Sequence[Setting], shared: Sequence[str], chosen_by: str) -> None:
     """A horizontal line for each setting: students as dots, their mean with its 95 % interval, and the teacher."""
     for row, setting in enumerate(pool):
         n = len(setting.test)
@@ -110,11 +124,13 @@ def _draw_lines(axes: Any, pool: Sequence[Setting], shared: Sequence[str]) -> No
         teachers = [outcome.test_acc for outcome in setting.results[0].chain if outcome.role == "teacher"]
         if teachers:
             axes.plot(teachers, [row], "D", color=_TEACHER, mfc="none", mew=2, label="its teacher", zorder=4)
+        if decided := _validation(setting, chosen_by):
+            axes.plot(decided, [row], "x", color="black", ms=6, mew=1.5, label="mean on validation", zorder=5)
     texts = [(each.label(shared), each.results[0].networks) for each in pool]
     labels = ["\n".join(fill(text, _WIDTH, break_long_words=False) for text in both) for both in texts]
     axes.set_yticks(range(len(pool)), labels, fontsize=8)
     axes.set_ylim(len(pool) - 0.5, -0.5)
     axes.set_xlim(max(axes.get_xlim()[0], 0), min(axes.get_xlim()[1], 100.4))  # also for longer intervals
     selects = dict.fromkeys(SELECTED[outcome.select] for each in pool for run in each.results for outcome in run.chain)
-    axes.set_xlabel(f"test accuracy on {_conditions(pool)}, %\n({'; '.join(selects)})")
+    axes.set_xlabel(f"{_measured(pool, chosen_by)}, on {_conditions(pool)}\n({'; '.join(selects)})")
     axes.grid(axis="x", alpha=0.3)
