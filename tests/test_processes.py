@@ -21,17 +21,17 @@ from kd.app.parsing import parse
 from kd.core import hardware
 from kd.core.spec import KnownError
 from kd.training import forecast
-from kd.training.processes import _Child
+from kd.training.children import _Child
 from kd.training.ranks import World
 from kd.training.workplace import RuntimeSpec
-from tests.conftest import QUICK, ROOT, composed, run_py
+from tests.conftest import QUICK, ROOT, composed
 from tests.test_launchers import in_job
 from tests.test_signals import interrupted
 from tests.test_vary import students
 
 RunJob = Callable[..., Any]
-PAIR = (*QUICK, "replicates=2", "train.epochs=1", "hydra.run.dir=out")
-FORCED = "runtime.processes=2"
+PAIR = (*QUICK, "replicates=2", "train.epochs=1")
+FORCED, OUT = "runtime.processes=2", "hydra.run.dir=out"
 
 # their number --------------------------------------------------------------------------------------------------------
 
@@ -214,32 +214,40 @@ def test_without_a_number_of_threads_each_has_a_part(
     assert [each["threads"] for each in records] == [1, 1]
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGKILL])
-def test_the_end_of_the_run_ends_them_and_the_same_command_goes_on(tmp_path: Path, first: signal.Signals) -> None:
-    """They write checkpoints, whether the run's own process is asked to end or is killed."""
-    run = (*PAIR, "method=scratch", FORCED, "train.epochs=60", "runtime.checkpoint_every=1000")
-    locks = tmp_path / "store" / ".locks"
-    code, _, err = interrupted(tmp_path, first, *run, after=lambda: len([*locks.glob("*.holder")]) == 2)
-    pids = {json.loads(path.read_text())["pid"] for path in locks.glob("*.holder")}  # those that still run
-    assert code == (143 if first == signal.SIGTERM else -9)
-    assert "Traceback" not in err
-    if first == signal.SIGTERM:
-        assert not pids
-        assert err.splitlines()[-1] == "interrupted: start the same command again to resume from the last checkpoint"
-    for _ in range(600):
-        if not any(locks.glob("*.holder")):
-            break
-        time.sleep(0.05)
-    assert not [*locks.glob("*.holder")]
-    assert len([*(tmp_path / "store" / "partial").glob("*/state")]) == 2
-    done = run_py(*run, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": resuming after epoch ") == 2
-    unbroken = run_py(*run, "runtime.processes=1", cwd=tmp_path, KD_STORE=str(tmp_path / "unbroken"))
-    assert unbroken.returncode == 0
+LONG = (*PAIR, "method=scratch", FORCED, "runtime.checkpoint_every=1", "train.epochs=5")
+
+
+def begun(folder: Path) -> Callable[[], bool]:
+    """Whether two students have a checkpoint."""
+    return lambda: len([*(folder / "store" / "partial").glob("*/state")]) == 2
+
+
+def test_an_interrupted_run_goes_on_at_its_steps(
+    job: RunJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = interrupted(tmp_path, signal.SIGTERM, *LONG, OUT, after=begun(tmp_path))
+    assert code == 143
+    assert err == "interrupted: start the same command again to resume from the last checkpoint\n"
+    for seed in (0, 1):
+        assert f"student plane2 s{seed}: asked to end: writing a checkpoint first" in out
+    assert not [*(tmp_path / "store" / ".locks").glob("*.holder")]  # they have ended before
+    job(*LONG)
+    assert capsys.readouterr().out.count(": resuming after epoch ") == 2
+    monkeypatch.setenv("KD_STORE", str(tmp_path / "unbroken"))
+    job(*LONG, "runtime.processes=1", folder="unbroken")
     assert stored(tmp_path / "store") == stored(tmp_path / "unbroken")
-    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [*range(1, 61)] * 2
+    rows = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("out", "unbroken")]
+    assert rows[0] == rows[1]
+
+
+def test_they_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    locks = tmp_path / "store" / ".locks"
+    assert interrupted(tmp_path, signal.SIGKILL, *LONG, "train.epochs=1000", OUT, after=begun(tmp_path))[0] == -9
+    end = time.monotonic() + 60
+    while [*locks.glob("*.holder")]:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert begun(tmp_path)()
 
 
 def test_a_failure_of_one_is_the_run_s(job: RunJob, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +259,7 @@ def test_a_failure_of_one_is_the_run_s(job: RunJob, tmp_path: Path, capfd: pytes
 
 
 def test_one_that_is_killed_ends_the_run_in_a_line(tmp_path: Path) -> None:
-    run = (*PAIR, "method=scratch", FORCED, "train.epochs=200")
+    run = (*LONG, "train.epochs=1000", OUT)
     locks = tmp_path / "store" / ".locks"
     command = [sys.executable, str(ROOT / "run.py"), *run]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -278,7 +286,7 @@ for method in ("scratch", "kd"):
 
 def test_a_script_without_a_guard_trains_with_them_too(tmp_path: Path) -> None:
     """multiprocessing would import it again in each process."""
-    (tmp_path / "mine.py").write_text(SCRIPT.format(run=[*PAIR[:-1], FORCED, f"hydra.run.dir={tmp_path / 'out'}"]))
+    (tmp_path / "mine.py").write_text(SCRIPT.format(run=[*PAIR, FORCED, f"hydra.run.dir={tmp_path / 'out'}"]))
     done = subprocess.run(
         [sys.executable, "mine.py"],
         cwd=tmp_path,

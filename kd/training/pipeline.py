@@ -96,7 +96,7 @@ class Pipeline(Workplace):
         for source in {source.key: source for student in left for source in student.chain}.values():
             if needed[source.key] > 1:
                 self._accept(self._load_or_make(source))
-        from kd.training.processes import train_beside
+        from kd.training.children import train_beside
 
         child = replace(self, tracker=Untracked(self.tracker.status), prune=None)
         self._unread = train_beside(child, [student for student in left if student.key not in self._done], processes)

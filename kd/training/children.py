@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # that. So a process begins here, with its parent's places of modules.
 _BEGIN = (
     "import os, pickle, sys; told = os.fdopen(os.dup(0), 'rb'); sys.path[:] = pickle.load(told); "
-    "from kd.training.processes import work; sys.exit(work(told))"
+    "from kd.training.children import work; sys.exit(work(told))"
 )
 _PLAIN = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backslashreplace", "TTY_COMPATIBLE": "0"}
 _POLL = 0.5  # seconds; on Windows a wait without an end hears no Ctrl-C
