@@ -28,6 +28,7 @@ QUICK = (
     "train.epochs=2",
     "train.precision=fp32",
     "runtime.threads=1",
+    "runtime.processes=1",  # in this process, where a test can change what it does
     "tracking=none",
 )
 

@@ -243,7 +243,8 @@ def test_share(
     monkeypatch.setattr(HydraConfig, "get", lambda: hydra_job.hydra)
     shared = with_share(given)
     assert (shared.device, shared.threads) == expected
-    assert RuntimeSpec(**{**shared.model_dump(), "device": given.device, "threads": given.threads}) == given
+    own = {name: getattr(given, name) for name in ("device", "threads", "processes")}
+    assert RuntimeSpec(**{**shared.model_dump(), **own}) == given
 
 
 def test_jobs_that_share_a_terminal_write_lines(monkeypatch: pytest.MonkeyPatch) -> None:

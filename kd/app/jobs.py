@@ -115,6 +115,8 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
     alone = plan_alone(config, dataset, students)
     for line in remarks(config, dataset, students[0], by_key(typed())):
         print(line, flush=True)
+    if config.runtime.threads is None and runtime.processes not in (None, 1):
+        print(f"runtime.processes={runtime.processes}: runtime.threads={runtime.threads} in each", flush=True)
     store = Store(config.store_root)
     if config.dry_run:
         place = Workplace(store, config.data_root, config.runtime, initial=initial_files(config))
@@ -215,11 +217,17 @@ def with_share(runtime: RuntimeSpec) -> RuntimeSpec:
     Values that the user set stay.
     """
     hydra = HydraConfig.get()
+    if world().size > 1 and (runtime.processes or 1) > 1:
+        raise KnownError(f"runtime.processes: should be 1 or null under torchrun (got {runtime.processes})")
     if hydra.mode != RunMode.MULTIRUN or hydra.runtime.choices["hydra/launcher"] == "basic":
-        return runtime
-    device = resolve_device(runtime.device, hydra.job.num)
-    threads = runtime.threads or processors_of_a_job(hydra.launcher, cpu_count())
-    return RuntimeSpec(**{**runtime.model_dump(), "device": device, "threads": threads})
+        return RuntimeSpec(**{**runtime.model_dump(), "threads": runtime.threads_of(cpu_count())})
+    share = processors_of_a_job(hydra.launcher, cpu_count())
+    own = {
+        "device": resolve_device(runtime.device, hydra.job.num),
+        "threads": runtime.threads_of(share) or share,
+        "processes": runtime.processes or 1,
+    }
+    return RuntimeSpec(**{**runtime.model_dump(), **own})
 
 
 def processors_of_a_job(launcher: DictConfig, processors: int) -> int:

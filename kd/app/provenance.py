@@ -132,7 +132,7 @@ def _training(
 def _meant(name: str, config: Config, student: Stage) -> str | None:
     """What `null` or `auto` means here; None for a key that says its value itself, or that a stage decides later."""
     here: dict[str, Any] = {
-        "runtime.threads": config.runtime.threads or cpu_count(),
+        "runtime.threads": config.runtime.threads_of(cpu_count()) or cpu_count(),
         "runtime.workers": config.workers,
         "runtime.store": config.store_root,
         "runtime.data": config.data_root,

@@ -113,6 +113,18 @@ def free_memory(device: str) -> int | None:
     return min(free, limit - (used or 0) + _cached())
 
 
+def room_for(students: Sequence[Stage]) -> int | None:
+    """How many processes fit into the memory, each with a student and its images; None if the system does not say."""
+    free = free_memory("cpu")
+    return None if free is None else free // max(memory_of(student) + _image_bytes(student) for student in students)
+
+
+def _image_bytes(stage: Stage) -> int:
+    """Bytes of the images, where they are kept in memory."""
+    data = stage.dataset
+    return 0 if data.streamed or data.resize else sum(data.images or ()) * 3 * data.image_size**2
+
+
 def _cached() -> int:
     """Bytes of files in a container's memory that are given back when it is needed: read photographs are among them."""
     try:

@@ -7,9 +7,10 @@ import platform
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from kd.core.statistics import spread, trim
 from kd.reporting.baseline import compare_alone
 from kd.reporting.console import StageProgress, Unwatched, count
 from kd.reporting.results import Baseline, Evidence, Outcome, Replicate, ReplicatedResult, RunResult, what_varied
-from kd.reporting.tracking import Tracker
+from kd.reporting.tracking import Tracker, Untracked
 from kd.store import Metrics, StageResult, TrainedStage
 from kd.store.foreign import load_network
 from kd.training.checkpoint import Checkpoint, Deferred
@@ -76,22 +77,67 @@ class Pipeline(Workplace):
     min_acc: float | None = None  # the lowest test accuracy of a teacher, in percent; a worse one is refused
     team: Team = ALONE  # the processes that train each stage together
     prune: Callable[[Metrics], None] | None = None  # called after each epoch of a student; may raise Pruned
-    _done: set[str] = field(default_factory=set)
+    _done: set[str] = field(default_factory=set)  # the keys of the stages that this run has made
+    _unread: set[str] = field(default_factory=set)  # those of them whose epochs are not in the records yet
 
     def run_chain(self, last: Stage) -> list[Outcome]:
         """Load or train each stage, in order. Raises KnownError for a teacher below `min_acc`."""
         return [self._accept(self._load_or_make(source)) for source in last.chain]
 
+    def train_apart(self, students: Sequence[Stage]) -> None:
+        """Train the students in processes of their own, if that is faster or asked for. run_chain() then finds them.
+
+        What several of them need is trained first, here.
+        """
+        left = [student for student in students if not self._reusable(student)]
+        if (processes := self._processes(left)) == 1:
+            return
+        needed = Counter(source.key for student in left for source in student.chain)
+        for source in {source.key: source for student in left for source in student.chain}.values():
+            if needed[source.key] > 1:
+                self._accept(self._load_or_make(source))
+        from kd.training.children import train_beside
+
+        child = replace(self, tracker=Untracked(self.tracker.status), prune=None)
+        self._unread = train_beside(child, [student for student in left if student.key not in self._done], processes)
+        self._done |= self._unread
+        self.tracker.status.close()
+
+    def _processes(self, students: Sequence[Stage]) -> int:
+        """How many processes train the students. A line says it, unless each choice would be one."""
+        if len(students) < 2 or self.team.size > 1:
+            return 1
+        told = len(students), hardware.cpu_count(), self.device
+        if (most := self.runtime.processes_for(*told, None)) == 1:
+            return 1
+        from kd.training.forecast import room_for
+
+        number = self.runtime.processes_for(*told, room_for(students))
+        less = "" if number == most else f": the memory has no room for {most}"
+        own = f"{number} process{'es' if number > 1 else ''} of {count(self.threads, 'thread')}"
+        print(f"{own} train{'' if number > 1 else 's'} the {len(students)} students{less}", flush=True)
+        return number
+
+    def made_for(self, student: Stage) -> set[str]:
+        """In a process of its own: train what is missing of the student's chain. Returns the keys of these stages."""
+        before = {*self._done}
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            assert self.device  # the run's own process has said which
+        self.run_chain(student)
+        return self._done - before
+
     def _load_or_make(self, source: Source) -> Outcome:
-        reused = self._reusable(source)
-        if not reused:
+        if not self._reusable(source):
             with self.store.lock(source.key):
-                reused = self._reusable(source)  # another process may have finished it meanwhile
-                if not reused:
+                if not self._reusable(source):  # another process may have finished it meanwhile
                     if isinstance(source, Given):
                         self._take(source)
                     else:
                         self._train(source)
+        elif isinstance(source, Stage) and source.key in self._unread:
+            self._unread.discard(source.key)
+            for row in self.store.metrics(source.key):
+                self._log(source, row)
         result = self.store.result(source.key)
         retried = self.store.record(source.key)["made_with"].get(RETRIED)
         if retried and self.on_nan == "stop":
@@ -109,7 +155,7 @@ class Pipeline(Workplace):
             guides=tuple(guide.key for guide in stage.guides) if stage else (),
             select=stage.train.select if stage else None,
             normalize=None if stage else source.normalize,
-            reused=reused,
+            reused=source.key not in self._done,
             evidence=self._evidence(stage) if stage and stage.guides else None,
             **result.model_dump(exclude={"selected_epoch"}),
         )
@@ -226,6 +272,7 @@ def run_students(
     `labels` are the names of mode, method and data set in tables.
     """
     check_students(pipeline, [*students, *alone], pipeline.checkpoint)
+    pipeline.train_apart(students)
     chains = [pipeline.run_chain(student) for student in students]
     outcomes = [chain[-1] for chain in chains]
     validated = [outcome.val_acc for outcome in outcomes if outcome.val_acc is not None]
@@ -251,4 +298,5 @@ def _baseline(pipeline: Pipeline, chains: Sequence[Sequence[Outcome]], alone: Se
     """Load or train the students alone, and compare."""
     if not all(pipeline.store.whole(student.key) for student in alone) or pipeline.runtime.retrain:
         print(f"baseline: the student alone, {count(len(alone), 'seed')}", flush=True)
+    pipeline.train_apart(alone)
     return compare_alone(chains, [pipeline.run_chain(student)[-1] for student in alone])

@@ -47,6 +47,24 @@ class RuntimeSpec(Frozen):
     bank_budget: float = Field(50, gt=0)  # GB of all caches together
     retrain: bool = False
     trial: int | None = Field(None, ge=0)  # the number of this job's trial; set by the search
+    processes: int | None = Field(None, ge=1, le=1024)  # that train students side by side; null: as many as is faster
+
+    def threads_of(self, processors: int) -> int | None:
+        """The threads of each process on these processors: as set, or an equal part; null where one has all."""
+        if self.threads is not None or (self.processes or 1) == 1:
+            return self.threads
+        return max(1, processors // (self.processes or 1))
+
+    def processes_for(self, students: int, processors: int, device: str, room: int | None) -> int:
+        """How many processes train this many students; `room` is how many fit into the memory, None if it is unknown.
+
+        One where `threads` is not set: with fewer threads, the last bits of results would change.
+        """
+        if self.processes is not None:
+            return max(1, min(self.processes, students))
+        if self.threads is None or device != "cpu":
+            return 1
+        return max(1, min(processors // self.threads, students, students if room is None else room))
 
 
 @dataclass

@@ -156,6 +156,19 @@ class Tracker:
         self.summarize({f"{self._axes[source.key]}/{name}": value for name, value in values.items()})
 
 
+class Untracked(Tracker):
+    """Of a process that trains for another one, which keeps the records. It writes only how far the training is."""
+
+    def __init__(self, status: StatusFile) -> None:
+        self.status = status
+
+    def log(self, stage: Stage, metrics: Metrics) -> None: ...
+
+    def summarize(self, values: dict[str, Any]) -> None: ...
+
+    def finished(self, source: Source, values: dict[str, Any]) -> None: ...
+
+
 @contextmanager
 def track(
     spec: TrackingSpec,
