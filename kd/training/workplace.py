@@ -45,6 +45,7 @@ class RuntimeSpec(Frozen):
     compile: bool | Literal["auto"] = "auto"  # compile the training step; auto: if it saves time over the stage
     bank: bool = True  # cache the guides' logits on disk, for later epochs and runs
     bank_budget: float = Field(50, gt=0)  # GB of all caches together
+    tables: bool = False  # a job of a sweep prints its table, and not one line
     retrain: bool = False
     trial: int | None = Field(None, ge=0)  # the number of this job's trial; set by the search
 
