@@ -36,7 +36,7 @@ def _device(name: object) -> str:
 class RuntimeSpec(Frozen):
     """Where and how fast a stage is trained. This is not part of the experiment, so it is in no key."""
 
-    device: Annotated[str, BeforeValidator(_device)] = "auto"
+    device: Annotated[str, BeforeValidator(_device), Field(examples=["auto", "cpu", "cuda", "cuda:1"])] = "auto"
     threads: int | None = Field(None, ge=1, le=1024)  # null: all processors that this process may use
     workers: int | None = Field(None, ge=1, le=1024)  # threads that decode a folder of images; null as above
     store: PathText | None = None  # null: store/ in the repository; paths are relative to the working directory
