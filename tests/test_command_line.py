@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from kd.app.command_line import read_command
 from kd.app.config import Config, plan
 from kd.app.effects import remarks
 from kd.app.jobs import Multirun
+from kd.app.keys import listed
 from kd.app.parsing import by_key, parse, recorded, register
 from kd.core.spec import KnownError
 from kd.datasets import resolve
@@ -439,3 +440,44 @@ def test_keys_that_a_user_names_need_no_plus() -> None:
     name = configured("model=timm", "model.arch=resnet18", "model.args.drop_rate=0.1").model.name
     assert "resnet18" in name
     assert "drop_rate" in name
+
+
+# --help ---------------------------------------------------------------------------------------------------------------
+
+
+def test_help_says_what_is_possible_and_lists_no_setting_twice(tmp_path: Path) -> None:
+    done = run_py("--help", "method=ta", "dataset.decode=stream", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for told in (
+        "mode=paper paper, reference",
+        "train.select=null best_val, last, best_test, best_test_batches",
+        "train.precision=null auto, fp32, bf16, fp16, fp64",
+        "train.schedule=null constant, step, cosine",
+        "train.optimizer=null sgd, adam, adamw",
+        "train.momentum=null a number from 0 below 1",
+        "dataset.resize=short_side short_side, squash, pad",
+        "dataset.decode=stream auto, array, stream",
+        "teacher.freeze=null backbone",
+        "method.lambda=0.5 a number from 0 to 1",
+        "runtime.device=auto auto, cpu, cuda, cuda:1",
+        "runtime.store=${oc.env:KD_STORE,null}",
+        "seed=0 a whole number from 0",
+        "freeze=[]",
+    ):
+        assert told in [" ".join(line.split()) for line in lines], told
+    keys = [line.partition("=")[0] for line in lines if re.match(r"[\w.]+=", line)]
+    assert len(set(keys)) == len(keys)
+    assert not [key for key in keys if key.startswith(("model.train", "teacher.train"))]
+    assert all(len(line) <= 80 for line in lines[lines.index("model.arch=null") :])
+
+
+@pytest.mark.parametrize("options", [["loss=dkd", "method=dgkd"], ["method=scratch"], ["loss=crd", "sweep=tpe"]])
+def test_every_key_is_in_the_help(options: list[str]) -> None:
+    """That of each option, too; where a group is chosen by its name, this stands above."""
+    cfg = composed(*options)
+    shown = {line.partition("=")[0] for line in listed(cfg).splitlines()}
+    for name, value in cfg.items_ex(resolve=False):
+        for key in (f"{name}.{each}" for each in value) if isinstance(value, DictConfig) and value else [str(name)]:
+            inside = any(each.startswith(f"{key}.") for each in shown)
+            assert key in shown or inside or key.endswith((".name", ".train")), key

@@ -72,11 +72,12 @@ def test_a_run_is_that_of_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_a_sweep_gives_a_row_a_student() -> None:
+def test_a_sweep_gives_a_row_a_student(capsys: pytest.CaptureFixture[str]) -> None:
     rows = kd.sweep([*FAST, "method=scratch", "seed=0,3", "replicates=2"])
     assert [(row["job"], row["seed"]) for row in rows] == [("0", 0), ("0", 1), ("1", 3), ("1", 4)]
     assert {row["chain"] for row in rows} == {"plane2"}
     assert all(0 < row["test_acc"] <= 100 and row["failure"] is None for row in rows)
+    assert "\njob 1: seed=3: validation " in capsys.readouterr().out  # what was swept, and nothing else
     assert rows[0]["train.epochs"] == 1
     assert len({row["student"] for row in rows}) == 4
     assert len({tuple(row) for row in rows}) == 1  # the same columns, so that any table takes them

@@ -330,7 +330,31 @@ def test_a_grid_leaves_its_summary(job: RunJob, tmp_path: Path, capsys: pytest.C
     job("method.T=1,5", "seed=0,1", "train.epochs=1", multirun=True)
     rows = list(csv.DictReader((tmp_path / "out" / "summary.csv").read_text().splitlines()))
     assert {(row["method.T"], row["seed"]) for row in rows} == {("1", "0"), ("1", "1"), ("5", "0"), ("5", "1")}
-    assert "again: python run.py -m " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "again: python run.py -m " in said
+    (line,) = [line for line in said.splitlines() if line.startswith("job 2: ")]
+    assert re.fullmatch(r"job 2: method\.T=5 seed=0: validation \d+\.\d\d %, test \d+\.\d\d %", line)
+    assert "the student: kd.load" not in said
+    job("method.T=1,5", "seed=0,1", "train.epochs=1", "runtime.tables=true", multirun=True)
+    said = capsys.readouterr().out
+    assert said.count("the student: kd.load") == 4
+    assert "job 2: " not in said
+
+
+@pytest.mark.parametrize(
+    ("swept", "setting"), [((), "plane4 → plane2"), (("method.T=5", "runtime.trial=3"), "method.T=5")]
+)
+def test_the_line_of_a_job(swept: tuple[str, ...], setting: str) -> None:
+    """What was swept, without what a search adds; the networks where the multirun has one job."""
+    result = a_job(0, "method.T=5", test=80.0).result
+    assert result is not None
+    assert summary.job_line(3, swept, result) == f"job 3: {setting}: validation 90.00 %, test 80.00 %"
+    unvalidated = a_job(0, test=80.0, val=None).result
+    assert unvalidated is not None
+    assert summary.job_line(3, swept, unvalidated) == f"job 3: {setting}: test 80.00 %"
+    several = {"replicates": (), "mean": 80.5, "std": 0.7, "n": 2, "ci95": (70.0, 90.0)}
+    both = ReplicatedResult(**{**dict(result), **several})
+    assert summary.job_line(3, swept, both) == f"job 3: {setting}: validation 90.00 %, test 80.50 ± 0.70 %, 2 students"
 
 
 def test_a_student_that_two_trials_found_is_one(tmp_path: Path) -> None:

@@ -426,6 +426,22 @@ def test_the_summary_has_teacher_and_replicates_also_when_nothing_is_trained(job
     assert not list((tmp_path / "store" / "partial").glob("*/wandb.json"))  # nothing is unfinished
 
 
+def test_a_multirun_says_once_that_it_is_offline(tmp_path: Path) -> None:
+    """In 80 columns, with a command that finds the runs of all jobs, and that of the summary."""
+    jobs = ("method=scratch", "tracking=wandb", "train.lr=0.01,0.02", "train.epochs=1", "hydra.sweep.dir=sweeps/two")
+    done = run_py("-m", *QUICK, *jobs, cwd=tmp_path)
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    (place,) = [i for i, line in enumerate(lines) if "offline" in line and "tracking" in line]
+    assert lines[place] == "tracking: offline, because no key is configured (`wandb login`); send it later:"
+    assert all(len(line) <= 80 for line in lines[place : place + 2])
+    assert lines[place + 1].startswith("  wandb sync sweeps/two/")
+    asked = ["bash", "-c", f"ls -d {lines[place + 1].removeprefix('  wandb sync ')}"]
+    found = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+    assert len(found) == 3
+    assert not [*tmp_path.rglob("run.log")]  # nothing was logged
+
+
 # multiruns, and runs that go on -------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ when a call returns. Problems raise KnownError with a line each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.version import VersionBase
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from kd.app import jobs
@@ -56,6 +56,9 @@ def grid(overrides: Sequence[str]) -> Path:
         _refuse_plan(first)
         _refuse_plugins(first)
         folder = Path(first.hydra.sweep.dir).absolute()
+        with open_dict(first):
+            first.hydra.overrides.task = [*overrides]
+        _save(folder, {"multirun": first})
         jobs.Multirun.begin(folder, len(combinations))
         try:
             for number, combination in enumerate(combinations):
@@ -85,17 +88,23 @@ def _entered(cfg: DictConfig, folder: Path) -> DictConfig:
     """The configuration of a job without Hydra's part, saved in the job's folder as Hydra does."""
     if cfg.hydra.mode is None:
         cfg.hydra.mode = RunMode.RUN
-    config, saved = cfg.copy(), folder / ".hydra"
+    config = cfg.copy()
     with open_dict(config):
         del config["hydra"]
-    try:
-        saved.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, saved / "config.yaml")
-        OmegaConf.save(cfg.hydra.overrides.task, saved / "overrides.yaml")
-    except OSError as error:
-        raise KnownError(f"{folder} cannot be written ({error.strerror})") from error
+    _save(folder, {".hydra/config": config, ".hydra/overrides": cfg.hydra.overrides.task})
     HydraConfig.instance().set_config(cfg)
     return config
+
+
+def _save(folder: Path, nodes: Mapping[str, Container]) -> None:
+    """Write <name>.yaml for each node, as Hydra does."""
+    try:
+        for name, node in nodes.items():
+            path = folder / f"{name}.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(node, path)
+    except OSError as error:
+        raise KnownError(f"{folder} cannot be written ({error.strerror})") from error
 
 
 def _refuse_plan(cfg: DictConfig) -> None:

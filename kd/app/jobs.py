@@ -132,10 +132,20 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
             return found
         write_result(found, folder)
         tracker.summarize(found.columns)
-    print_run(found)
     draw_curves(folder, found)
-    print(tilde(f"this run: {folder}"))
+    if hydra.mode == RunMode.MULTIRUN and not runtime.tables:
+        print(summary.job_line(hydra.job.num, _swept(), found), flush=True)
+    else:
+        print_run(found)
+        print(tilde(f"this run: {folder}"))
     return found
+
+
+def _swept() -> list[str]:
+    """This job's overrides that differ within its multirun; all of them where Hydra keeps no record of the sweep's."""
+    path = Path(HydraConfig.get().sweep.dir) / "multirun.yaml"
+    shared = OmegaConf.select(OmegaConf.load(path), "hydra.overrides.task") if path.exists() else ()
+    return [override for override in typed() if override not in (shared or ())]
 
 
 def _pipeline(

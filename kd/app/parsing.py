@@ -61,6 +61,7 @@ def register() -> None:
     Our own data sets, methods and losses have a file in conf/, and Hydra warns where an option has both. Raises
     KnownError where conf/paper declares no valid experiments.
     """
+    OmegaConf.register_new_resolver("kd.keys", _help, replace=True)
     store = ConfigStore.instance()
     unset = dict.fromkeys(TrainOverrides.model_fields)
     network = {"train": unset, "arch": None, "args": {}, "init": None, "freeze": None, "image_size": None}
@@ -82,6 +83,13 @@ def register() -> None:
             group, _, option = name.rpartition("/")
             store.store(option, experiment.node, group=f"experiment/{group}", package="_global_", provider="kd")
     store.repo = _Shared(store.repo)
+
+
+def _help(*, _root_: DictConfig) -> str:
+    """The keys, for the template of --help."""
+    from kd.app.keys import listed
+
+    return listed(_root_).replace("$", "$$")  # Hydra fills the template in as string.Template
 
 
 def parse(cfg: DictConfig, overrides: Iterable[str] = (), home: Path | None = None) -> Config:

@@ -60,6 +60,16 @@ def print_jobs(jobs: Sequence[Job]) -> None:
             out.print(line, style="red" if job.failed else "dim", highlight=False, markup=False, soft_wrap=True)
 
 
+def job_line(number: int, swept: Sequence[str], result: RunResult) -> str:
+    """The result of one job of a multirun, with the overrides that were swept."""
+    setting = difference(swept, ()) or result.networks
+    test, n = test_of(result)
+    parts = [f"validation {percent(result.objective)} %"] if result.objective is not None else []
+    parts += [f"test {test} %{f', {n} students' if n != '1' else ''}"]
+    parts += [f"{result.baseline.difference:+.2f} to the student alone"] if result.baseline else []
+    return f"job {number}: {setting}: {', '.join(parts)}"
+
+
 def difference(overrides: Sequence[str], shared: Collection[str]) -> str:
     """The overrides that not all jobs have."""
     return " ".join(filter(None, (short(override) for override in overrides if override not in shared)))

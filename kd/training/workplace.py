@@ -36,7 +36,7 @@ def _device(name: object) -> str:
 class RuntimeSpec(Frozen):
     """Where and how fast a stage is trained. This is not part of the experiment, so it is in no key."""
 
-    device: Annotated[str, BeforeValidator(_device)] = "auto"
+    device: Annotated[str, BeforeValidator(_device), Field(examples=["auto", "cpu", "cuda", "cuda:1"])] = "auto"
     threads: int | None = Field(None, ge=1, le=1024)  # null: all processors that this process may use
     workers: int | None = Field(None, ge=1, le=1024)  # threads that decode a folder of images; null as above
     store: PathText | None = None  # null: store/ in the repository
@@ -45,6 +45,7 @@ class RuntimeSpec(Frozen):
     compile: bool | Literal["auto"] = "auto"  # compile the training step; auto: if it saves time over the stage
     bank: bool = True  # cache the guides' logits on disk, for later epochs and runs
     bank_budget: float = Field(50, gt=0)  # GB of all caches together
+    tables: bool = False  # a job of a sweep prints its table, and not one line
     retrain: bool = False
     trial: int | None = Field(None, ge=0)  # the number of this job's trial; set by the search
     processes: int | None = Field(None, ge=1, le=1024)  # that train students side by side; null: as many as is faster

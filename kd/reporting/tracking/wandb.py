@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 from collections.abc import Mapping, Sequence
+from multiprocessing import parent_process
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from filelock import FileLock, Timeout
@@ -69,6 +72,7 @@ class WandbPage(Page):
     """
 
     unreachable: ClassVar[str] = ""  # why auto became offline in this process: each job of a sweep would wait again
+    told: ClassVar[str | None] = None  # the multirun of which this process has said that it is offline
 
     def __init__(self, spec: TrackingSpec, opening: Opening) -> None:
         for name, value in _DEFAULTS.items():
@@ -95,10 +99,18 @@ class WandbPage(Page):
             reason = WandbPage.unreachable = problem
             self._run = _start(settings, opening, "offline")
         if reason:
-            sync = f"wandb sync {self._run.settings.sync_dir}"
-            print(tilde(f"tracking: offline, because {reason}; `{sync}` sends this run later"), flush=True)
+            self._tell(opening, reason)
         for axis in opening.axes:
             self._run.define_metric(f"{axis}/*", step_metric=f"{axis}/epoch")
+
+    def _tell(self, opening: Opening, reason: str) -> None:
+        """Say that a run is offline. Of a multirun it is said once: by the process that writes the summary."""
+        place = str(self._run.settings.sync_dir)
+        if opening.multirun is None:
+            print(tilde(f"tracking: offline, because {reason}; `wandb sync {place}` sends this run later"), flush=True)
+        elif parent_process() is None and WandbPage.told != opening.multirun:
+            WandbPage.told = opening.multirun
+            print(tilde(_hint(opening, reason, place)), flush=True)
 
     def _leave(self) -> None:
         folder, run = self._logs
@@ -128,6 +140,18 @@ class WandbPage(Page):
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))  # not `with run`, which prints a traceback of its own
         self._leave()
+
+
+def _hint(opening: Opening, reason: str, place: str) -> str:
+    """How to send all runs of a multirun, in lines of 80 columns; the command is a line of its own."""
+    multirun = (opening.folder if opening.summary else opening.folder.parent).absolute()
+    if Path(place).is_relative_to(multirun):
+        inside = multirun.relative_to(Path.cwd()) if multirun.is_relative_to(Path.cwd()) else multirun
+        every = f"{shlex.quote(str(inside))}/{{.,*}}/wandb/offline-*"
+    else:  # WANDB_DIR: all runs are side by side
+        every = f"{shlex.quote(str(Path(place).parent))}/offline-*"
+    told = fill(f"tracking: offline, because {reason}; send it later:", 80, break_long_words=False)
+    return f"{told}\n  wandb sync {every}"
 
 
 def _typed(spec: TrackingSpec) -> dict[str, Any]:
