@@ -10,9 +10,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from kd.app import jobs
+from kd.app import jobs, multirun
 from kd.app.command_line import read_command
-from kd.app.parsing import register
+from kd.app.options import register
 from kd.core.spec import KnownError
 from kd.reporting import console
 from kd.reporting.results import Pruned, RunResult
@@ -60,6 +60,6 @@ if __name__ == "__main__":
         sys.exit(exit_code(interrupt))
     finally:
         ignore()  # so that the summary is printed
-        failed = jobs.summarize()
+        failed = multirun.summarize()
         ranks.dismiss()
     sys.exit(1 if failed else 0)

@@ -32,7 +32,8 @@ from hydra import compose, initialize_config_dir
 
 from bench.workloads import RESULTS, ROOT, Clock
 from kd.app.config import initial_files, plan
-from kd.app.parsing import parse, register
+from kd.app.options import register
+from kd.app.parsing import parse
 from kd.core import hardware
 from kd.core.stage import Stage
 from kd.datasets import resolve

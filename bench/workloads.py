@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 
 from bench import usual
 from kd.app.config import plan
-from kd.app.parsing import parse, register
+from kd.app.options import register
+from kd.app.parsing import parse
 from kd.core.stage import Stage
 from kd.datasets import Arrays, Facts, specify
 from kd.datasets.data import Data

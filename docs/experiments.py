@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 
 from kd.app.config import Config, plan
 from kd.app.experiments import CONF, experiments
-from kd.app.parsing import parse, register
+from kd.app.options import register
+from kd.app.parsing import parse
 from kd.core.stage import Source, Stage
 from kd.datasets import DATASETS, Facts, specify
 

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from kd.app.parsing import register
+from kd.app.options import register
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,7 +70,7 @@ def composed(*overrides: str) -> DictConfig:
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: None) -> Callable[..., Any]:
     """Runs run.py in this process, which is fast. Returns result.json; of a multirun, a list with each job's."""
-    from kd.app.jobs import Multirun
+    from kd.app.multirun import Multirun
 
     def start(*overrides: str, multirun: bool = False, folder: str = "out", code: int = 0) -> Any:
         GlobalHydra.instance().clear()

@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from kd.app.command_line import read_command
 from kd.app.config import Config, plan
 from kd.app.effects import remarks
-from kd.app.jobs import Multirun
 from kd.app.keys import listed
-from kd.app.parsing import by_key, parse, recorded, register
+from kd.app.multirun import Multirun
+from kd.app.options import register
+from kd.app.parsing import by_key, parse, recorded
 from kd.core.spec import KnownError
 from kd.datasets import resolve
 from kd.reporting.console import without_comment

@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 from kd.app.config import plan
-from kd.app.jobs import Multirun
+from kd.app.multirun import Multirun
 from kd.app.parsing import parse
 from kd.core.settings import TrainSpec
 from kd.core.spec import KnownError

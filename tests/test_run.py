@@ -277,7 +277,7 @@ def test_failures_are_found_wherever_the_jobs_folders_are(job: Job, tmp_path: Pa
 
 def test_jobs_that_left_nothing_count(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Like a worker that is killed before its job begins."""
-    from kd.app.jobs import Multirun, summarize
+    from kd.app.multirun import Multirun, summarize
 
     job("seed=0,1", "train.epochs=1,2", multirun=True)
     assert Multirun.expected == 4

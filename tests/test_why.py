@@ -8,7 +8,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from kd.app.config import plan
-from kd.app.parsing import parse, register
+from kd.app.options import register
+from kd.app.parsing import parse
 from kd.app.provenance import reasons
 from kd.core.hardware import cpu_count
 from kd.core.spec import KnownError

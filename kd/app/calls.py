@@ -21,9 +21,9 @@ from hydra.version import VersionBase
 from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from kd.app import jobs
+from kd.app import jobs, multirun
 from kd.app.experiments import CONF
-from kd.app.parsing import register
+from kd.app.options import register
 from kd.core.hardware import settings_kept
 from kd.core.spec import KnownError
 from kd.reporting.results import RunResult
@@ -59,14 +59,14 @@ def grid(overrides: Sequence[str]) -> Path:
         with open_dict(first):
             first.hydra.overrides.task = [*overrides]
         _save(folder, {"multirun": first})
-        jobs.Multirun.begin(folder, len(combinations))
+        multirun.Multirun.begin(folder, len(combinations))
         try:
             for number, combination in enumerate(combinations):
                 print(f"job {number} of {len(combinations)}: {' '.join(combination)}", flush=True)
                 _job(combination, folder, number)
         finally:
-            jobs.summarize()
-            jobs.Multirun.folder = None
+            multirun.summarize()
+            multirun.Multirun.folder = None
     return folder
 
 

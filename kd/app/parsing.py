@@ -10,16 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from kd.app.config import Config, check_system, recipe_name, train_spec, trained_networks
-from kd.app.experiments import CONF, experiments
+from kd.app.experiments import CONF
 from kd.app.networks import TeacherConfig
 from kd.core.recipes import RECIPES, released
-from kd.core.settings import TrainOverrides
 from kd.core.spec import KnownError, Registry, explain, printable, tilde
 from kd.core.stage import Role, split_problem
 from kd.datasets import DATASETS, DatasetConfig
@@ -27,7 +25,6 @@ from kd.losses import LOSSES
 from kd.methods import METHODS
 from kd.methods.method import DISTILL, Ends, LossChoice, Method
 from kd.models import MODELS
-from kd.models.libraries import LIBRARIES
 from kd.store.foreign import fingerprint
 
 _SHOWN = 100  # characters that are shown of a wrong value
@@ -43,53 +40,6 @@ _TELLING = 3  # values of environment variables up to this length are not hidden
 
 
 _NONE = object()  # what no key has
-
-
-class _Shared(dict[str, Any]):
-    """Options that Hydra does not copy with its repository, as it does once for every group that --help lists.
-
-    They are copied where they are loaded, before anything is changed in them.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
-        return self
-
-
-def register() -> None:
-    """Tell Hydra the options of model, teacher, train and experiment, and of installed packages. May be called again.
-
-    Our own data sets, methods and losses have a file in conf/, and Hydra warns where an option has both. Raises
-    KnownError where conf/paper declares no valid experiments.
-    """
-    OmegaConf.register_new_resolver("kd.keys", _help, replace=True)
-    store = ConfigStore.instance()
-    unset = dict.fromkeys(TrainOverrides.model_fields)
-    network = {"train": unset, "arch": None, "args": {}, "init": None, "freeze": None, "image_size": None}
-    sections = {"train": unset, "model": network, "teacher": network}
-    store.store("settings", sections, package="_global_", provider="kd")
-    brought = {"method": METHODS.installed, "loss": LOSSES.installed}
-    for group, names in {"model": [*MODELS], "teacher": [*MODELS], **brought}.items():
-        for name in names:
-            store.store(name, {"name": name}, group=group, provider="kd")
-    for library in LIBRARIES:
-        for end in ("model", "teacher"):
-            store.store(library, {"name": library, "arch": "???"}, group=end, provider="kd")
-    for name in DATASETS.installed:
-        store.store(name, {"name": name, "augment": "none"}, group="dataset", provider="kd")
-    for name in {*RECIPES["paper"], *DATASETS}:
-        store.store(name, {"recipe": name}, group="train", provider="kd")
-    if "experiment" not in store.repo:
-        for name, experiment in experiments().items():
-            group, _, option = name.rpartition("/")
-            store.store(option, experiment.node, group=f"experiment/{group}", package="_global_", provider="kd")
-    store.repo = _Shared(store.repo)
-
-
-def _help(*, _root_: DictConfig) -> str:
-    """The keys, for the template of --help."""
-    from kd.app.keys import listed
-
-    return listed(_root_).replace("$", "$$")  # Hydra fills the template in as string.Template
 
 
 def parse(cfg: DictConfig, overrides: Iterable[str] = (), home: Path | None = None) -> Config:

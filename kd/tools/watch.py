@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from kd.app.jobs import jobs_of_a_grid
+from kd.app.multirun import jobs_of_a_grid
 from kd.core.spec import KnownError
 from kd.reporting.board import IDLE, Line, board, has_ended, headline_of, lines_of, plain_line, shared_by
 

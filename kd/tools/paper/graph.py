@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd.app.config import Config, Vary, plan, seed_keys
 from kd.app.experiments import CONF
-from kd.app.parsing import parse, recorded, register
+from kd.app.options import register
+from kd.app.parsing import parse, recorded
 from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec, Stage
 from kd.datasets import DatasetConfig, resolve

@@ -1,0 +1,179 @@
+"""A multirun: what is checked before its jobs start, and the summary at its end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from kd.core.spec import KnownError, tilde
+from kd.reporting import summary
+from kd.reporting.results import (
+    Job,
+    find_jobs,
+    student_rows,
+)
+from kd.reporting.tracking import TrackingSpec, group_of, track_sweep
+from kd.training.ranks import world
+
+if TYPE_CHECKING:
+    from kd.app.search import Search
+
+
+from kd.app.jobs import SEARCH
+
+
+class Multirun(Callback):
+    """Hydra's callback at the start of a multirun. It keeps the folder for summarize(), however the multirun ends."""
+
+    folder: ClassVar[Path | None] = None
+    began: ClassVar[float] = 0.0
+    expected: ClassVar[int] = 0  # the number of jobs; 0 if it is unknown
+    search: ClassVar[Search | None] = None
+
+    @classmethod
+    def begin(cls, folder: Path, expected: int, search: Search | None = None) -> None:
+        """Keep what summarize() needs."""
+        cls.folder, cls.expected, cls.search = folder, expected, search
+        cls.began = time.time() - 1  # file times are coarse
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check that the run's folder can be written. Without this, Hydra shows a traceback."""
+        _check_folder("hydra.run.dir", Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Prepare a search, and keep the multirun's folder. Errors exit here: Hydra only warns about exceptions."""
+        if world().size > 1:
+            _check_plugins(config)
+        _check_slurm(config)
+        _check_direction(config)
+        if config.hydra.sweeper.get("custom_search_space") != SEARCH:
+            folder = Path(config.hydra.sweep.dir)
+            _check_folder("hydra.sweep.dir", folder)
+            Multirun.begin(folder, jobs_of_a_grid(config))
+            if not config.hydra.launcher["_target_"].endswith(
+                ".BasicLauncher"
+            ):  # the jobs' lines mix, or are elsewhere
+                print(tilde(f"to watch it: python -m kd.sweep watch {folder}"), flush=True)
+            return
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # optuna 2 needs sqlalchemy 1.4, which warns
+        from kd.app.search import ready_study
+
+        try:
+            search = ready_study(config, kwargs["config_name"])
+            Multirun.begin(search.folder, search.expected, search)
+        except (KnownError, OSError) as error:
+            print(error, file=sys.stderr, flush=True)
+            sys.exit(2)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        print(f"{key}: {folder} cannot be written ({error.strerror})", file=sys.stderr)
+        sys.exit(2)
+
+
+def _check_plugins(config: DictConfig) -> None:
+    """Under torchrun, exit unless sweeper and launcher are basic: one process must run the jobs, in a known order."""
+    for part in ("sweeper", "launcher"):
+        if not config.hydra[part]["_target_"].endswith(f".Basic{part.title()}"):
+            choice = config.hydra.runtime.choices[f"hydra/{part}"]
+            print(f"hydra/{part}: should be basic under torchrun (got {choice!r})", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+
+_MAXIMISES = {  # how sweepers that search are told to maximise; all of them minimise by themselves
+    "direction": "maximize",  # Optuna
+    "optim.maximize": True,  # Nevergrad
+    "ax_config.experiment.minimize": False,  # Ax
+}
+
+
+def _check_direction(config: DictConfig) -> None:
+    """Let a search maximise, because jobs return accuracies. Exit if the command line says the opposite."""
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides.hydra)  # may refer to a job's number
+    typed_keys = {str(each).lstrip("+").partition("=")[0] for each in overrides}
+    for name, wanted in _MAXIMISES.items():
+        given, key = OmegaConf.select(config.hydra.sweeper, name), f"hydra.sweeper.{name}"
+        if given is None or getattr(given, "name", given) == wanted:
+            continue
+        told = f"{key}={str(wanted).lower()}"
+        if key in typed_keys:
+            print(f"{key}: a search maximises accuracy; {told} or nothing", file=sys.stderr, flush=True)
+            sys.exit(2)
+        print(f"{told}: jobs return accuracies; sweep=tpe is a search that can be continued", flush=True)
+        OmegaConf.update(config, key, wanted)
+
+
+def _check_slurm(config: DictConfig) -> None:
+    """Exit if the SLURM launcher is used without SLURM. Without this, submitit shows a traceback."""
+    if config.hydra.launcher["_target_"].endswith(".SlurmLauncher") and shutil.which("srun") is None:
+        print("hydra/launcher: there is no SLURM here (no srun); try hydra/launcher=local", file=sys.stderr)
+        sys.exit(2)
+
+
+def jobs_of_a_grid(config: DictConfig) -> int:
+    """The number of jobs that the basic sweeper makes of the command line; 0 for other sweepers and dry runs."""
+    if not config.hydra.sweeper["_target_"].endswith(".BasicSweeper"):
+        return 0
+    told = [f"{name}={values}" for name, values in (config.hydra.sweeper.params or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*told, *config.hydra.overrides.task])
+    given = {each.get_key_element(): each for each in overrides}
+    if ("dry_run" in given and given["dry_run"].value() is True) or "why" in given:
+        return 0
+    return prod(len(list(each.sweep_string_iterator())) for each in given.values() if each.is_sweep_override())
+
+
+def summarize() -> int:
+    """Print the summary of this process's multirun, if there was one. Returns how many jobs failed or are missing."""
+    if Multirun.folder is None:
+        return 0
+    # A search shows its earlier trials too, without those that other processes are running.
+    elsewhere = Multirun.search.leave() if Multirun.search else set()
+    found = find_jobs(Multirun.folder, 0 if Multirun.search else Multirun.began)
+    done = [job for job in found if job.result or job.number not in elsewhere]
+    missing = max(0, Multirun.expected - len(found))
+    if done:
+        summary.print_jobs(done)
+        try:
+            _summarize(Multirun.folder, done, missing)
+        except OSError as error:
+            print(f"the summary cannot be written: {error}", file=sys.stderr)
+    return sum(job.failed for job in done) + missing
+
+
+def _summarize(folder: Path, done: Sequence[Job], missing: int) -> None:
+    """Write the summary of a multirun into its folder and into the tracking."""
+    newest = max(done, key=lambda job: (folder / job.number).stat().st_mtime)
+    path = folder / newest.number / ".hydra" / "config.yaml"
+    config = OmegaConf.load(path) if path.exists() else OmegaConf.create()
+    for line in summary.write_summary(
+        folder, done, OmegaConf.select(config, "sweep.objective", default="val_acc"), missing
+    ):
+        print(line)
+    # Only if this process ran a job, and a job succeeded: otherwise the tracking settings may be wrong.
+    news = path.exists() and path.stat().st_mtime >= Multirun.began
+    if news and "tracking" in config and any(job.result for job in done):
+        spec = TrackingSpec.model_validate(OmegaConf.to_container(config.tracking, resolve=True))
+        figures = [path for path in [folder / "summary.png"] if path.exists()]
+        track_sweep(spec, folder, group_of(folder), student_rows(done), figures)
