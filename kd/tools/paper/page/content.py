@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kd.core.statistics import Spread
@@ -30,6 +31,57 @@ class Value:
     text: str
     keys: tuple[str, ...] = ()
     bold: bool = False
+
+
+_FEW = 3  # cells beside the baseline that are told one by one
+
+
+def findings(report: Report) -> Iterator[str]:
+    """A sentence for each row: what is better than its baseline, by how much, and how certain that is."""
+    for table in report.tables:
+        for row in table.rows:
+            yield f"**{row.title}**, {table.data}: {_found(report, row)}."
+
+
+def _found(report: Report, row: RowResult) -> str:
+    base = next((cell for cell in row.cells if cell.label == row.baseline and cell.draws), None)
+    others = [cell for cell in row.cells if cell.label != row.baseline and cell.draws]
+    if base is None or not others:
+        return f"nothing to compare with {row.baseline}"
+    compared = [cell for cell in others if cell.against]
+    if not compared:
+        told = (f"{cell.label} has {_average(report, cell)} %" for cell in (base, *others[:_FEW]))
+        return f"{', '.join(told)}: one seed, which does not tell them apart"
+    if len(compared) <= _FEW:
+        return "; ".join(_sentence(cell, row.baseline) for cell in compared)
+    return _many(compared, row.baseline)
+
+
+def _many(compared: Sequence[CellResult], baseline: str) -> str:
+    """Of many cells: how many are better or worse than the baseline, and the highest."""
+    certain = [cell.against.mean > 0 for cell in compared if cell.against and cell.against.told_apart]
+    best = max(compared, key=lambda cell: cell.against.mean if cell.against else 0.0)
+    better, worse = sum(certain), len(certain) - sum(certain)
+    rest = len(compared) - len(certain)
+    counted = f"{better} of {len(compared)} cells are better than {baseline}, {worse} worse"
+    return f"{counted}, {rest} cannot be told apart; the highest: {_sentence(best, baseline)}"
+
+
+def _sentence(cell: CellResult, baseline: str) -> str:
+    """A cell beside its baseline, in words."""
+    assert cell.against is not None
+    known, (low, high) = cell.against, cell.against.ci95
+    if known.p is None:
+        return f"{cell.label} differs from {baseline} by {known.mean:+.2f} at every seed (n = {known.n})"
+    certainty = f"95 % interval {low:+.2f} to {high:+.2f}, n = {known.n}"
+    if not known.told_apart:
+        return f"{cell.label} and {baseline} cannot be told apart ({known.mean:+.2f}, {certainty})"
+    order = "better" if known.mean > 0 else "worse"
+    return f"{cell.label} is {order} than {baseline} by {abs(known.mean):.2f} points ({certainty})"
+
+
+def _average(report: Report, cell: CellResult) -> str:
+    return percent(mean([student.test_acc for student in report.students(cell)]))
 
 
 def headings(table: TableResult, row: RowResult) -> tuple[str, ...]:
@@ -69,7 +121,7 @@ def entries(report: Report, row: RowResult, cell: CellResult) -> tuple[Value, ..
         Value(str(len(keys))),
         Value(_mean(cell.test_acc, [student.test_acc for student in students]), keys),
         Value(_interval(cell.test_acc), keys if cell.test_acc else ()),
-        Value(_against(cell), tuple(both) if against else (), bool(against and against.told_apart)),
+        Value(difference_of(cell), tuple(both) if against else (), bool(against and against.told_apart)),
         Value(_mean(cell.last, [student.last for student in students]), keys),
         Value(_mean(cell.best_test, [student.best_test for student in students]), keys),
         Value(percent(mean([student.val_acc for student in students])), keys),
@@ -123,6 +175,22 @@ def origin(report: Report) -> Iterator[str]:
     yield from (f"Table {name} is left out: `{reason}`" for name, reason in report.left_out.items())
 
 
+def about_stages(report: Report) -> str:
+    """What all trainings have in common; the table of stages has the rest."""
+    shared = _shared(report)
+    return f"All are trained with {', '.join(shared)}." if shared else "They have no training setting in common."
+
+
+def _shared(report: Report) -> list[str]:
+    trained = [_settings(stage) for stage in report.stages.values() if stage.training]
+    return [part for part in trained[0] if all(part in other for other in trained)] if trained else []
+
+
+def _settings(stage: StageReport) -> list[str]:
+    """The training settings one by one; the commas of a list separate nothing."""
+    return re.split(r", (?![^\[]*\])", stage.training)
+
+
 STAGE_HEADINGS = (
     "stage",
     "role",
@@ -142,7 +210,7 @@ STAGE_HEADINGS = (
 
 def stage_entries(report: Report, stage: StageReport) -> tuple[Value, ...]:
     """A stage's line under STAGE_HEADINGS."""
-    own = (stage.key,)
+    own, shared = (stage.key,), _shared(report)
     return (
         Value(stage.key),
         Value(", ".join(report.roles(stage.key))),
@@ -150,7 +218,7 @@ def stage_entries(report: Report, stage: StageReport) -> tuple[Value, ...]:
         Value("" if stage.seed is None else str(stage.seed)),
         Value(stage.guide or ""),
         Value(stage.loss),
-        Value(stage.training),
+        Value(", ".join(part for part in _settings(stage) if part not in shared)),
         Value(str(stage.epochs)),
         Value(str(stage.selected_epoch), own),
         Value(percent(stage.val_acc), own),
@@ -169,7 +237,8 @@ def _published(cell: CellResult, baseline: str) -> str:
     return value if known.status == "verified" else f"{value} ({known.status})"
 
 
-def _against(cell: CellResult) -> str:
+def difference_of(cell: CellResult) -> str:
+    """A cell's difference to its baseline, with interval and p; "" if there is none."""
     if cell.against is None:
         return ""
     known, (low, high) = cell.against, cell.against.ci95
