@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kd.core.statistics import Spread
@@ -176,19 +176,29 @@ def origin(report: Report) -> Iterator[str]:
 
 
 def about_stages(report: Report) -> str:
-    """What all trainings have in common; the table of stages has the rest."""
-    shared = _shared(report)
-    return f"All are trained with {', '.join(shared)}." if shared else "They have no training setting in common."
+    """What all stages have in common; their table has the rest."""
+    common = {"trained": _shared(report, _settings), "made": _shared(report, _makers)}
+    return " ".join(f"All are {how} with {', '.join(parts)}." for how, parts in common.items() if parts)
 
 
-def _shared(report: Report) -> list[str]:
-    trained = [_settings(stage) for stage in report.stages.values() if stage.training]
-    return [part for part in trained[0] if all(part in other for other in trained)] if trained else []
+def _shared(report: Report, of: Callable[[StageReport], Sequence[str]]) -> list[str]:
+    """What all stages have, of those that have anything: given weights have no training."""
+    known = [parts for stage in report.stages.values() if (parts := of(stage))]
+    return [part for part in known[0] if all(part in other for other in known)] if known else []
 
 
 def _settings(stage: StageReport) -> list[str]:
     """The training settings one by one; the commas of a list separate nothing."""
-    return re.split(r", (?![^\[]*\])", stage.training)
+    return re.split(r", (?![^\[]*\])", stage.training) if stage.training else []
+
+
+def _makers(stage: StageReport) -> list[str]:
+    return [f"{name} {value}" for name, value in stage.made_with.items()]
+
+
+def _own(report: Report, stage: StageReport, of: Callable[[StageReport], Sequence[str]]) -> str:
+    shared = _shared(report, of)
+    return ", ".join(part for part in of(stage) if part not in shared)
 
 
 STAGE_HEADINGS = (
@@ -210,7 +220,7 @@ STAGE_HEADINGS = (
 
 def stage_entries(report: Report, stage: StageReport) -> tuple[Value, ...]:
     """A stage's line under STAGE_HEADINGS."""
-    own, shared = (stage.key,), _shared(report)
+    own = (stage.key,)
     return (
         Value(stage.key),
         Value(", ".join(report.roles(stage.key))),
@@ -218,13 +228,13 @@ def stage_entries(report: Report, stage: StageReport) -> tuple[Value, ...]:
         Value("" if stage.seed is None else str(stage.seed)),
         Value(stage.guide or ""),
         Value(stage.loss),
-        Value(", ".join(part for part in _settings(stage) if part not in shared)),
+        Value(_own(report, stage, _settings)),
         Value(str(stage.epochs)),
         Value(str(stage.selected_epoch), own),
         Value(percent(stage.val_acc), own),
         Value(percent(stage.test_acc), own),
         Value(duration(stage.seconds), own),
-        Value(", ".join(f"{name} {value}" for name, value in stage.made_with.items())),
+        Value(_own(report, stage, _makers)),
     )
 
 
