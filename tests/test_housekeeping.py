@@ -38,14 +38,18 @@ def store() -> Store:
 
 
 def test_the_list(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    store.partial("0" * 16).mkdir(parents=True)
+    for key, file in (("0" * 16, "state"), ("1" * 16, "fp32/state"), ("2" * 16, "wandb.json")):
+        (path := store.partial(key) / file).parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    store.partial("3" * 16).mkdir()
     (store.root / stage(seed=9).key / "result.json").write_text("{}")
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
     line = next(line for line in shown.splitlines() if line.startswith(ASSISTED.key))
     assert " ".join(line.split()[1:10]) == "student digits resnet8 ← resnet8 ← resnet20 – 50.00"
     assert "3 finished stages" in shown
-    assert f"{'0' * 16} is unfinished" in shown
+    assert all(f"{each * 16} is unfinished" in shown for each in "01")
+    assert not any(each * 16 in shown for each in "23")  # aborted before a checkpoint: nobody can go on with them
     assert f"stage {stage(seed=9).key} is damaged (result.json does not match its checksum)" in shown
     assert main(["list", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

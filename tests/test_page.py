@@ -15,9 +15,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from kd.tools.paper.page.figures import COLOURS
-from kd.tools.paper.report import Report
+from kd.core.statistics import paired
+from kd.tools.paper.page.content import STAGE_HEADINGS, about_stages, findings, stage_entries
+from kd.tools.paper.page.figures import COLOURS, draw_row
+from kd.tools.paper.report import Draw, Report
 from kd.tools.paper.reproduction import main
+from kd.tools.paper.screen import print_tables
 
 TINY = ("teacher=plane6", "train.epochs=2", "train.precision=fp32", "runtime.threads=1", "--report")
 KINDS = {"accuracy", "curves", "fidelity", "calibration", "confusion", "cost"}
@@ -106,6 +109,75 @@ def test_the_twin_says_the_same(folder: Path) -> None:
     assert sorted(linked) == sorted(f"figures/{path.name}" for path in (folder / "out" / "figures").iterdir())
     kinds = {Path(name).stem.rpartition("-")[2] for name in linked}
     assert kinds == {*KINDS, "axis"}
+
+
+def test_the_findings_come_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sentence a row, the same on both pages and in the terminal, before any table and figure."""
+    report, text = Report.model_validate_json(_read(folder, "tables.json")), _read(folder, "report.md")
+    lines = [*findings(report)]
+    assert len(lines) == sum(len(table.rows) for table in report.tables) == 2
+    assert text.index("## Findings") < text.index("- " + lines[0]) < text.index("\n| ")
+    page = unescape(_read(folder, "report.html"))
+    assert page.index(lines[0].partition("**, ")[2]) < page.index("<table>")
+    print_tables(report)
+    assert lines[0].replace("**", "") in capsys.readouterr().out.splitlines()
+
+
+def one_row(report: Report, values: list[float], base: list[float], cells: int = 1) -> str:
+    """The sentence of a row in which cells with these accuracies stand beside their baseline."""
+    table = report.tables[0]
+    first = table.rows[0].cells[0]
+    draws = tuple(Draw(seed=i, chain=first.draws[0].chain) for i in range(len(values)))
+    against = paired(values, base) if len(values) > 1 else None
+    named = {"draws": draws, "against": None}
+    beside = [
+        first.model_copy(update={**named, "label": f"X{i}" if i else "X", "against": against}) for i in range(cells)
+    ]
+    row = table.rows[0].model_copy(
+        update={"baseline": "B", "cells": (first.model_copy(update={**named, "label": "B"}), *beside)}
+    )
+    (line,) = findings(report.model_copy(update={"tables": (table.model_copy(update={"rows": (row,)}),)}))
+    return line.partition(", digits: ")[2]
+
+
+def test_a_finding_says_how_certain_it_is(folder: Path) -> None:
+    report = Report.model_validate_json(_read(folder, "tables.json"))
+    # differences 1 and 3: half of the interval is 12.7062 times their deviation √2, by √2
+    told = one_row(report, [71.0, 73.0], [70.0, 70.0])
+    assert told == "X and B cannot be told apart (+2.00, 95 % interval -10.71 to +14.71, n = 2)."
+    assert one_row(report, [68.61, 70.0], [70.0, 71.39]) == "X differs from B by -1.39 at every seed (n = 2)."
+    # 1, 1.1 and 1.2: 4.3027 times .1, by √3
+    better = one_row(report, [71.0, 71.1, 71.2], [70.0] * 3)
+    assert better == "X is better than B by 1.10 points (95 % interval +0.85 to +1.35, n = 3)."
+    assert one_row(report, [70.0] * 3, [71.0, 71.1, 71.2]).startswith("X is worse than B by 1.10 points")
+    assert one_row(report, [71.0], [70.0]).endswith(": one seed, which does not tell them apart.")
+    many = one_row(report, [71.0, 71.1, 71.2], [70.0] * 3, cells=5)
+    assert many.startswith("5 of 5 cells are better than B, 0 worse, 0 cannot be told apart; the highest: X is better")
+
+
+def test_numbers_of_other_data_are_on_no_axis(folder: Path) -> None:
+    """The published ones are CIFAR's, and ours of digits. A copy of CIFAR-10 keeps them."""
+    report = Report.model_validate_json(_read(folder, "tables.json"))
+    table = next(table for table in report.tables if any(c.published_accuracy for c in table.rows[0].cells))
+    for data, shown in (("digits", False), (table.dataset, True), ("CIFAR-10 (JPEG copy)", True)):
+        drawings = draw_row(report, table.model_copy(update={"data": data}), table.rows[0])
+        assert any("published" in drawing.svg + drawing.caption for drawing in drawings) == shown, data
+
+
+def test_a_stage_says_what_its_training_has_of_its_own(folder: Path) -> None:
+    report = Report.model_validate_json(_read(folder, "tables.json"))
+    stages = [*report.stages.values()]
+    longer = stages[0].training.replace("weight decay", "warmup 3, weight decay")
+    stages[0] = stages[0].model_copy(update={"training": longer, "made_with": {"torch": "9", "threads": 1}})
+    stages[1:] = [stage.model_copy(update={"made_with": {"torch": "8", "threads": 1}}) for stage in stages[1:]]
+    changed = report.model_copy(update={"stages": {stage.key: stage for stage in stages}})
+    place = STAGE_HEADINGS.index("training")
+    shown = [stage_entries(changed, stage)[place].text for stage in stages]
+    assert shown == ["warmup 3", *[""] * (len(stages) - 1)]
+    assert [stage_entries(changed, each)[-1].text for each in stages[:2]] == ["torch 9", "torch 8"]
+    assert about_stages(changed).endswith(" All are made with threads 1.")
+    assert "weight decay" in about_stages(changed)
+    assert "warmup" not in about_stages(changed)
 
 
 def test_the_page_holds_the_figures(folder: Path) -> None:

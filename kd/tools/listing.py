@@ -63,7 +63,9 @@ def print_list(store: Store, as_json: bool) -> None:
         except KnownError as error:
             damaged.append(str(error))
     damaged += [f"{path} is a damaged stage that was moved there" for path in _folders(store, "damaged")]
-    unfinished = {path.name: time.time() - path.stat().st_mtime for path in _folders(store, "partial")}
+    # Without a checkpoint there is nothing to go on with: an aborted training has left the id of its W&B run, at most.
+    checkpoints = {path.name: [*path.rglob("state")] for path in _folders(store, "partial")}
+    unfinished = {key: time.time() - found[0].stat().st_mtime for key, found in checkpoints.items() if found}
     if as_json:
         told = {"finished": [vars(each) for each in rows], "unfinished": list(unfinished), "damaged": damaged}
         print(json.dumps(told, indent=2, ensure_ascii=False))
@@ -82,7 +84,8 @@ def print_list(store: Store, as_json: bool) -> None:
     total = in_bytes(sum(each.size for each in rows))
     out.print(f"{len(rows)} finished stages, {total}, in {store.root}", highlight=False, soft_wrap=True)
     for key, age in unfinished.items():
-        out.print(f"{key} is unfinished, last written {_ago(age)} ago", highlight=False)
+        goes_on = "the command that began it goes on"
+        out.print(f"{key} is unfinished, last written {_ago(age)} ago: {goes_on}", highlight=False)
     for line in damaged:
         out.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
 

@@ -9,6 +9,7 @@ from kd.core.settings import Select
 from kd.core.spec import Frozen
 from kd.core.stage import Role
 from kd.core.statistics import Paired, Spread, spread
+from kd.datasets import DATASETS
 from kd.tools.inspection.measures import Calibration, Confusion, Fidelity
 from kd.tools.paper.tables import Published
 
@@ -110,6 +111,11 @@ class TableResult(Frozen):
     select: Select  # how our epochs are chosen
     notes: tuple[str, ...]
     rows: tuple[RowResult, ...]
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether our numbers are of another data set that has a name, and not of a copy: digits, in smoke."""
+        return self.data != self.dataset and self.data in DATASETS
 
 
 class Report(Frozen):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from kd.reporting.console import console, duration, narrow_table, percent
 from kd.store import Store
 from kd.tools.paper.cost import Cost
+from kd.tools.paper.page import content
 from kd.tools.paper.report import Report, mean
 from kd.tools.paper.trainer import stage_line
 
@@ -57,18 +58,20 @@ def print_tables(report: Report) -> None:
     """Print every row: published numbers, our own, and the difference to the baseline."""
     out = console()
     out.print(report.title, style="bold")
+    for line in content.findings(report):
+        out.print(line.replace("**", ""), highlight=False, markup=False, soft_wrap=True)
     for table in report.tables:
         shown = narrow_table(table.id, "", "published %>", "n>", "test %>", "to baseline>", "best on test %>")
         for row in table.rows:
             for cell in row.cells:
-                against, students = cell.against, report.students(cell)
+                students = report.students(cell)
                 shown.add_row(
                     row.id,
                     cell.label,
                     "n/a" if cell.published is None else f"{cell.published.value:g}, {cell.published.status}",
                     str(len(cell.draws)),
                     percent(mean([student.test_acc for student in students])),
-                    f"{against.mean:+.2f} ({against.ci95[0]:+.2f} to {against.ci95[1]:+.2f})" if against else "",
+                    content.difference_of(cell),
                     percent(mean([student.best_test for student in students])),
                 )
         out.print(f"{table.data}: {table.title}", highlight=False)

@@ -19,7 +19,7 @@ def write_report(report: Report, folder: Path) -> list[str]:
     from kd.tools.paper.page.html import html
     from kd.tools.paper.page.markdown import markdown
 
-    drawings = {(table.id, row.id): draw_row(report, table.id, row) for table in report.tables for row in table.rows}
+    drawings = {(table.id, row.id): draw_row(report, table, row) for table in report.tables for row in table.rows}
     files.make(folder / _FIGURES)
     for drawing in (drawing for row in drawings.values() for drawing in row):
         files.write(folder / _FIGURES / f"{drawing.name}.svg", drawing.svg)

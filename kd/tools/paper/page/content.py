@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kd.core.statistics import Spread
@@ -30,6 +31,57 @@ class Value:
     text: str
     keys: tuple[str, ...] = ()
     bold: bool = False
+
+
+_FEW = 3  # cells beside the baseline that are told one by one
+
+
+def findings(report: Report) -> Iterator[str]:
+    """A sentence for each row: what is better than its baseline, by how much, and how certain that is."""
+    for table in report.tables:
+        for row in table.rows:
+            yield f"**{row.title}**, {table.data}: {_found(report, row)}."
+
+
+def _found(report: Report, row: RowResult) -> str:
+    base = next((cell for cell in row.cells if cell.label == row.baseline and cell.draws), None)
+    others = [cell for cell in row.cells if cell.label != row.baseline and cell.draws]
+    if base is None or not others:
+        return f"nothing to compare with {row.baseline}"
+    compared = [cell for cell in others if cell.against]
+    if not compared:
+        told = (f"{cell.label} has {_average(report, cell)} %" for cell in (base, *others[:_FEW]))
+        return f"{', '.join(told)}: one seed, which does not tell them apart"
+    if len(compared) <= _FEW:
+        return "; ".join(_sentence(cell, row.baseline) for cell in compared)
+    return _many(compared, row.baseline)
+
+
+def _many(compared: Sequence[CellResult], baseline: str) -> str:
+    """Of many cells: how many are better or worse than the baseline, and the highest."""
+    certain = [cell.against.mean > 0 for cell in compared if cell.against and cell.against.told_apart]
+    best = max(compared, key=lambda cell: cell.against.mean if cell.against else 0.0)
+    better, worse = sum(certain), len(certain) - sum(certain)
+    rest = len(compared) - len(certain)
+    counted = f"{better} of {len(compared)} cells are better than {baseline}, {worse} worse"
+    return f"{counted}, {rest} cannot be told apart; the highest: {_sentence(best, baseline)}"
+
+
+def _sentence(cell: CellResult, baseline: str) -> str:
+    """A cell beside its baseline, in words."""
+    assert cell.against is not None
+    known, (low, high) = cell.against, cell.against.ci95
+    if known.p is None:
+        return f"{cell.label} differs from {baseline} by {known.mean:+.2f} at every seed (n = {known.n})"
+    certainty = f"95 % interval {low:+.2f} to {high:+.2f}, n = {known.n}"
+    if not known.told_apart:
+        return f"{cell.label} and {baseline} cannot be told apart ({known.mean:+.2f}, {certainty})"
+    order = "better" if known.mean > 0 else "worse"
+    return f"{cell.label} is {order} than {baseline} by {abs(known.mean):.2f} points ({certainty})"
+
+
+def _average(report: Report, cell: CellResult) -> str:
+    return percent(mean([student.test_acc for student in report.students(cell)]))
 
 
 def headings(table: TableResult, row: RowResult) -> tuple[str, ...]:
@@ -69,7 +121,7 @@ def entries(report: Report, row: RowResult, cell: CellResult) -> tuple[Value, ..
         Value(str(len(keys))),
         Value(_mean(cell.test_acc, [student.test_acc for student in students]), keys),
         Value(_interval(cell.test_acc), keys if cell.test_acc else ()),
-        Value(_against(cell), tuple(both) if against else (), bool(against and against.told_apart)),
+        Value(difference_of(cell), tuple(both) if against else (), bool(against and against.told_apart)),
         Value(_mean(cell.last, [student.last for student in students]), keys),
         Value(_mean(cell.best_test, [student.best_test for student in students]), keys),
         Value(percent(mean([student.val_acc for student in students])), keys),
@@ -123,6 +175,32 @@ def origin(report: Report) -> Iterator[str]:
     yield from (f"Table {name} is left out: `{reason}`" for name, reason in report.left_out.items())
 
 
+def about_stages(report: Report) -> str:
+    """What all stages have in common; their table has the rest."""
+    common = {"trained": _shared(report, _settings), "made": _shared(report, _makers)}
+    return " ".join(f"All are {how} with {', '.join(parts)}." for how, parts in common.items() if parts)
+
+
+def _shared(report: Report, of: Callable[[StageReport], Sequence[str]]) -> list[str]:
+    """What all stages have, of those that have anything: given weights have no training."""
+    known = [parts for stage in report.stages.values() if (parts := of(stage))]
+    return [part for part in known[0] if all(part in other for other in known)] if known else []
+
+
+def _settings(stage: StageReport) -> list[str]:
+    """The training settings one by one; the commas of a list separate nothing."""
+    return re.split(r", (?![^\[]*\])", stage.training) if stage.training else []
+
+
+def _makers(stage: StageReport) -> list[str]:
+    return [f"{name} {value}" for name, value in stage.made_with.items()]
+
+
+def _own(report: Report, stage: StageReport, of: Callable[[StageReport], Sequence[str]]) -> str:
+    shared = _shared(report, of)
+    return ", ".join(part for part in of(stage) if part not in shared)
+
+
 STAGE_HEADINGS = (
     "stage",
     "role",
@@ -150,13 +228,13 @@ def stage_entries(report: Report, stage: StageReport) -> tuple[Value, ...]:
         Value("" if stage.seed is None else str(stage.seed)),
         Value(stage.guide or ""),
         Value(stage.loss),
-        Value(stage.training),
+        Value(_own(report, stage, _settings)),
         Value(str(stage.epochs)),
         Value(str(stage.selected_epoch), own),
         Value(percent(stage.val_acc), own),
         Value(percent(stage.test_acc), own),
         Value(duration(stage.seconds), own),
-        Value(", ".join(f"{name} {value}" for name, value in stage.made_with.items())),
+        Value(_own(report, stage, _makers)),
     )
 
 
@@ -169,7 +247,8 @@ def _published(cell: CellResult, baseline: str) -> str:
     return value if known.status == "verified" else f"{value} ({known.status})"
 
 
-def _against(cell: CellResult) -> str:
+def difference_of(cell: CellResult) -> str:
+    """A cell's difference to its baseline, with interval and p; "" if there is none."""
     if cell.against is None:
         return ""
     known, (low, high) = cell.against, cell.against.ci95

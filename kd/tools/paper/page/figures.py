@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from kd.core.statistics import Spread
-from kd.tools.paper.report import CellResult, Report, RowResult, StageReport, mean
+from kd.tools.paper.report import CellResult, Report, RowResult, StageReport, TableResult, mean
 
 # Okabe and Ito's colours for colour-blind readers; the last two are darker, for contrast on white paper.
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#9c4f7c", "#8a6d00"
@@ -50,15 +50,16 @@ class Drawing:
     svg: str
 
 
-def draw_row(report: Report, table: str, row: RowResult) -> list[Drawing]:
-    """All figures of a row of the table with this id; cells without a result are left out."""
-    done = row.model_copy(update={"cells": tuple(cell for cell in row.cells if cell.draws)})
+def draw_row(report: Report, table: TableResult, row: RowResult) -> list[Drawing]:
+    """All figures of a row of the table; cells without a result, and published numbers of other data, are left out."""
+    left = {"published": None} if table.elsewhere else {}
+    done = row.model_copy(update={"cells": tuple(cell.model_copy(update=left) for cell in row.cells if cell.draws)})
     drawings = []
     with rc_context(_STYLE):
         for kind, make in _KINDS.items() if done.cells else ():
             if made := make(report, done):
                 figure, caption = made
-                drawings.append(Drawing(f"{table}-{row.id}-{kind}", f"{row.title}: {caption}", _svg(figure)))
+                drawings.append(Drawing(f"{table.id}-{row.id}-{kind}", f"{row.title}: {caption}", _svg(figure)))
     return drawings
 
 

@@ -21,11 +21,15 @@ def _page(report: Report, drawings: Drawings, folder: str) -> Iterator[str]:
     first = report.tables[0]
     yield f"# {first.title}: {first.data}\n" if len(report.tables) == 1 else "# The papers' tables, reproduced\n"
     yield f"**{report.title}**\n" if report.profile != "full" else f"Trained by {report.title}.\n"
+    yield "## Findings\n"
+    yield from (f"- {line}" for line in content.findings(report))
+    yield ""
     for table in report.tables:
         yield from _table(report, table, drawings, folder)
     yield "## How to read the numbers\n"
     yield from (f"- {line}" for line in content.PROTOCOL)
     yield "\n## Stages\n"
+    yield f"{content.about_stages(report)}\n"
     yield from _lines(content.STAGE_HEADINGS, (content.stage_entries(report, s) for s in report.stages.values()))
     yield "\n".join(content.origin(report))
 
