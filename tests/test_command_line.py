@@ -333,7 +333,7 @@ def test_null_and_what_is_quoted_already_stay(word: str) -> None:
 def test_commas_sweep_over_texts() -> None:
     assert read("-m", "dataset.root=~/pets,x=1,plain")[1] == "dataset.root='~/pets','x=1',plain"
     assert read("-m", "teacher.checkpoint=choice(a=1.ckpt,b.ckpt)")[1] == "teacher.checkpoint=choice('a=1.ckpt',b.ckpt)"
-    assert "one text: dataset.label='cats, dogs'" in told("dataset.label=cats, dogs")[0]
+    assert "one text: \"dataset.label='cats, dogs'\"" in told("dataset.label=cats, dogs")[0]
     assert read("tracking.tags=[2024,a=b,plain]") == ["tracking.tags=['2024','a=b',plain]"]
     assert read("dataset.root=${oc.env:HOME,/tmp}/a=b") == ["dataset.root='${oc.env:HOME,/tmp}/a=b'"]
 

@@ -64,6 +64,7 @@ class Reader:
         self._config_name = args.config_name or "config"
         self._places = [] if args.config_dir is None else [f"hydra.searchpath=[{Path(args.config_dir).absolute()}]"]
         self._multirun = args.multirun
+        self._words: dict[str, str] = {}  # what was typed, by how Hydra's parser got it
 
     def read(self, words: Sequence[str]) -> list[str]:
         """The overrides as Hydra should get them. Raises KnownError."""
@@ -71,7 +72,9 @@ class Reader:
         overrides, problems = list[Override](), list[str]()
         for word in words:
             try:
-                overrides.append(self._parsed(self._quoted(word) if word.partition("=")[0].strip("+~ ") else ""))
+                line = self._quoted(word) if word.partition("=")[0].strip("+~ ") else ""
+                overrides.append(self._parsed(line))
+                self._words[str(overrides[-1].input_line)] = word
             except (HydraException, ValueError, TypeError, RecursionError):
                 problems.append(_unreadable(word))
         sound = list[Override]()
@@ -148,7 +151,8 @@ class Reader:
         if not override.is_sweep_override():
             return
         if not self._multirun:
-            hint = "" if options or _TEXTS.get(key) is None else f"; one text: {key}='{_value(override)}'"
+            text = self._words.get(str(override.input_line), "").partition("=")[2].replace("'", "")
+            hint = "" if options or _TEXTS.get(key) is None else f"; one text: \"{key}='{text}'\""
             yield f"{key}: several values need -m: python run.py -m {shlex.quote(str(override.input_line))}{hint}"
         elif isinstance(span := override.value(), RangeSweep) and not 0 < _length(span) <= _MOST:
             yield f"{key}: {_value(override)} has {_length(span):,} values; 1 to {_MOST:,} are possible"

@@ -123,7 +123,8 @@ def _with_runs(problem: str, given: Mapping[str, str]) -> str:
     """The problem; of a list for a key that takes one value, with the command that has a run for each."""
     key = problem.partition(":")[0]
     values = given.get(key, "").strip()
-    if "(got [" not in problem or "entries" in problem or not re.fullmatch(r"\[.+\]", values):
+    several = re.search("entries|a list|a group", problem) or key == "tracking.tags"  # one value would be wrong, too
+    if "(got [" not in problem or several or not re.fullmatch(r"\[.+\]", values):
         return problem
     return f"{problem}; a run for each: python run.py -m {shlex.quote(f'{key}={values[1:-1]}')}"
 

@@ -64,6 +64,10 @@ class Library(ABC):
         """The paths of the layers that give the logits; empty if the library does not say."""
         return ()
 
+    def published_size(self, arch: str) -> int | None:
+        """The number of a network's parameters with 1,000 classes; None if the library does not say."""
+        return None
+
     @abstractmethod
     def pretrained(self, name: LibraryName) -> nn.Module:
         """The network with its published weights, which are downloaded. May raise any exception."""
@@ -182,6 +186,9 @@ class Torchvision(Library):
             size=size if fixed else None,
             interpolation="bilinear" if bilinear else "bicubic",
         )
+
+    def published_size(self, arch: str) -> int | None:
+        return int(self._weights(LibraryName.parse(f"{self.name}/{arch}")).meta["num_params"])
 
     def own_size(self, name: LibraryName) -> int:
         asked = name.options.get("image_size") or name.options.get("input_size")

@@ -163,7 +163,7 @@ def print_plan(mode: str, students: Sequence[Stage], store: Store, retrain: bool
     The students `alone`, of baseline=true, come last.
     """
     out = console()
-    out.print(headline(f"planned in mode {mode}; finished stages are in {store.root}"))
+    out.print(headline(f"planned on {students[0].dataset.name}, mode {mode}; finished stages are in {store.root}"))
     table = narrow_table("role", "network", "seed>", "loss", "epochs>", "stage", "")
     sources = {source.key: source for student in students for source in student.chain}
     beside = {student.key: student for student in alone if student.key not in sources}

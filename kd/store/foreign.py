@@ -219,10 +219,12 @@ def _explain(
             f"for {wanted.image_size}×{wanted.image_size} images{hint}"
         )
         foreign = state.keys() - expected.keys() and expected.keys() - state.keys()
-        if not others and foreign and (library := _library_of(state, file)):
+        if not others and foreign and (found := _library_of(state, file)):
+            library, arch, classes = found
+            key = "checkpoint" if classes == wanted.classes else "init"
             yield (
-                f"  its names are those of {library}: teacher={library.partition('/')[0]} "
-                f"teacher.arch={library.partition('/')[2]} teacher.init={file.path} takes it"
+                f"  its names are those of {library}/{arch} of {classes} classes: teacher={library} "
+                f"teacher.arch={arch} teacher.{key}={file.path} takes it"
             )
         usable = with_classifier(state, network)
         yield from (f"  {line}" for line in mismatches(usable if renew else state, expected))
@@ -233,10 +235,10 @@ def _explain(
             )
 
 
-def _library_of(state: State, file: WeightsFile) -> str:
-    """The network of torchvision or timm that has these names and shapes but for the classifier; "" if none is found.
+def _library_of(state: State, file: WeightsFile) -> tuple[str, str, int] | None:
+    """The library's network that has these names and shapes but for the classifier, and the classes of theirs.
 
-    timm has too many to try: only the one with the longest name with which the file's name begins.
+    Only networks of the same size are built, or else the one with the longest name with which the file's name begins.
     """
     import torch
 
@@ -244,16 +246,28 @@ def _library_of(state: State, file: WeightsFile) -> str:
     for library in sorted(LIBRARIES.values(), key=lambda each: each.name != "torchvision"):
         if find_spec(library.name) is None:
             continue
-        names = [name for name in library.names() if library.name == "torchvision" or stem.startswith(name)]
-        for name in names if library.name == "torchvision" else sorted(names, key=len)[-1:]:
+        begun = sorted((name for name in library.names() if stem.startswith(name)), key=len)[-1:]
+        for name in [*begun, *(each for each in library.names() if _is_sized(state, library.published_size(each)))]:
             try:
                 with torch.device("meta"):
                     network = build(f"{library.name}/{name}", num_classes=2, image_size=224)
             except KnownError:  # it has more outputs than logits
                 continue
             if not any(mismatches(with_classifier(state, network), network.state_dict())):
-                return f"{library.name}/{name}"
-    return ""
+                return library.name, name, class_count(state, network)
+    return None
+
+
+def _is_sized(state: State, published: int | None) -> bool:
+    """Whether the weights may be of a network with so many parameters when it has 1,000 classes."""
+    if published is None:
+        return False
+    own = sum(tensor.numel() for name, tensor in state.items() if not re.search("running_|num_batches", name))
+    layers = [tensor for tensor in state.values() if tensor.ndim == 2]
+    if not layers:  # without its classifier
+        return published > own and (published - own) % 1000 == 0
+    classes, features = layers[-1].shape
+    return published == own + (1000 - classes) * (features + 1)
 
 
 def _recognize(state: State, wanted: _Wanted) -> str:
