@@ -203,7 +203,7 @@ def resolve(config: DatasetConfig, data_root: Path, threads: int = 1, image_size
 
 def _refuse_unused(config: DatasetConfig) -> None:
     """Raise KnownError for settings of how pictures are read, where no pictures are read."""
-    names = ("image_size", "resize", "background", "decode", "array_budget", "test_fraction")
+    names = ("skip_unreadable", "image_size", "resize", "background", "decode", "array_budget", "test_fraction")
     for name in names:
         if getattr(config, name) != DatasetConfig.model_fields[name].default:
             raise KnownError(f"dataset.{name}: {config.name} is no folder of images: leave this setting out")
