@@ -14,6 +14,7 @@ from kd.core.statistics import trim
 from kd.store import Metrics
 
 _LEAST, _MOST = 0.01, 0.999  # shares of the gradient beyond which one side hardly counts
+_CLEARLY = 1.0  # points of accuracy by which a guide is worse than its student: less is a few images near 100 %
 
 
 def guide_share(parts: Mapping[str, Tensor], label_weight: float, net: Outputs) -> float | None:
@@ -83,7 +84,7 @@ def alarms(stage: Stage, history: Sequence[Metrics]) -> Iterator[Alarm]:
     if near_chance(accuracy, stage.dataset.num_classes):
         text = f"{who}: {guides} knows {accuracy:.2f} % of the images that it is asked about"
         yield Alarm("chance", f"{text}: that is near chance")
-    elif own is not None and own > accuracy:
+    elif own is not None and own > accuracy + _CLEARLY:
         text = f"{who} knows {own:.2f} % of the training images, and its guide {guides} {accuracy:.2f} %"
         yield Alarm("worse", f"{text}: the guide is worse than its student")
 
