@@ -240,6 +240,7 @@ def test_an_interrupted_run_goes_on_at_its_steps(
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_they_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
     locks = tmp_path / "store" / ".locks"
     assert interrupted(tmp_path, signal.SIGKILL, *LONG, "train.epochs=1000", OUT, after=begun(tmp_path))[0] == -9
@@ -284,6 +285,7 @@ for method in ("scratch", "kd"):
 """
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_trains_with_them_too(tmp_path: Path) -> None:
     """multiprocessing would import it again in each process."""
     (tmp_path / "mine.py").write_text(SCRIPT.format(run=[*PAIR, FORCED, f"hydra.run.dir={tmp_path / 'out'}"]))
