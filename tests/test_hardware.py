@@ -245,7 +245,7 @@ def test_a_run_binds_before_it_imports_torch_and_a_dry_run_does_not(
     job: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = list[tuple[int | None, str]]()
-    monkeypatch.setattr(hardware, "bind_threads", lambda *asked_for: asked.append(asked_for))
+    monkeypatch.setattr("kd.app.jobs.bind_threads", lambda *asked_for: asked.append(asked_for))
     job("train.epochs=1", "method=scratch", "runtime.threads=1")
     assert asked == [(1, "cpu")]
     job("dry_run=true")

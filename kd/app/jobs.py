@@ -123,7 +123,7 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         tracker.summarize(found.columns)
     draw_curves(folder, found)
     if hydra.mode == RunMode.MULTIRUN and not runtime.tables:
-        print(summary.job_line(hydra.job.num, _swept(), found), flush=True)
+        print(tilde(summary.job_line(hydra.job.num, _swept(), found)), flush=True)
     else:
         print_run(found)
         print(tilde(f"this run: {folder}"))
