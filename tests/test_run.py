@@ -253,7 +253,7 @@ def test_tables_fit_80_columns(job: Job, monkeypatch: pytest.MonkeyPatch) -> Non
     chain = [{**result["chain"][0], "model": "resnet20", "params": 272_474, "val_acc": 100.0, "seconds": 4321.0}]
     console.print_run(RunResult.model_validate({**result, "chain": chain}))
     planned = [stage(role="assistant", model="resnet110"), distilled()]
-    console.print_plan("paper", planned, Store(Path("nowhere")), False)
+    console.print_plan("digits, mode paper", planned, Store(Path("nowhere")), False)
     shown = screen.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, shown.splitlines())) <= 80
     row = next(line for line in shown.splitlines() if "resnet20 " in line)

@@ -82,7 +82,9 @@ def test_a_misspelt_key_gets_the_nearest_names(key: str, near: str) -> None:
 
 def test_on_the_command_line_it_trains_nothing(tmp_path: Path) -> None:
     done = run_py("why=[method.T,nothing.at.all]", "hydra.run.dir=out", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "why: there is no key nothing.at.all; --cfg job prints every key\n")
+    assert done.returncode == 2
+    assert done.stderr.startswith("why: there is no key nothing.at.all; there are ")
+    assert done.stderr.endswith(" in all; --help lists them)\n")
     done = run_py("why=method.T", "method.T=2", "hydra.run.dir=out", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "method.T=2: the command line (method.T=2)\n")
     assert not (tmp_path / "out" / "result.json").exists()

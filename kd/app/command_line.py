@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from kd.app.config import Config
 from kd.app.experiments import CONF
 from kd.app.parsing import SECTIONS, option_has
-from kd.core.spec import KnownError, Text, nearest, printable
+from kd.core.spec import KnownError, Text, nearest, nearest_keys, printable
 from kd.reporting.console import without_comment
 
 _OPEN = ("init", "model.args", "teacher.args")  # groups of keys that a user names
@@ -335,13 +335,7 @@ def _near_keys(key: str, tree: dict[str, Any]) -> str:
     for part in ("launcher", "sweeper"):
         if key.startswith(f"hydra.{part}."):
             return f"hydra/{part}={tree['hydra']['runtime']['choices'][f'hydra/{part}']} has none of this name"
-    last = key.rpartition(".")[2]
-    same = [each for each in keys if each.rpartition(".")[2] == last]
-    if same:
-        return f"did you mean {', '.join(same[:3])}?"
-    parent = key.rpartition(".")[0]
-    beside = [each for each in keys if each.rpartition(".")[0] == parent]
-    return nearest(key, keys, beside)
+    return nearest_keys(key, keys)
 
 
 def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:

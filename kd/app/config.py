@@ -77,6 +77,11 @@ class Config(Frozen):
     why: Annotated[tuple[Text, ...], BeforeValidator(_listed)] = ()  # keys of which a run says where they come from
 
     @property
+    def where(self) -> str:
+        """Data set and mode, as tables name them."""
+        return f"{self.dataset.title}, mode {self.mode}"
+
+    @property
     def store_root(self) -> Path:
         """The folder of finished stages."""
         return place(self.runtime.store, "store")

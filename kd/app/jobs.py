@@ -1,4 +1,4 @@
-"""Jobs and multiruns under Hydra: a job's failures and share of the machine, a multirun's start and summary."""
+"""One job, from its configuration to its result; its failures, and its share of the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -40,10 +40,6 @@ from kd.training.checks import check_students
 from kd.training.pipeline import Pipeline, run_students
 from kd.training.ranks import team, world
 from kd.training.workplace import RuntimeSpec, Workplace
-
-if TYPE_CHECKING:
-    pass
-
 
 T = TypeVar("T")
 SEARCH = "kd.app.search.hand_over"  # hydra.sweeper.custom_search_space of kd's own searches
@@ -110,7 +106,7 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
     if config.dry_run:
         place = Workplace(store, config.data_root, config.runtime, initial=initial_files(config))
         check_students(place, [*students, *alone], config.teacher.file, networks=False)
-        print_plan(config.mode, students, store, config.runtime.retrain, alone)
+        print_plan(config.where, students, store, config.runtime.retrain, alone)
         return None
     with track(config.tracking, folder, students, recorded(cfg, typed()), store, group(), alone) as tracker:
         pipeline = _pipeline(config, runtime, students, store, tracker)

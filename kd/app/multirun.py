@@ -63,9 +63,7 @@ class Multirun(Callback):
             folder = Path(config.hydra.sweep.dir)
             _check_folder("hydra.sweep.dir", folder)
             Multirun.begin(folder, jobs_of_a_grid(config))
-            if not config.hydra.launcher["_target_"].endswith(
-                ".BasicLauncher"
-            ):  # the jobs' lines mix, or are elsewhere
+            if not config.hydra.launcher["_target_"].endswith(".BasicLauncher"):  # jobs' lines mix, or are elsewhere
                 print(tilde(f"to watch it: python -m kd.sweep watch {folder}"), flush=True)
             return
         logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -16,7 +15,7 @@ from kd.app.config import Config, beginning, for_photos, recipe_name, train_spec
 from kd.app.experiments import CONF
 from kd.core.hardware import cpu_count, resolve_device
 from kd.core.settings import TrainOverrides
-from kd.core.spec import KnownError
+from kd.core.spec import KnownError, nearest_keys
 from kd.core.stage import Stage
 
 _SECTIONS = {"student": "model.train", "teacher": "teacher.train"}  # whose training settings win over `train`
@@ -32,7 +31,9 @@ def reasons(cfg: DictConfig, config: Config, student: Stage, overrides: Sequence
     origins = _Origins(overrides)
     unknown = [asked for asked in config.why if not _below(tree, asked)]
     if unknown:
-        raise KnownError("\n".join(_nearest(asked, tree) for asked in unknown))
+        raise KnownError(
+            "\n".join(f"why: there is no key {asked}; {nearest_keys(asked, [*tree])}" for asked in unknown)
+        )
     for name in dict.fromkeys(each for asked in config.why for each in _below(tree, asked)):
         section, _, setting = name.rpartition(".")
         if section == "train" and setting in _SETTINGS:
@@ -40,15 +41,6 @@ def reasons(cfg: DictConfig, config: Config, student: Stage, overrides: Sequence
         else:
             meant = "" if (found := _meant(name, config, student)) is None else f", here {found}"
             yield f"{name}={_shown(tree[name])}{meant}: {origins.of(name)}"
-
-
-def _nearest(name: str, tree: Mapping[str, Any]) -> str:
-    """That there is no such key; the nearest of all keys, and of those that end alike."""
-    last = name.rpartition(".")[2]
-    alike = [each for each in tree if each.rpartition(".")[2] == last]
-    near = [*alike, *get_close_matches(name, tree, n=3), *(each for each in tree if each.startswith(f"{name}."))]
-    hint = f"; did you mean {', '.join(dict.fromkeys(near[:4]))}?" if near else "; --cfg job prints every key"
-    return f"why: there is no key {name}{hint}"
 
 
 def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:

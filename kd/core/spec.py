@@ -190,6 +190,15 @@ def nearest(name: str, names: Sequence[str], listed: Sequence[str] = ()) -> str:
     return _listed(listed or names, 12)
 
 
+def nearest_keys(key: str, keys: Sequence[str]) -> str:
+    """A question with the keys that end alike, or else with those of the nearest names."""
+    parent, _, last = key.rpartition(".")
+    alike = sorted((each for each in keys if each.rpartition(".")[2] == last), key=lambda each: each.count("."))
+    if alike:
+        return f"did you mean {', '.join(alike[:3])}?"
+    return nearest(key, keys, [each for each in keys if each.rpartition(".")[0] == parent])
+
+
 def _listed(names: Sequence[str], most: int = _LISTED) -> str:
     more = f", … ({len(names)} in all; --help lists them)" if len(names) > most else ""
     return f"there are {', '.join(names[:most])}{more}"

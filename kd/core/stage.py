@@ -192,6 +192,7 @@ class LossSpec(Frozen, ABC):
     option: ClassVar[str] = ""  # its option of `loss`; empty: called like the loss
     growth: ClassVar[str] = ""  # the field that says in how many epochs its weight grows
     usual: ClassVar[bool] = False  # a loss of the two papers: tables and names of runs do without its name
+    smaller_guide: ClassVar[bool] = False  # whether its guide is to be smaller than the network, and has little weight
 
     @abstractmethod
     def build(self, context: LossContext) -> "Callable[[Batch], dict[str, Tensor]]":

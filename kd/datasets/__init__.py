@@ -269,6 +269,11 @@ def specify(config: DatasetConfig, facts: Facts) -> DatasetSpec:
     )
 
 
+def in_memory(spec: DatasetSpec) -> bool:
+    """Whether the images are held in memory: those of a table, and small squares of a folder."""
+    return not (spec.streamed or spec.resize is not None or (spec.content and spec.image_size > LARGE))
+
+
 def load_data(spec: DatasetSpec, data_root: Path, device: str, workers: int | None = None) -> Images:
     """The images of a spec, which shows them as uint8 tensors on the device. `workers` decode what is streamed.
 
@@ -276,7 +281,7 @@ def load_data(spec: DatasetSpec, data_root: Path, device: str, workers: int | No
     """
     from kd.datasets.data import Data
 
-    if spec.streamed or spec.resize is not None or (spec.content and spec.image_size > LARGE):
+    if not in_memory(spec):
         return _photographs(spec, data_root / spec.name, device, workers)
     return Data.of(spec, load_attribute(DATASETS[spec.name].read)(data_root, spec.content), device)
 

@@ -21,6 +21,7 @@ class TeachableTeacher(Formula):
 
     name: Literal["teachable_teacher"] = "teachable_teacher"
     usual: ClassVar[bool] = True
+    smaller_guide: ClassVar[bool] = True
     T: Temperature
     weight: float
 

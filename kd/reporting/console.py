@@ -157,13 +157,13 @@ def test_of(result: RunResult) -> tuple[str, str]:
     return percent(result.chain[-1].test_acc), "1"
 
 
-def print_plan(mode: str, students: Sequence[Stage], store: Store, retrain: bool, alone: Sequence[Stage] = ()) -> None:
+def print_plan(where: str, students: Sequence[Stage], store: Store, retrain: bool, alone: Sequence[Stage] = ()) -> None:
     """Print what a run would do, for dry_run: each stage, its key, and whether the store has it.
 
-    The students `alone`, of baseline=true, come last.
+    `where` are data set and mode. The students `alone`, of baseline=true, come last.
     """
     out = console()
-    out.print(headline(f"planned on {students[0].dataset.name}, mode {mode}; finished stages are in {store.root}"))
+    out.print(headline(f"planned on {where}; finished stages are in {store.root}"))
     table = narrow_table("role", "network", "seed>", "loss", "epochs>", "stage", "")
     sources = {source.key: source for student in students for source in student.chain}
     beside = {student.key: student for student in alone if student.key not in sources}

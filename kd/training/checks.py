@@ -58,7 +58,7 @@ def _check_networks(chain: Sequence[Source]) -> None:
             sizes[source.key] = sum(each.numel() for each in network.parameters())
     for stage in _alike([source for source in chain if isinstance(source, Stage)]):
         for guide in stage.guides:
-            if stage.loss.name != "teachable_teacher" and sizes[stage.key] > sizes[guide.key]:
+            if not stage.loss.smaller_guide and sizes[stage.key] > sizes[guide.key]:
                 told = f"{stage.model} ({sizes[stage.key]:,} parameters)", f"{guide.model} ({sizes[guide.key]:,})"
                 print(f"{stage.role} {told[0]} is larger than its guide, {guide.role} {told[1]}", flush=True)
 

@@ -73,8 +73,7 @@ def alarms(stage: Stage, history: Sequence[Metrics]) -> Iterator[Alarm]:
     row, who = history[-1], f"{stage.role} {stage.model}"
     guides = " and ".join(guide.model for guide in stage.guides)
     share, accuracy, own = row.get("guide_share"), row.get("guide_acc"), row.get("train_acc")
-    # The reference of a trained teacher is a smaller network, and has a small weight: it is to be so.
-    taught = stage.loss.name != "teachable_teacher"
+    taught = not stage.loss.smaller_guide
     if share is not None:
         yield from _about_share(stage, share, f"{who}: {guides}", taught)
     if (term := _term(stage, row)) is not None and len(history) > 1 and term == _term(stage, history[-2]):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kd.core.spec import KnownError
 from kd.core.stage import Source, Stage
+from kd.datasets import in_memory
 from kd.losses import CrossEntropy
 from kd.reporting.console import duration, in_bytes
 
@@ -122,7 +123,7 @@ def room_for(students: Sequence[Stage]) -> int | None:
 def _image_bytes(stage: Stage) -> int:
     """Bytes of the images, where they are kept in memory."""
     data = stage.dataset
-    return 0 if data.streamed or data.resize else sum(data.images or ()) * 3 * data.image_size**2
+    return sum(data.images or ()) * 3 * data.image_size**2 if in_memory(data) else 0
 
 
 def _cached() -> int:

@@ -78,7 +78,7 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
         print(f"study {name} in {folder}: {sweeper.n_trials} trials in all, over")
         print("\n".join(f"  {parameter}: {values}" for parameter, values in space.items()), flush=True)
         alone = plan_alone(base, dataset, students)
-        print_plan(base.mode, students, Store(base.store_root), base.runtime.retrain, alone)
+        print_plan(base.where, students, Store(base.store_root), base.runtime.retrain, alone)
         sys.exit(0)
     folder.mkdir(parents=True, exist_ok=True)
     locks = Locks(place)
