@@ -33,10 +33,11 @@ def terminal(encoding: str) -> Iterator[io.BytesIO]:
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_sweep_ends_with_its_summary(encoding: str, job: Callable[..., Any], tmp_path: Path) -> None:
     with terminal(encoding) as screen:
-        results = job("train.epochs=1", f"dataset.label='{LABEL}'", "method=scratch,kd", multirun=True)
+        shown = ("runtime.tables=true", "train.epochs=1", f"dataset.label='{LABEL}'")
+        results = job(*shown, "method=scratch,kd", multirun=True)
         printed = screen.getvalue().decode(encoding)
     assert [result["dataset"] for result in results] == [LABEL] * 2
-    assert ESCAPED in printed
+    assert f"on {ESCAPED}, mode paper" in printed
     assert "best setting, chosen on validation" in printed
     assert "Error" not in printed
     summary = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from kd.core import files
 from kd.core.settings import Select
 from kd.core.spec import Frozen, KnownError, tilde
 from kd.core.stage import Normalization, Role
+from kd.core.statistics import trim
 from kd.losses import Loss
 
 # Each of these files marks its folder as a job's.
@@ -322,7 +323,7 @@ def _rows_of(job: Job) -> Iterator[dict[str, Any]]:
     named = {"dataset": run.dataset, "method": run.method, "mode": run.mode, "chain": run.networks}
     alone = {each.seed: each.test_acc for each in run.baseline.replicates} if run.baseline else {}
     for student in run.students:
-        more = round(student.test_acc - alone[student.seed], 4) if student.seed in alone else None
+        more = trim(student.test_acc - alone[student.seed]) if student.seed in alone else None
         own = {"difference to scratch": more, "student": student.key, "epoch chosen": chosen, "failure": None}
         yield {**common, **named, **student.model_dump(exclude={"key"}), **own}
 
