@@ -254,6 +254,7 @@ def start(store: Path, folder: Path, *overrides: str) -> subprocess.Popen[bytes]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_bank(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = {
         seed: student(job, monkeypatch, tmp_path / "alone", f"seed={seed}", "runtime.bank=false") for seed in (0, 1)

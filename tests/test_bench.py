@@ -20,6 +20,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # where there is one processor
 def test_a_round_of_the_benchmark_and_its_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(speed, "WORKLOADS", {**TINY, "scratch plane2": Workload("plane2", None, 1, 4)})

@@ -207,12 +207,12 @@ def test_other_sweepers_maximise_too(
 # overrides without effect ------------------------------------------------------------------------------------------
 
 
-def lines(*words: str) -> list[str]:
+def lines(*words: str, multirun: bool = False) -> list[str]:
     """What a run says before it begins."""
     overrides = read(*words)
     config = parse(composed(*overrides), overrides)
     dataset = resolve(config.dataset, config.data_root)
-    return [*remarks(config, dataset, plan(config, dataset)[0], by_key(overrides))]
+    return [*remarks(config, dataset, plan(config, dataset)[0], by_key(overrides), multirun=multirun)]
 
 
 @pytest.mark.parametrize(
@@ -261,10 +261,23 @@ def lines(*words: str) -> list[str]:
             "train.lr has no effect: model.train.lr takes its place",
         ),
         ("sweep.join=true", "sweep.join has no effect: this run is not a trial of a search"),
+        ("sweep.prune=true", "sweep.prune has no effect: this run is not a trial of a search"),
+        ("sweep.objective=test_acc", "sweep.objective has no effect: this is a single run, without -m"),
+        ("runtime.tables=true", "runtime.tables has no effect: this is a single run, without -m"),
+        ("tracking=none tracking.project=x", "tracking.project has no effect: tracking=none does not read it"),
+        (
+            "tracking=tensorboard tracking.tags=[x]",
+            "tracking.tags has no effect: tracking=tensorboard does not read it",
+        ),
     ],
 )
 def test_what_is_typed_without_effect_is_said_in_one_line(words: str, line: str) -> None:
     assert line in lines(*words.split())
+
+
+def test_what_a_sweep_reads_has_an_effect_there() -> None:
+    assert lines("sweep.objective=test_acc", "runtime.tables=true", multirun=True) == []
+    assert lines("tracking=wandb", "tracking.project=x") == []
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_digits
 from torchvision.transforms import functional as tv
 
 from kd.core.spec import KnownError, load_attribute
 from kd.core.stage import VIEWS, DatasetSpec
-from kd.datasets import DATASETS, Arrays, DatasetConfig, Facts, load_data, resolve, specify, statistics
+from kd.datasets import DATASETS, Arrays, DatasetConfig, Facts, digits, load_data, resolve, specify, statistics
 from kd.datasets.data import Data, split
 from kd.datasets.views import pad_images, show_views
 
@@ -37,6 +38,13 @@ def random_images(count: int, size: int = 32) -> np.ndarray:
 def arrays(count: int = 60, classes: int = 3, size: int = 32) -> Arrays:
     labels = np.arange(count, dtype=np.int64) % classes
     return Arrays(random_images(count, size), labels, random_images(6, size), labels[:6])
+
+
+def test_digits_are_scikit_learns() -> None:
+    scans, labels = load_digits(return_X_y=True)
+    table = digits._table()
+    assert np.array_equal(table[:, :-1], scans)
+    assert np.array_equal(table[:, -1], labels)
 
 
 def test_digits_are_what_the_table_says() -> None:

@@ -150,24 +150,31 @@ def header(**tensors: Any) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def zip_bomb(file: Path) -> None:
+@cache
+def bomb() -> bytes:
     """A checkpoint whose first storage unpacks to 2 GB."""
+    packed = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(contents()["zip"])) as whole,
-        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as out,
     ):
         for name in whole.namelist():
             with out.open(name, "w") as member:
                 member.write(whole.read(name))
                 for _ in range(200 if name.endswith("data/0") else 0):
                     member.write(bytes(10_000_000))
+    return packed.getvalue()
+
+
+def zip_bomb(file: Path) -> None:
+    file.write_bytes(bomb())
 
 
 def far_end(file: Path) -> None:
     """The same, with its end record so far from the file's end that torch sees a zip and Python does not."""
     zip_bomb(file)
-    with file.open("ab") as bomb:
-        bomb.write(bytes(67_000))
+    with file.open("ab") as end:
+        end.write(bytes(67_000))
 
 
 def wrap_deeply(file: Path) -> None:

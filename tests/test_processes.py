@@ -189,6 +189,7 @@ def test_the_bits_are_those_of_one_process(
     assert re.search(r"student +plane2 .* reused", again)
 
 
+@pytest.mark.slow
 def test_chains_of_their_own_and_a_retraining(job: RunJob, capsys: pytest.CaptureFixture[str]) -> None:
     """vary=chain: nothing is shared. The stages are in the store already, and are trained again."""
     run = ("train.epochs=1", "replicates=2", "vary=chain")
@@ -202,6 +203,7 @@ def test_chains_of_their_own_and_a_retraining(job: RunJob, capsys: pytest.Captur
     assert " reused" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(hardware.cpu_count() == 1, reason="needs two processors")
 def test_without_a_number_of_threads_each_has_a_part(
     job: RunJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -222,6 +224,7 @@ def begun(folder: Path) -> Callable[[], bool]:
     return lambda: len([*(folder / "store" / "partial").glob("*/state")]) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_at_its_steps(
     job: RunJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,6 +262,7 @@ def test_a_failure_of_one_is_the_run_s(job: RunJob, tmp_path: Path, capfd: pytes
     assert not (tmp_path / "out" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_ends_the_run_in_a_line(tmp_path: Path) -> None:
     run = (*LONG, "train.epochs=1000", OUT)
     locks = tmp_path / "store" / ".locks"

@@ -18,9 +18,11 @@ from kd.losses import CrossEntropy
 from kd.methods.method import Link
 
 
-def remarks(config: Config, dataset: DatasetSpec, student: Stage, given: Mapping[str, str]) -> Iterator[str]:
+def remarks(
+    config: Config, dataset: DatasetSpec, student: Stage, given: Mapping[str, str], *, multirun: bool
+) -> Iterator[str]:
     """All lines, each once. `given` has the keys that are typed, with the texts of their values."""
-    lines = (choices(config, dataset), Effects(config, student, given).lines(), still_growing(student))
+    lines = (choices(config, dataset), Effects(config, student, given, multirun).lines(), still_growing(student))
     yield from dict.fromkeys(line for each in lines for line in each)
 
 
@@ -31,6 +33,7 @@ class Effects:
     config: Config
     student: Stage
     given: Mapping[str, str]
+    multirun: bool
 
     def lines(self) -> Iterator[str]:
         """A line for each key, or group of keys, that is typed and has no effect."""
@@ -40,8 +43,8 @@ class Effects:
         yield from self._of_the_teacher()
         yield from self._of_training()
         yield from self._of_students()
-        if self.config.sweep.join and self.config.runtime.trial is None:
-            yield "sweep.join has no effect: this run is not a trial of a search"
+        yield from self._of_sweeps()
+        yield from self._of_tracking()
 
     @property
     def _links(self) -> list[Link]:
@@ -131,6 +134,22 @@ class Effects:
             yield f"vary=chain has no effect: {self._method}, and no network but the student is trained"
         if self.config.baseline and not self._links[-1].loss.guided:
             yield f"baseline=true has no effect: {self._method}, and no network teaches the student"
+
+    def _of_sweeps(self) -> Iterator[str]:
+        if self.config.runtime.trial is None:
+            for key in ("sweep.join", "sweep.prune"):
+                if self.given.get(key, "false").lower() != "false":
+                    yield f"{key} has no effect: this run is not a trial of a search"
+        if not self.multirun:
+            for key in ("sweep.objective", "runtime.tables"):
+                if key in self.given:
+                    yield f"{key} has no effect: this is a single run, without -m"
+
+    def _of_tracking(self) -> Iterator[str]:
+        if self.config.tracking.name != "wandb":
+            for key in self.given:
+                if key.startswith("tracking.") and key != "tracking.name":
+                    yield f"{key} has no effect: tracking={self.config.tracking.name} does not read it"
 
     def _idle(self, name: str, stage: Stage, shared: bool) -> str | None:
         """Why a stage does not read a training setting, if it does not; `shared` is for all stages of the chain."""

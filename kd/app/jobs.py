@@ -98,7 +98,8 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         if not config.dry_run:
             return None
     alone = plan_alone(config, dataset, students)
-    for line in remarks(config, dataset, students[0], by_key(typed())):
+    multirun = hydra.mode == RunMode.MULTIRUN
+    for line in remarks(config, dataset, students[0], by_key(typed()), multirun=multirun):
         print(line, flush=True)
     if config.runtime.threads is None and runtime.processes not in (None, 1):
         print(f"runtime.processes={runtime.processes}: runtime.threads={runtime.threads} in each", flush=True)
@@ -118,7 +119,7 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         write_result(found, folder)
         tracker.summarize(found.columns)
     draw_curves(folder, found)
-    if hydra.mode == RunMode.MULTIRUN and not runtime.tables:
+    if multirun and not runtime.tables:
         print(tilde(summary.job_line(hydra.job.num, _swept(), found)), flush=True)
     else:
         print_run(found)

@@ -230,7 +230,8 @@ def make_deterministic(threads: int | None, device: str = "cpu") -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA needs it for deterministic matrix products
     import torch
 
-    torch.use_deterministic_algorithms(True)
+    # use_deterministic_algorithms() does the same, and imports torch.compile's code for a flag of it: a second.
+    torch.set_deterministic_debug_mode("error")
     # In this mode torch also fills new memory, to expose reads of uninitialised values. That costs 4 to 8 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_num_threads(threads or cpu_count())
@@ -244,13 +245,13 @@ def settings_kept() -> Iterator[None]:
     import torch
 
     variable = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    debug_mode = torch.get_deterministic_debug_mode()
     fill, threads = torch.utils.deterministic.fill_uninitialized_memory, torch.get_num_threads()  # type: ignore[attr-defined]
     current = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        torch.set_deterministic_debug_mode(debug_mode)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         torch.set_num_threads(threads)
         if current is not None:

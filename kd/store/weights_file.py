@@ -164,6 +164,8 @@ def _other(path: Path) -> str | None:
         return f"is an ONNX file, whose weights have other names: from the network in Python, {_SAVE}"
     if first.lstrip()[:1] == b"{" and b"weight_map" in first + path.read_bytes()[:4096]:
         return "is the index of weights in several files: join them into one"
+    if first.lstrip()[:1] == b"{":
+        return "is JSON, which holds no tensors: give the file of weights itself"
     # torch recognises a zip by these bytes.
     return _other_zip(path) if first[:4] == b"PK\x03\x04" else None
 
@@ -173,7 +175,7 @@ def _other_zip(path: Path) -> str | None:
         with zipfile.ZipFile(path) as packed:
             members = packed.infolist()
     except zipfile.BadZipFile as error:  # torch may read it all the same: it searches farther
-        return f"cannot be loaded as weights and plain data alone (it is damaged: {error})"
+        return f"cannot be loaded as weights and plain data alone (it is cut short or damaged, copy it again: {error})"
     names = [member.filename for member in members]
     if any(name.endswith("constants.pkl") for name in names):
         return f"is a TorchScript archive, which holds code: load it by torch.jit.load, and {_SAVE}"

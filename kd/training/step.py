@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from inspect import unwrap
 from math import cos, pi
 from pathlib import Path
 from typing import Any, Literal
@@ -46,18 +47,21 @@ def learning_rate(train: TrainSpec, epoch: int) -> float:
 
 def make_optimizer(parameters: list[nn.Parameter], train: TrainSpec) -> torch.optim.Optimizer:
     """The optimiser of all parameters. Weight decay applies to all of them, as in both papers' code."""
-    if train.optimizer == "adam":
-        return torch.optim.Adam(parameters, train.lr, weight_decay=train.weight_decay, fused=True)
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, train.lr, weight_decay=train.weight_decay, fused=True)
-    return torch.optim.SGD(
-        parameters,
-        train.lr,
-        train.momentum,
-        weight_decay=train.weight_decay,
-        nesterov=train.nesterov,
-        fused=True,
-    )
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    own = {"momentum": train.momentum, "nesterov": train.nesterov} if train.optimizer == "sgd" else {}
+    return _eager(kinds[train.optimizer])(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True, **own)
+
+
+@cache
+def _eager(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """The optimiser without torch.compile, whose code takes a second to import.
+
+    torch imports it in each of these functions, so that they stay out of what is compiled. Here no compiled code calls
+    them.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    plain = {name: unwrap(getattr(torch.optim.Optimizer, name)) for name in names}
+    return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(unwrap(kind.step))})
 
 
 def resolve_compile(setting: bool | Literal["auto"], stage: Stage, images: int, device: str) -> bool:
@@ -96,6 +100,7 @@ def compile_network(network: nn.Module, device: str) -> Callable[[Tensor], Tenso
     Call it with batches of that shape only. On a GPU it becomes a CUDA graph.
     """
     _quiet()
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # the compiler has its own flag
     # torch limits the compilations of one function, for all networks together, and then silently stops compiling.
     torch.compiler.reset()
     mode = None if device == "cpu" else "reduce-overhead"
