@@ -68,19 +68,30 @@ def composed(*overrides: str) -> DictConfig:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: None) -> Callable[..., Any]:
-    """Runs run.py in this process, which is fast. Returns result.json; of a multirun, a list with each job's."""
+def command(monkeypatch: pytest.MonkeyPatch, signals: None) -> Callable[..., int]:
+    """Runs run.py with these arguments in this process, which is fast. Returns its exit status."""
     from kd.app.multirun import Multirun
 
-    def start(*overrides: str, multirun: bool = False, folder: str = "out", code: int = 0) -> Any:
+    def start(*arguments: str) -> int:
         GlobalHydra.instance().clear()
         monkeypatch.setattr(Multirun, "folder", None)
-        place = tmp_path / folder
-        where = ["-m", f"hydra.sweep.dir={place}"] if multirun else [f"hydra.run.dir={place}"]
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *where, *QUICK, *overrides])
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "run.py"), *arguments])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
-        assert ended.value.code == code
+        assert isinstance(ended.value.code, int)
+        return ended.value.code
+
+    return start
+
+
+@pytest.fixture
+def job(tmp_path: Path, command: Callable[..., int]) -> Callable[..., Any]:
+    """Runs a quick job in this process. Returns result.json; of a multirun, a list with each job's."""
+
+    def start(*overrides: str, multirun: bool = False, folder: str = "out", code: int = 0) -> Any:
+        place = tmp_path / folder
+        where = ["-m", f"hydra.sweep.dir={place}"] if multirun else [f"hydra.run.dir={place}"]
+        assert command(*where, *QUICK, *overrides) == code
         if code and not multirun:
             return None
         if not multirun:

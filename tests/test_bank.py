@@ -218,6 +218,7 @@ def test_a_sweep_over_temperatures_sees_each_view_once(
     student(job, monkeypatch, tmp_path / "store", "method.T=2", "method.lambda=0.9", "model=plane4")
 
 
+@pytest.mark.slow
 def test_losses_on_logits_and_on_pooled_features_run_the_guide_once_each(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,7 @@ def stage_files(store: Path, key: str) -> list[bytes]:
     return [(store / key / name).read_bytes() for name in ("model.safetensors", "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("decode", DECODED)
+@pytest.mark.parametrize("decode", ["array", pytest.param("stream", marks=pytest.mark.slow)])
 def test_a_student_has_the_same_bits_whatever_was_there_before(
     job: Job, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decode: str
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
@@ -20,7 +20,7 @@ from kd.app.parsing import parse
 from kd.core.settings import descriptions
 from kd.methods import METHODS
 from kd.models import build
-from tests.conftest import ROOT, composed, run_py
+from tests.conftest import ROOT, composed
 from tests.test_architecture import ROWS
 from tests.test_datasets import write_folder
 
@@ -52,20 +52,30 @@ def test_there_are_commands() -> None:
     assert len(INLINE) > 5
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(command: str, tmp_path: Path) -> None:
+# A sweep of 54 jobs, of which each prints its plan, is among the slow tests.
+@pytest.mark.parametrize(
+    "typed", [pytest.param(typed, marks=pytest.mark.slow if typed.count(",") > 9 else ()) for typed in COMMANDS]
+)
+def test_command(
+    typed: str,
+    command: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     for folder in ("pets", "hymenoptera_data"):
         write_folder(tmp_path / folder)
-    if "checkpoint" in command:
+    if "checkpoint" in typed:
         torch.save(build("resnet110", num_classes=100).state_dict(), tmp_path / "resnet110_best.pth.tar")
-    if "teacher.init" in command:
+    if "teacher.init" in typed:
         lite = build("timm/tf_efficientnet_lite0", num_classes=1000, image_size=64)
         save_file(lite.state_dict(), tmp_path / "tf_efficientnet_lite0_in1k.safetensors")
-    arguments = shlex.split(command)
-    where = ("hydra.run.dir=out", "hydra.sweep.dir=out")
-    done = run_py(*arguments, "dry_run=true", *where, cwd=tmp_path, HOME=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert "stages to train" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code = command(*shlex.split(typed), "dry_run=true", "hydra.run.dir=out", "hydra.sweep.dir=out")
+    printed = capfd.readouterr()
+    assert code == 0, printed.err
+    assert "stages to train" in printed.out
 
 
 @pytest.mark.parametrize("command", sorted(INLINE))

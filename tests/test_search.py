@@ -89,6 +89,7 @@ def test_a_failed_trial_is_named_and_counts_as_done(
     assert f"6 trials done, {failed} of them failed, 0 to go; a larger hydra.sweeper" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_search_of_failures_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HYDRA_FULL_ERROR")
     overrides = ("hydra.sweeper.n_trials=2", "train.lr=1e30", "method=kd")
@@ -223,6 +224,7 @@ def test_the_best_command_trains_the_best_student(job: Job, tmp_path: Path) -> N
     assert json.loads((tmp_path / "out" / "0" / "result.json").read_text())["n"] == 2
 
 
+@pytest.mark.slow
 def test_hopeless_trials_end_early_and_can_be_gone_on_with(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,7 @@ def test_nothing_secret_is_sent(start: Callable[..., bytes], home: Path) -> None
     assert {name: seen for name, seen in found(home).items() if not is_hydras(name)} == {}
 
 
+@pytest.mark.slow
 def test_failures_and_summaries_tell_no_secret(start: Callable[..., bytes], home: Path) -> None:
     odd = f"method.T=1,${{oc.env:SECRET}} teacher.checkpoint={home}/plane4.pt,{home}/nowhere.pt"
     printed = start("tracking=wandb", "tracking.mode=offline", *odd.split(), "--multirun", code=1)

@@ -147,6 +147,7 @@ def test_an_interrupted_run_goes_on_at_its_step(
     assert not list((tmp_path / "store" / "partial").glob("*/state"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_multirun_is_summarized(tmp_path: Path) -> None:
     jobs = ("-m", *QUICK, "method=scratch", "train.epochs=15", "seed=0,1,2", "hydra.sweep.dir=sweep")
     second = tmp_path / "sweep" / "1" / "metrics.jsonl"

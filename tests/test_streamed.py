@@ -288,6 +288,7 @@ def test_each_of_two_ranks_decodes_its_share(tmp_path: Path) -> None:
 # ImageNet ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_imagenet_streams_and_goes_on_after_an_interruption(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -148,6 +148,7 @@ def fresh_wandb() -> Iterator[None]:
     wandb.teardown()
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_means_offline(tmp_path: Path) -> None:
     """The training continues, and one line says how to send the run later."""
     done = run_py(*QUICK, "tracking=wandb", "hydra.run.dir=out", cwd=tmp_path, **NOWHERE)
@@ -203,6 +204,7 @@ def test_online_without_a_key_is_one_line(tmp_path: Path) -> None:
         open_page(tmp_path, "online")
 
 
+@pytest.mark.slow
 def test_a_key_in_netrc_counts(server: Server, tmp_path: Path) -> None:
     """As `wandb login` writes it."""
     netrc = tmp_path / "netrc"
