@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python run.py
 
-.PHONY: help setup demo reproduce-paper report best dashboard docs bench profile tensorboard test test-slow torture
+.PHONY: help setup demo reproduce-paper report best dashboard docs bench bench-gpu profile tensorboard test test-slow torture
 
 help: ## print this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ docs: setup ## write docs/experiments.md from conf/paper
 bench: setup ## training speed beside the usual script's, and what each loss costs, into results/: about 25 quiet minutes
 	$(BIN)/python -m bench.speed
 	$(BIN)/python -m bench.losses
+
+bench-gpu: setup ## training speed on a GPU, with several students in one step too, into results/; STUDENTS="plane2 resnet8" are some
+	$(BIN)/python -m bench.gpu $(STUDENTS)
 
 profile: setup ## where a training step's time goes
 	$(BIN)/python -m bench.profile

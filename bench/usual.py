@@ -1,4 +1,4 @@
-"""The usual distillation script, as the papers' code has it: the baseline of bench/speed.py and of nothing else.
+"""The usual distillation script, as the papers' code has it: the baseline of bench/speed.py and bench/gpu.py.
 
 PIL images through torchvision's transforms in a DataLoader of two workers, fp32, the teacher's forward in the graph of
 every step, the loss read after each one.
@@ -41,28 +41,38 @@ class Images(Dataset[tuple[torch.Tensor, int]]):
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
+def loss_of(output: torch.Tensor, taught: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of logits [sample, class]; with a teacher's logits, together with KL."""
+    loss = cross_entropy(output, target)
+    if taught is None:
+        return loss
+    divergence = nn.functional.kl_div(log_softmax(output / _T, 1), softmax(taught / _T, 1), reduction="batchmean")
+    return (1 - _LAMBDA) * loss + _LAMBDA * _T**2 * divergence
+
+
 def images_per_second(
-    student: nn.Module, teacher: nn.Module | None, images: NDArray[np.uint8], labels: NDArray[np.int64], steps: int
+    student: nn.Module,
+    teacher: nn.Module | None,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    steps: int,
+    device: str = "cpu",
 ) -> float:
     """Training speed over `steps` batches of 128 after two that do not count."""
+    student.to(device)
     loader = DataLoader(Images(images, labels), batch_size=128, shuffle=True, num_workers=2)
     optimizer = torch.optim.SGD(student.parameters(), 0.1, 0.9, weight_decay=1e-4)
     student.train()
     if teacher is not None:
-        teacher.eval()
+        teacher.to(device).eval()
     began, seen = 0.0, 0
     for step, (batch, target) in enumerate(loader):
         if step == 2:
             began = time.perf_counter()
+        batch, target = batch.to(device), target.to(device)
         optimizer.zero_grad()
         output = student(batch)
-        loss = cross_entropy(output, target)
-        if teacher is not None:
-            taught = teacher(batch)
-            divergence = nn.functional.kl_div(
-                log_softmax(output / _T, 1), softmax(taught / _T, 1), reduction="batchmean"
-            )
-            loss = (1 - _LAMBDA) * loss + _LAMBDA * _T**2 * divergence
+        loss = loss_of(output, None if teacher is None else teacher(batch), target)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         loss.item()

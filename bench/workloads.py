@@ -21,7 +21,7 @@ from kd.datasets.data import Data
 from kd.models import build
 from kd.reporting.console import Watch
 from kd.store import Metrics
-from kd.training.bank import open_bank
+from kd.training.bank import Bank, open_bank
 from kd.training.guide import Guide
 from kd.training.loop import train_stage
 from kd.training.step import PAYS_AFTER, make_network
@@ -97,13 +97,18 @@ def planned(work: Workload, *overrides: str, dataset: str = "cifar10") -> Stage:
     return plan(config, specify(config.dataset, FACTS[dataset]))[0]
 
 
-def guides_of(stage: Stage, data: Data, place: Path) -> list[Guide]:
+def guides_of(stage: Stage, data: Data, place: Path, device: str = "cpu") -> list[Guide]:
     """The stage's guide with random weights and a bank at `place`; empty where it learns from none."""
     if not isinstance(stage.guide, Stage):
         return []
-    precision = stage.train.precision
-    bank = open_bank(place, stage.guide.key, "random", data, precision, "cpu")
-    return [Guide(make_network(stage.guide, "cpu"), data, precision, "cpu", bank)]
+    bank = bank_of(stage, data, place, device)
+    return [Guide(make_network(stage.guide, device), data, stage.train.precision, device, bank)]
+
+
+def bank_of(stage: Stage, data: Data, place: Path, device: str) -> Bank | None:
+    """The bank at `place` for the logits of the stage's guide; None, and a line, if it cannot be made."""
+    assert stage.guide is not None
+    return open_bank(place, stage.guide.key, "random", data, stage.train.precision, device)
 
 
 def ours(work: Workload, place: Path) -> dict[str, float]:
@@ -133,9 +138,10 @@ def _speeds(images: int, clock: Clock) -> dict[str, float]:
     }
 
 
-def usual_script(work: Workload) -> dict[str, float]:
+def usual_script(work: Workload, device: str = "cpu") -> dict[str, float]:
     """Images a second of the usual script's steps."""
     arrays = images(BATCH * (work.usual_steps + 3))
     teacher = build(work.teacher, num_classes=10) if work.teacher else None
     student = build(work.student, num_classes=10)
-    return {"usual": usual.images_per_second(student, teacher, arrays.images, arrays.labels, work.usual_steps)}
+    given = arrays.images, arrays.labels, work.usual_steps
+    return {"usual": usual.images_per_second(student, teacher, *given, device)}
