@@ -140,9 +140,10 @@ def screen(sweep: Sweep, lines: Sequence[Line], out: Console, room: int) -> Grou
     def is_too_high(number: int) -> bool:
         return len(out.render_lines(of(number), pad=False)) > room
 
-    if not is_too_high(len(lines)):
-        return of(len(lines))
-    return of(max(1, bisect_left(range(1, len(lines)), True, key=is_too_high)))
+    most = min(len(lines), max(room, 1))  # a job has a line at least
+    if not is_too_high(most):
+        return of(most)
+    return of(max(1, bisect_left(range(1, most), True, key=is_too_high)))
 
 
 def _rank(line: Line) -> int:
