@@ -56,7 +56,7 @@ if __name__ == "__main__":
         print(reason, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as interrupt:
-        print("interrupted: start the same command again to resume from the last checkpoint", file=sys.stderr)
+        print(jobs.interrupted(sys.argv[1:]), file=sys.stderr)
         sys.exit(exit_code(interrupt))
     finally:
         ignore()  # so that the summary is printed

@@ -95,7 +95,7 @@ def test_the_recipe_follows_the_data_set_unless_named() -> None:
 
 def test_experiments_and_sweeps_come_last() -> None:
     defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
-    assert defaults[-4:-1] == ["_self_", {"experiment": None}, {"sweep": None}]  # the last is of Hydra itself
+    assert defaults[-5:-2] == ["_self_", {"experiment": None}, {"sweep": None}]  # the last two are of Hydra itself
 
 
 @pytest.mark.parametrize(

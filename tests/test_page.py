@@ -16,7 +16,14 @@ from xml.etree import ElementTree
 import pytest
 
 from kd.core.statistics import paired
-from kd.tools.paper.page.content import STAGE_HEADINGS, about_stages, findings, stage_entries
+from kd.tools.paper.page.content import (
+    STAGE_HEADINGS,
+    about_stages,
+    findings,
+    of_two_seeds,
+    published_of,
+    stage_entries,
+)
 from kd.tools.paper.page.figures import COLOURS, draw_row
 from kd.tools.paper.report import Draw, Report
 from kd.tools.paper.reproduction import main
@@ -89,11 +96,14 @@ def test_every_number_leads_to_its_results(folder: Path) -> None:
 
 def test_every_cell_of_a_table_with_a_number_has_its_keys(folder: Path) -> None:
     """Except numbers that are no results: the published number, n, a seed, the epochs."""
+    report = Report.model_validate_json(_read(folder, "tables.json"))
+    rows = [row for table in report.tables for row in table.rows]
+    published = {published_of(cell, row.baseline) for row in rows for cell in row.cells}
     lines = re.findall(r"<tr>(.*?)</tr>", _read(folder, "report.html"), re.DOTALL)
     assert len(lines) > 7
     for line in lines:
         bare = re.findall(r"<td>(.*?)</td>", line, re.DOTALL)
-        assert not [text for text in bare[2:] if re.search(r"\d\.\d", text)], line
+        assert not [text for text in bare[2:] if re.search(r"\d\.\d", text) and text not in published], line
 
 
 def test_the_twin_says_the_same(folder: Path) -> None:
@@ -120,7 +130,15 @@ def test_the_findings_come_first(folder: Path, capsys: pytest.CaptureFixture[str
     page = unescape(_read(folder, "report.html"))
     assert page.index(lines[0].partition("**, ")[2]) < page.index("<table>")
     print_tables(report)
-    assert lines[0].replace("**", "") in capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out
+    assert lines[0].replace("**", "") in said.splitlines()
+    few = of_two_seeds(report)  # the same beside them
+    assert few.startswith("n = 2: ")
+    assert all(few in shown for shown in (text, page, said))
+    title = "# The papers' tables, on digits\n"
+    assert text.startswith(title)
+    assert f"<h1>{title[2:-1]}</h1>" in page
+    assert re.search(r"published,\s+cifar10 %", said)
 
 
 def one_row(report: Report, values: list[float], base: list[float], cells: int = 1) -> str:
@@ -240,7 +258,9 @@ PROBE = """<script>addEventListener("load", () => {
     return {id: f.id, width: box.width, height: box.height, drawn: image.complete && image.naturalWidth > 0,
       paper: getComputedStyle(image).backgroundColor};
   });
-  const seen = {figures, overflow: document.documentElement.scrollWidth - innerWidth, width: innerWidth,
+  const cells = [...document.querySelector("table").rows[1].cells];
+  const seen = {figures, edges: cells.slice(2, 5).map(c => c.getBoundingClientRect().right),
+    overflow: document.documentElement.scrollWidth - innerWidth, width: innerWidth,
     paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color};
   top.document.body.innerHTML = `<pre id="seen">${JSON.stringify(seen)}</pre>`;
 })</script>"""
@@ -262,6 +282,7 @@ def test_a_browser_shows_it(folder: Path, tmp_path: Path, width: int, dark: bool
     assert all(f["width"] > 200 and f["height"] > 50 and f["drawn"] for f in seen["figures"])
     assert {f["paper"] for f in seen["figures"]} == {"rgb(255, 255, 255)"}  # on a dark page too
     assert seen["width"] == width
+    assert all(0 < edge <= width for edge in seen["edges"])  # mean, interval and difference are seen without scrolling
     assert seen["overflow"] <= 0  # nothing to scroll sideways but the tables in their own frames
     paper, ink = (tuple(map(int, re.findall(r"\d+", seen[name]))) for name in ("paper", "ink"))
     assert (sum(paper) < sum(ink)) == dark

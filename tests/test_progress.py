@@ -123,3 +123,29 @@ def test_the_bar_on_a_terminal(clock: Any, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("seconds", "text"), [(5.4, "5 s"), (119, "119 s"), (600, "10 min"), (9000, "2.5 h")])
 def test_durations(seconds: float, text: str) -> None:
     assert progress.duration(seconds) == text
+
+
+@pytest.mark.parametrize(("width", "told"), [(80, ("val 90.00 %", "left")), (160, ("loss 0.5000", "images/s", "left"))])
+def test_the_bar_fits_the_terminal(
+    clock: Any, monkeypatch: pytest.MonkeyPatch, width: int, told: tuple[str, ...]
+) -> None:
+    """Nothing is cut off: in a narrow terminal less is said."""
+    screen = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(progress, "console", lambda: screen)
+    lines = list[str]()
+    with watched(epochs=240, samples=45_000) as watch:
+        for epoch in range(1, 3):
+            watch.guided(22_500)
+            lines.append(watch._bar.tasks[0].fields["status"])
+            clock.now += 100
+            for _ in range(2):
+                watch.stepped(22_500)
+                clock.now += 1000
+                lines.append(watch._bar.tasks[0].fields["status"])
+            watch.epoch_ended(row(epoch) | {"test_acc": 71.25})
+            lines.append(watch._bar.tasks[0].fields["status"])
+    beside = len("student resnet8 s0") + 1 + (30 if width > 110 else 10) + 1
+    assert max(map(len, lines)) <= width - beside
+    assert all(part in lines[-1] for part in told), lines[-1]
+    assert lines[0] == "epoch 1/240  logits of the guide: 50 %"
+    assert any("logits of the guide" in line for line in lines[4:])

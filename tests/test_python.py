@@ -94,6 +94,9 @@ def test_a_job_that_fails_is_a_row_with_the_reason() -> None:
     rows = kd.sweep([*FAST, "train.lr=0.1,-1", "seed=2"])
     assert [row["failure"] for row in rows] == [None, "train.lr: should be above 0 (got -1)"]
     assert (rows[1]["train.lr"], rows[1]["seed"], rows[1]["test_acc"]) == (-1, 2, None)
+    with pytest.raises(KnownError):
+        kd.run([*FAST, "train.lr=-1", "hydra.run.dir=alone"])
+    assert [row["failure"] for row in kd.results("alone")] == ["train.lr: should be above 0 (got -1)"]
 
 
 @pytest.mark.usefixtures("unchanged")

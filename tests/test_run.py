@@ -208,6 +208,8 @@ def test_a_failed_stage_is_not_in_the_store(tmp_path: Path) -> None:
         r"student plane2: the loss is \w+ at epoch 1, step \d+, learning rate 1e\+30; .*\n", done.stderr
     )
     assert not list((tmp_path / "store").glob("[0-9a-f]*"))
+    (row,) = results.student_rows(results.find_jobs(tmp_path / "out"))
+    assert row["failure"] == done.stderr.strip()  # not "unfinished": nobody could finish it
 
 
 def test_an_unfinished_job_counts(job: Job, tmp_path: Path) -> None:
@@ -215,6 +217,12 @@ def test_an_unfinished_job_counts(job: Job, tmp_path: Path) -> None:
     (tmp_path / "sweep" / "1" / "result.json").unlink()
     found = results.find_jobs(tmp_path / "sweep")
     assert [(j.number, j.result is None, j.reason) for j in found] == [("0", False, ""), ("1", True, "unfinished")]
+    row = results.student_rows(found)[-1]
+    again = "python run.py model=plane2 teacher=plane4 train.epochs=2 "
+    assert row["failure"].startswith(f"unfinished: {again}")
+    assert row["failure"].endswith(" seed=1 goes on with it")
+    trial = found[1]._replace(overrides=["runtime.trial=3"])
+    assert results.student_rows([trial])[0]["failure"] == "unfinished: the command of its search goes on with it"
 
 
 def test_a_student_too_deep_for_its_images_fails_before_its_teacher_is_trained(tmp_path: Path, job: Job) -> None:

@@ -137,7 +137,11 @@ def test_failed_and_unfinished_jobs_are_in_every_part(tmp_path: Path) -> None:
     ]
     summary.write_summary(tmp_path, jobs, "val_acc")
     rows = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
-    assert [row["failure"] for row in rows] == ["", "method.T: too small", "unfinished"]
+    assert [row["failure"] for row in rows] == [
+        "",
+        "method.T: too small",
+        "unfinished: python run.py method.T=5 goes on with it",
+    ]
     assert [row["method.T"] for row in rows] == ["1", "-1", "5"]
     assert rows[0]["test_acc"] == "80.0"
     text = (tmp_path / "summary.md").read_text()

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import kd
 from kd.reporting import status as statuses
-from kd.reporting.board import board, has_ended, headline_of, lines_of, plain_line, shared_by
+from kd.reporting.board import Line, Overview, board, has_ended, headline_of, plain_line, shared_by
 from kd.reporting.results import record_failed
 from kd.reporting.status import Advance, Status, StatusFile, read_status
 from kd.tools.watch import main
@@ -48,9 +48,13 @@ def sweep(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def lines_of(folder: Path) -> list[Line]:
+    return Overview(folder).lines()
+
+
 def screen(folder: Path, width: int) -> list[str]:
     out = Console(width=width, record=True, file=io.StringIO())
-    out.print(board(lines_of(folder)))
+    out.print(board(lines := lines_of(folder), shared_by(lines)))
     return [line.rstrip() for line in out.export_text().splitlines()]
 
 

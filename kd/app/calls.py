@@ -26,7 +26,7 @@ from kd.app.experiments import CONF
 from kd.app.options import register
 from kd.core.hardware import settings_kept
 from kd.core.spec import KnownError
-from kd.reporting.results import RunResult
+from kd.reporting.results import RunResult, clear_marks
 from kd.training.ranks import world
 
 
@@ -38,9 +38,11 @@ def single_run(overrides: Sequence[str]) -> RunResult:
         folder = Path(cfg.hydra.run.dir).absolute()
         config = _entered(cfg, folder)
         try:
+            clear_marks(folder, dry=False)
             found = jobs.perform(config, folder)
         except Exception as error:
-            if isinstance(error, KnownError) or (reason := jobs.known_reason(error)) is None:
+            reason = jobs.noted(folder, error)
+            if isinstance(error, KnownError) or reason is None:
                 raise
             raise KnownError(reason) from error
         assert isinstance(found, RunResult)  # only a search prunes, and only a dry run has nothing

@@ -42,21 +42,22 @@ from kd.training.ranks import team, world
 from kd.training.workplace import RuntimeSpec, Workplace
 
 T = TypeVar("T")
+_TELLING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}  # flags that train nothing
 SEARCH = "kd.app.search.hand_over"  # hydra.sweeper.custom_search_space of kd's own searches
 
 
 def run_job(folder: Path, work: Callable[[], T], dry: bool) -> T | None:
     """Do the work of one job. A failure with a known reason is printed without a traceback.
 
-    A single run then exits with 2. In a multirun that would end the whole sweep. So the job writes error.json into its
-    folder and returns None, and the sweep goes on. Other failures print their traceback too.
+    The job writes error.json into its folder. A single run then exits with 2. In a multirun that would end the whole
+    sweep. So the job returns None, and the sweep goes on. Other failures print their traceback too.
     """
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         clear_marks(folder, dry)
         return work()
     except Exception as error:
-        reason = known_reason(error)
+        reason = noted(folder, error)
         if reason is None and not multirun:
             raise
         if reason is None:
@@ -66,9 +67,25 @@ def run_job(folder: Path, work: Callable[[], T], dry: bool) -> T | None:
             print(reason, file=sys.stderr, flush=True)
         if not multirun:
             sys.exit(2)
-        with suppress(OSError):  # on a full disk the summary lists the job as unfinished
-            record_failed(folder, reason or f"{type(error).__name__}: {error}")
         return None
+
+
+def noted(folder: Path, error: Exception) -> str | None:
+    """Write into a job's folder why it failed. Returns the reason if it is a known one."""
+    reason = known_reason(error)
+    with suppress(OSError):  # on a full disk the summary lists the job as unfinished
+        record_failed(folder, reason or tilde(f"{type(error).__name__}: {error}"))
+    return reason
+
+
+def interrupted(words: Sequence[str]) -> str:
+    """What is said of a command line that Ctrl-C or SIGTERM ended. Who asked for a plan or for help resumes nothing."""
+    given = by_key(words)
+    plan = given.get("dry_run", "").lower() == "true" or given.get("why", "[]") not in ("[]", "null")
+    told = (
+        "" if plan or _TELLING & given.keys() else ": start the same command again to resume from the last checkpoint"
+    )
+    return f"interrupted{told}"
 
 
 def is_dry(cfg: DictConfig) -> bool:
@@ -101,6 +118,9 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
     multirun = hydra.mode == RunMode.MULTIRUN
     for line in remarks(config, dataset, students[0], by_key(typed()), multirun=multirun):
         print(line, flush=True)
+    for key in ("runtime.tables", "runtime.live") if hydra.mode == RunMode.RUN else ():
+        if key in by_key(typed()):
+            print(f"{key} has no effect: this run is no sweep", flush=True)
     if config.runtime.threads is None and runtime.processes not in (None, 1):
         print(f"runtime.processes={runtime.processes}: runtime.threads={runtime.threads} in each", flush=True)
     store = Store(config.store_root)
@@ -131,7 +151,8 @@ def _swept() -> list[str]:
     """This job's overrides that differ within its multirun; all of them where Hydra keeps no record of the sweep's."""
     path = Path(HydraConfig.get().sweep.dir) / "multirun.yaml"
     shared = OmegaConf.select(OmegaConf.load(path), "hydra.overrides.task") if path.exists() else ()
-    return [override for override in typed() if override not in (shared or ())]
+    same = {override.lower() for override in shared or ()}  # a job's true is True
+    return [override for override in typed() if override.lower() not in same]
 
 
 def _pipeline(

@@ -20,6 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd.core.spec import KnownError, tilde
 from kd.reporting import summary
+from kd.reporting.board import Sweep
+from kd.reporting.console import console
 from kd.reporting.results import (
     Job,
     find_jobs,
@@ -30,9 +32,10 @@ from kd.training.ranks import world
 
 if TYPE_CHECKING:
     from kd.app.search import Search
+    from kd.reporting.live import LiveTable
 
 
-from kd.app.jobs import SEARCH
+from kd.app.jobs import SEARCH, is_dry
 
 
 class Multirun(Callback):
@@ -42,6 +45,7 @@ class Multirun(Callback):
     began: ClassVar[float] = 0.0
     expected: ClassVar[int] = 0  # the number of jobs; 0 if it is unknown
     search: ClassVar[Search | None] = None
+    table: ClassVar[LiveTable | None] = None
 
     @classmethod
     def begin(cls, folder: Path, expected: int, search: Search | None = None) -> None:
@@ -63,8 +67,7 @@ class Multirun(Callback):
             folder = Path(config.hydra.sweep.dir)
             _check_folder("hydra.sweep.dir", folder)
             Multirun.begin(folder, jobs_of_a_grid(config))
-            if not config.hydra.launcher["_target_"].endswith(".BasicLauncher"):  # jobs' lines mix, or are elsewhere
-                print(tilde(f"to watch it: python -m kd.sweep watch {folder}"), flush=True)
+            _show_table(config)
             return
         logging.getLogger("alembic").setLevel(logging.WARNING)
         os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # optuna 2 needs sqlalchemy 1.4, which warns
@@ -73,12 +76,32 @@ class Multirun(Callback):
         try:
             search = ready_study(config, kwargs["config_name"])
             Multirun.begin(search.folder, search.expected, search)
+            _show_table(config)
         except (KnownError, OSError) as error:
             print(error, file=sys.stderr, flush=True)
             sys.exit(2)
         except Exception:
             traceback.print_exc()
             sys.exit(1)
+
+
+def _show_table(config: DictConfig) -> None:
+    """Show the live table of the multirun's jobs, or say how they can be watched where their lines mix."""
+    from kd.reporting.live import LiveTable, has_terminal
+
+    if Multirun.folder is None or is_dry(config):
+        return
+    asked, possible = OmegaConf.select(config, "runtime.live"), has_terminal() and world().size == 1
+    if asked is not False and possible:
+        sweep = sweep_of(config, Multirun.folder, Multirun.expected)
+        Multirun.table = LiveTable(sweep, since=0 if Multirun.search else Multirun.began)
+        Multirun.table.start()
+        return
+    if not possible and "runtime.live=true" in config.hydra.overrides.task:
+        why = "no terminal" if world().size == 1 else "of several processes"
+        print(f"runtime.live=true has no effect: the output is {why}", flush=True)
+    if not config.hydra.launcher["_target_"].endswith(".BasicLauncher"):
+        print(tilde(f"to watch it: python -m kd.sweep watch {Multirun.folder}"), flush=True)
 
 
 def _check_folder(key: str, folder: Path) -> None:
@@ -142,8 +165,17 @@ def jobs_of_a_grid(config: DictConfig) -> int:
     return prod(len(list(each.sweep_string_iterator())) for each in given.values() if each.is_sweep_override())
 
 
+def sweep_of(config: DictConfig, folder: Path, expected: int) -> Sweep:
+    """What the multirun's configuration tells of its jobs."""
+    overrides = OverridesParser.create().parse_overrides([*config.hydra.overrides.task])
+    return Sweep(folder, expected, [str(each.input_line) for each in overrides if not each.is_sweep_override()])
+
+
 def summarize() -> int:
     """Print the summary of this process's multirun, if there was one. Returns how many jobs failed or are missing."""
+    if Multirun.table is not None:
+        Multirun.table.stop()
+        Multirun.table = None
     if Multirun.folder is None:
         return 0
     # A search shows its earlier trials too, without those that other processes are running.
@@ -165,10 +197,10 @@ def _summarize(folder: Path, done: Sequence[Job], missing: int) -> None:
     newest = max(done, key=lambda job: (folder / job.number).stat().st_mtime)
     path = folder / newest.number / ".hydra" / "config.yaml"
     config = OmegaConf.load(path) if path.exists() else OmegaConf.create()
-    for line in summary.write_summary(
-        folder, done, OmegaConf.select(config, "sweep.objective", default="val_acc"), missing
-    ):
-        print(line)
+    objective, out = OmegaConf.select(config, "sweep.objective", default="val_acc"), console()
+    for line in summary.write_summary(folder, done, objective, missing):
+        whole = line.startswith("again:") or not out.is_terminal  # a command that is broken cannot be copied
+        out.print(line, highlight=False, markup=False, soft_wrap=whole)
     # Only if this process ran a job, and a job succeeded: otherwise the tracking settings may be wrong.
     news = path.exists() and path.stat().st_mtime >= Multirun.began
     if news and "tracking" in config and any(job.result for job in done):

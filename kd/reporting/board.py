@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.text import Text
 
 from kd.reporting.console import count, duration, narrow_table, percent, test_of
-from kd.reporting.results import Job, find_jobs
+from kd.reporting.results import UNFINISHED, Job, Known, find_jobs
 from kd.reporting.status import Status, read_status
 from kd.reporting.summary import difference
 
@@ -67,13 +68,19 @@ def _of(students: str) -> str:
     return "" if students == "1" else f" (n={students})"
 
 
-def lines_of(folder: Path) -> list[Line]:
-    """All jobs of a sweep that have begun."""
-    return [_line(folder, job) for job in find_jobs(folder)]
+class Overview:
+    """The jobs of a sweep that have begun after `since`, for somebody who looks again and again."""
+
+    def __init__(self, folder: Path, since: float = 0.0) -> None:
+        self._folder, self._since, self._known = folder, since, Known()
+
+    def lines(self) -> list[Line]:
+        """What each job does now."""
+        return [_line(self._folder, job) for job in find_jobs(self._folder, self._since, self._known)]
 
 
 def _line(folder: Path, job: Job) -> Line:
-    if job.result is not None or job.reason != "unfinished":
+    if job.result is not None or job.reason != UNFINISHED:
         return Line(job, None, "")
     status = read_status(folder / job.number)
     return Line(job._replace(reason=IDLE), status, "" if status is None else _gone(status))
@@ -111,11 +118,43 @@ def headline_of(folder: Path, lines: Sequence[Line], expected: int) -> str:
     return f"{folder}: {', '.join(parts)}"
 
 
-def board(lines: Sequence[Line]) -> Group:
+class Sweep(NamedTuple):
+    """What is known of a sweep before its jobs begin."""
+
+    folder: Path
+    expected: int = 0  # the number of its jobs; 0 if it is unknown
+    fixed: Sequence[str] = ()  # the overrides that it does not vary
+
+
+def screen(sweep: Sweep, lines: Sequence[Line], out: Console, room: int) -> Group:
+    """Headline and table in at most `room` lines of the terminal: without the first ended jobs, if need be."""
+    head = Text(headline_of(sweep.folder, lines, sweep.expected), style="bold")
+    shared = shared_by(lines, sweep.fixed)
+    ranked = sorted(range(len(lines)), key=lambda place: (_rank(lines[place]), -place))
+
+    def of(number: int) -> Group:
+        left = f"and {count(len(lines) - number, 'more job')}: python -m kd.sweep watch --once {sweep.folder}"
+        more = [Text(left, style="dim")] if number < len(lines) else []
+        return Group(head, board([lines[place] for place in sorted(ranked[:number])], shared), *more)
+
+    def is_too_high(number: int) -> bool:
+        return len(out.render_lines(of(number), pad=False)) > room
+
+    most = min(len(lines), max(room, 1))  # a job has a line at least
+    if not is_too_high(most):
+        return of(most)
+    return of(max(1, bisect_left(range(1, most), True, key=is_too_high)))
+
+
+def _rank(line: Line) -> int:
+    """Which jobs are left out last: those that run, then those that wait, then those that failed."""
+    return 0 if line.runs else 3 if line.job.result else 2 if line.problem else 1
+
+
+def board(lines: Sequence[Line], shared: set[str]) -> Group:
     """The table of a sweep without what all jobs have in common, and a line for each job that has failed or stopped."""
     table = narrow_table("job", "setting", "stage", "epoch>", "val %>", "images/s>", "left")
     table.padding = (0, 1, 0, 0)
-    shared = shared_by(lines)
     for line in lines:
         style = "bold" if line.runs else "red" if line.problem else "dim"
         setting = escape(difference(line.job.overrides, shared))
@@ -124,9 +163,12 @@ def board(lines: Sequence[Line]) -> Group:
     return Group(table, *(Text(each, style="red", overflow="fold") for each in problems))
 
 
-def shared_by(lines: Sequence[Line]) -> set[str]:
-    """The overrides that all jobs have."""
-    return set.intersection(*(set(line.job.overrides) for line in lines)) if len(lines) > 1 else set()
+def shared_by(lines: Sequence[Line], fixed: Sequence[str] = ()) -> set[str]:
+    """The overrides that all jobs have. `fixed` are those that the sweep does not vary, as far as they are known."""
+    own = [set(line.job.overrides) for line in lines]
+    same = {override.lower() for override in fixed}  # a job's true is True
+    known = {override for each in own for override in each if override.lower() in same}
+    return known | (set.intersection(*own) if len(own) > 1 else set())
 
 
 def plain_line(line: Line, shared: set[str]) -> str:

@@ -19,7 +19,7 @@ from kd.core.settings import TrainSpec
 from kd.core.stage import Given, Normalization, Source, Stage
 from kd.reporting.baseline import baseline_lines
 from kd.reporting.results import SELECTED, Outcome, ReplicatedResult, RunResult, whose_seeds
-from kd.reporting.status import Advance, StatusFile
+from kd.reporting.status import Advance, StatusFile, beside_table
 from kd.store import Metrics, Store
 
 _LINE_EVERY = 10.0  # seconds between two plain lines
@@ -42,8 +42,11 @@ def escape_unknown() -> None:
 def console() -> Console:
     """The console for people. It is wide enough for a table even if the output goes to a file.
 
-    Child processes print plain lines: several live bars in one terminal would overwrite each other.
+    Child processes print plain lines: several live bars in one terminal would overwrite each other. So do the jobs of a
+    sweep whose table is in the terminal.
     """
+    if beside_table():
+        return Console(force_terminal=False)
     shown = Console()
     return shown if shown.is_terminal and parent_process() is None else Console(width=140, force_terminal=False)
 
@@ -257,15 +260,16 @@ class StageProgress(Watch):
         self._console = console()
         self._began = self._phase_began = self._last_line = time.monotonic()
         self._epoch, self._done, self._before, self._guide_done = 0, 0, 0, 0
-        self._status = ""
+        self._reached: list[str] = []  # loss and accuracies of the last epoch
         self._steps, self._first_epoch = 0, 0
         self._guide_seconds, self._guide_before = 0.0, 0.0  # in this epoch and in those before it
         self._measured_from: tuple[float, int] | None = None
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=30 if self._console.width > 110 else 10),
+            BarColumn(bar_width=(width := 30 if self._console.width > 110 else 10)),
             TextColumn("{task.fields[status]}"),
         )
+        self._beside = len(self._name) + width + 2  # columns of the terminal that the text lacks
         self._bar = Progress(*columns, console=self._console, refresh_per_second=4, transient=True)
         self._task = self._bar.add_task(self._name, total=self._epochs * samples, status="")
 
@@ -313,7 +317,7 @@ class StageProgress(Watch):
         for name in ("val", "test"):
             if (accuracy := metrics.get(f"{name}_acc")) is not None:
                 shown.append(f"{name} {accuracy:.2f} %")
-        self._status = "  ".join(shown)
+        self._reached = shown
         self._show()
         self._line()
 
@@ -328,13 +332,17 @@ class StageProgress(Watch):
                 highlight=False,
             )
 
-    def _text(self) -> str:
-        epoch = min(self._epoch + 1, self._epochs)
-        if self._done == self._before:
-            return f"epoch {epoch}/{self._epochs}"
-        speed, left = self._pace()
-        parts = (f"epoch {epoch}/{self._epochs}", self._status, f"{speed:,.0f} images/s", f"{duration(left)} left")
-        return "  ".join(part for part in parts if part)
+    def _text(self, doing: str) -> str:
+        """What is beside the bar. In a narrow terminal it is without the loss, then without more."""
+        parts = [f"epoch {min(self._epoch + 1, self._epochs)}/{self._epochs}"]
+        if self._done != self._before:
+            speed, left = self._pace()
+            parts += [*self._reached, f"{speed:,.0f} images/s", f"{duration(left)} left"]
+        parts += [doing] if doing else []
+        while len("  ".join(parts)) > self._console.width - self._beside and len(parts) > 2:
+            least = (part for part in parts[1:] if part.startswith(("loss", "test")) or part.endswith("/s"))
+            parts.remove(next(least, parts[1]))
+        return "  ".join(parts)
 
     def _advance(self) -> Advance:
         epoch, (speed, left) = min(self._epoch + 1, self._epochs), self._pace()
@@ -364,15 +372,15 @@ class StageProgress(Watch):
 
     def _show(self, doing: str = "") -> None:
         if self._console.is_terminal:
-            self._bar.update(self._task, completed=self._done, status=f"{self._text()}  {doing}")
+            self._bar.update(self._task, completed=self._done, status=self._text(doing))
 
     def _line(self) -> None:
         last = self._epoch == self._epochs
         due = time.monotonic() - self._last_line > _LINE_EVERY and not self._console.is_terminal
-        if last or due:
+        if last or (due and not beside_table()):
             self._last_line = time.monotonic()
             speed, left = self._pace()
-            text = f"epoch {self._epoch}/{self._epochs}  {self._status}  {speed:,.0f} images/s"
+            text = "  ".join((f"epoch {self._epoch}/{self._epochs}", *self._reached, f"{speed:,.0f} images/s"))
             line = f"{self._name}  {text}" + ("" if last else f"  {duration(left)} left")
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 

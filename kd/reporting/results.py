@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +22,9 @@ from kd.losses import Loss
 
 # Each of these files marks its folder as a job's.
 _MARKS = (".hydra/config.yaml", "result.json", "error.json", "pruned.json")
+_NO_JOBS = {".hydra", ".submitit", "wandb"}  # folders without jobs
 
+UNFINISHED = "unfinished"  # the reason of a job that has not ended: it runs, or was stopped
 _USUAL = "the student's seed"
 # Columns that every student's row has, after what was set for its job
 _COLUMNS = (
@@ -226,6 +230,10 @@ class Job(NamedTuple):
         return self.result is None and not self.pruned
 
 
+# Jobs that were read, by their folders, with the times of their files; None for dry runs
+Known = dict[Path, tuple[tuple[float, ...], Job | None]]
+
+
 def clear_marks(folder: Path, dry: bool) -> None:
     """Remove the files that an earlier job wrote here at its end. A `dry` run keeps its result."""
     for mark in ("error.json", "pruned.json") if dry else ("error.json", "pruned.json", "result.json"):
@@ -245,15 +253,30 @@ def record_pruned(folder: Path, pruned: Pruned) -> None:
 
 def job_folders(folder: Path) -> list[Path]:
     """The folders of a multirun's jobs, at any depth, 2 before 10."""
-    places = {path.parents[mark.count("/")] for mark in _MARKS for path in folder.rglob(mark)}
-    jobs = [place for place in places if not (place / "stage.json").exists()]  # a store may be inside
+    jobs = []
+    for name, folders, files_of_it in os.walk(folder):
+        if "stage.json" in files_of_it:  # a store may be inside
+            folders.clear()
+        elif not {*_MARKS}.isdisjoint(files_of_it) or (".hydra" in folders and (Path(name) / _MARKS[0]).exists()):
+            jobs.append(Path(name))
+        folders[:] = [each for each in folders if each not in _NO_JOBS]
     return sorted(jobs, key=lambda place: (len(str(place)), str(place)))
 
 
-def find_jobs(folder: Path, since: float = 0.0) -> list[Job]:
-    """The jobs in a multirun's folder that started after `since`, in order. Dry runs count only if they failed."""
-    places = [place for place in job_folders(folder) if _last_change(place) >= since]
-    return [_read_job(place, str(place.relative_to(folder))) for place in places if not _is_dry(place)]
+def find_jobs(folder: Path, since: float = 0.0, known: Known | None = None) -> list[Job]:
+    """The jobs in a multirun's folder that started after `since`, in order. Dry runs count only if they failed.
+
+    Who looks again and again keeps a dictionary `known`: a job whose files have not changed is then not read again.
+    """
+    known = {} if known is None else known
+    found = []
+    for place in job_folders(folder):
+        times = _times(place)
+        if place not in known or known[place][0] != times:
+            known[place] = times, None if _is_dry(place) else _read_job(place, str(place.relative_to(folder)))
+        job = known[place][1]
+        found += [job] if job is not None and max(times) >= since else []
+    return found
 
 
 def _read_job(place: Path, number: str) -> Job:
@@ -267,7 +290,7 @@ def _read_job(place: Path, number: str) -> Job:
     for name in ("pruned.json", "error.json"):
         if (place / name).exists():
             return Job(number, overrides, None, _reason(place / name), pruned=name == "pruned.json")
-    return Job(number, overrides, None, "unfinished")
+    return Job(number, overrides, None, UNFINISHED)
 
 
 def _load_yaml(place: Path, name: str) -> Any:
@@ -287,8 +310,16 @@ def _reason(path: Path) -> str:
         return f"{path.name} cannot be read"
 
 
-def _last_change(place: Path) -> float:
-    return max((place / mark).stat().st_mtime for mark in _MARKS if (place / mark).exists())
+def _times(place: Path) -> tuple[float, ...]:
+    """When each file of a job that is read was written; 0 for those that it lacks."""
+    return tuple(_time(place / name) for name in (*_MARKS, ".hydra/overrides.yaml"))
+
+
+def _time(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _is_dry(place: Path) -> bool:
@@ -312,11 +343,18 @@ def student_rows(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     return [{name: row.get(name) for name in ("job", *told, *_COLUMNS)} for row in rows]
 
 
+def _goes_on(job: Job) -> str:
+    """What trains the rest of an unfinished job, if nothing trains it now."""
+    if any(override.startswith("runtime.trial=") for override in job.overrides):
+        return "the command of its search goes on with it"
+    return f"{shlex.join(('python', 'run.py', *job.overrides))} goes on with it"
+
+
 def _rows_of(job: Job) -> Iterator[dict[str, Any]]:
     typed = {name.lstrip("+"): _value(text) for name, _, text in (each.partition("=") for each in job.overrides)}
     common = {"job": job.number, **typed}
     if job.result is None:
-        yield {**common, "failure": job.reason}
+        yield {**common, "failure": job.reason if job.reason != UNFINISHED else f"{UNFINISHED}: {_goes_on(job)}"}
         return
     run = job.result
     chosen = " and ".join(test_set_choices(run)) or "without the test set"

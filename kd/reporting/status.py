@@ -1,4 +1,4 @@
-"""status.json of a job while it trains: how far it is, for `python -m kd.sweep watch`."""
+"""status.json of a job while it trains: how far it is, for the live table of a sweep and `python -m kd.sweep watch`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kd.core import files
 from kd.core.spec import Frozen
 
 STATUS = "status.json"
+TABLE = "KD_TABLE"  # of the environment: the number of the pipe that leads above a live table
 _EVERY = 2.0  # seconds between two writes of a status
 
 
@@ -66,3 +67,11 @@ def read_status(folder: Path) -> Status | None:
         return Status.model_validate_json((folder / STATUS).read_text(encoding="utf-8"))
     except (OSError, ValidationError):
         return None
+
+
+def beside_table() -> bool:
+    """Whether what is printed goes above the live table of a sweep (kd/reporting/live.py), which shows each status."""
+    try:
+        return os.environ.get(TABLE) == str(os.fstat(1).st_ino)
+    except OSError:  # there is no standard output
+        return False

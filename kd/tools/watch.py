@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.text import Text
 
-from kd.app.multirun import jobs_of_a_grid
+from kd.app.multirun import jobs_of_a_grid, sweep_of
 from kd.core.spec import KnownError
-from kd.reporting.board import IDLE, Line, board, has_ended, headline_of, lines_of, plain_line, shared_by
+from kd.reporting.board import IDLE, Line, Overview, Sweep, board, has_ended, headline_of, plain_line, screen, shared_by
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
@@ -35,49 +34,49 @@ def main(given: Sequence[str]) -> int:
     folder: Path = arguments.folder
     if not folder.is_dir():
         raise KnownError(f"{folder} is not a folder; a sweep's is multirun/<date>/<time>")
-    expected, out = _expected(folder), Console()
+    sweep, out = _sweep(folder), Console()
     if arguments.once:
-        lines = lines_of(folder)
-        out.print(_screen(folder, lines, expected))
+        lines = Overview(folder).lines()
+        out.print(headline_of(folder, lines, sweep.expected), style="bold", highlight=False, markup=False)
+        out.print(board(lines, shared_by(lines, sweep.fixed)))
     elif out.is_terminal:
-        lines = _live(folder, expected, arguments.every or 2, out)
+        lines = _live(sweep, arguments.every or 2, out)
     else:
-        lines = _plain_lines(folder, expected, arguments.every or 10)
+        lines = _plain_lines(sweep, arguments.every or 10)
     return int(any(line.job.failed and line.job.reason != IDLE for line in lines))
 
 
-def _expected(folder: Path) -> int:
-    """The number of jobs of a grid; 0 if it is not known, as in a search."""
+def _sweep(folder: Path) -> Sweep:
+    """What the sweep's own file tells. The number of jobs is not known of a search."""
     path = folder / "multirun.yaml"
     config = OmegaConf.load(path) if path.exists() else None
-    return jobs_of_a_grid(config) if isinstance(config, DictConfig) and "hydra" in config else 0
+    if not isinstance(config, DictConfig) or "hydra" not in config:
+        return Sweep(folder)
+    return sweep_of(config, folder, jobs_of_a_grid(config))
 
 
-def _screen(folder: Path, lines: Sequence[Line], expected: int) -> Group:
-    return Group(Text(headline_of(folder, lines, expected), style="bold"), board(lines))
-
-
-def _live(folder: Path, expected: int, every: float, out: Console) -> list[Line]:
+def _live(sweep: Sweep, every: float, out: Console) -> list[Line]:
     """The table, written anew until the sweep ends."""
+    overview = Overview(sweep.folder)
     with Live(console=out, auto_refresh=False) as live:
         while True:
-            lines = lines_of(folder)
-            live.update(_screen(folder, lines, expected), refresh=True)
-            if has_ended(folder, lines):
+            lines = overview.lines()
+            live.update(screen(sweep, lines, out, out.height), refresh=True)
+            if has_ended(sweep.folder, lines):
                 return lines
             time.sleep(every)
 
 
-def _plain_lines(folder: Path, expected: int, every: float) -> list[Line]:
+def _plain_lines(sweep: Sweep, every: float) -> list[Line]:
     """A line for each job whenever it does something else, until the sweep ends."""
-    said = dict[str, str]()
+    said, overview = dict[str, str](), Overview(sweep.folder)
     while True:
-        lines = lines_of(folder)
+        lines = overview.lines()
         for line in lines:
-            if said.get(line.job.number) != (text := plain_line(line, shared_by(lines))):
+            if said.get(line.job.number) != (text := plain_line(line, shared_by(lines, sweep.fixed))):
                 print(text, flush=True)
                 said[line.job.number] = text
-        if has_ended(folder, lines):
-            print(headline_of(folder, lines, expected), flush=True)
+        if has_ended(sweep.folder, lines):
+            print(headline_of(sweep.folder, lines, sweep.expected), flush=True)
             return lines
         time.sleep(every)

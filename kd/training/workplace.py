@@ -46,6 +46,7 @@ class RuntimeSpec(Frozen):
     bank: bool = True  # cache the guides' logits on disk, for later epochs and runs
     bank_budget: float = Field(50, gt=0)  # GB of all caches together
     tables: bool = False  # a job of a sweep prints its table, and not one line
+    live: bool = True  # in a terminal, a sweep shows a live table of its jobs
     retrain: bool = False
     trial: int | None = Field(None, ge=0)  # the number of this job's trial; set by the search
     processes: int | None = Field(None, ge=1, le=1024)  # that train students side by side; null: as many as is faster

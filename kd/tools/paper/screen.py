@@ -59,19 +59,23 @@ def print_tables(report: Report) -> None:
     out = console()
     out.print(report.title, style="bold")
     for line in content.findings(report):
-        out.print(line.replace("**", ""), highlight=False, markup=False, soft_wrap=True)
+        out.print(line.replace("**", ""), highlight=False, markup=False, soft_wrap=not out.is_terminal)
+    if told := content.of_two_seeds(report):
+        out.print(told, highlight=False, soft_wrap=not out.is_terminal)
     for table in report.tables:
-        shown = narrow_table(table.id, "", "published %>", "n>", "test %>", "to baseline>", "best on test %>")
+        published = [f"published, {table.dataset} %>"] if any(map(content.has_published, table.rows)) else []
+        difference = "difference to baseline, interval, p>"
+        shown = narrow_table(table.id, "", "n>", "test %>", difference, *published, "best on test %>")
         for row in table.rows:
             for cell in row.cells:
                 students = report.students(cell)
                 shown.add_row(
                     row.id,
                     cell.label,
-                    "n/a" if cell.published is None else f"{cell.published.value:g}, {cell.published.status}",
                     str(len(cell.draws)),
                     percent(mean([student.test_acc for student in students])),
                     content.difference_of(cell),
+                    *([content.published_of(cell, row.baseline)] if published else []),
                     percent(mean([student.best_test for student in students])),
                 )
         out.print(f"{table.data}: {table.title}", highlight=False)

@@ -11,6 +11,11 @@ from kd.reporting.console import duration, percent
 from kd.reporting.results import SELECTED
 from kd.tools.paper.report import CellResult, Report, RowResult, StageReport, TableResult, mean
 
+REPRODUCED = "The papers' tables, reproduced"
+_TWO_SEEDS = (  # 12.706/√2 and 4.303/√3
+    "n = 2: the interval of two seeds reaches 9.0 standard deviations to each side; that of three would reach 2.5. So "
+    "two seeds tell cells apart only where the difference is nearly the same at both."
+)
 OURS = "A table of our own, in no paper"
 PROTOCOL = (
     "*Last* is the student's last epoch. *Best on test* is its best epoch by test accuracy, which is the papers' "
@@ -36,11 +41,25 @@ class Value:
 _FEW = 3  # cells beside the baseline that are told one by one
 
 
+def heading(report: Report) -> str:
+    """The heading of the page. Tables on other data than the papers' reproduce no number."""
+    if len(report.tables) == 1:
+        return f"{report.tables[0].title}: {report.tables[0].data}"
+    data = " and ".join(dict.fromkeys(table.data for table in report.tables))
+    return f"The papers' tables, on {data}" if all(table.elsewhere for table in report.tables) else REPRODUCED
+
+
 def findings(report: Report) -> Iterator[str]:
     """A sentence for each row: what is better than its baseline, by how much, and how certain that is."""
     for table in report.tables:
         for row in table.rows:
             yield f"**{row.title}**, {table.data}: {_found(report, row)}."
+
+
+def of_two_seeds(report: Report) -> str:
+    """What intervals over two seeds are worth; "" where there are none."""
+    known = [cell.against for table in report.tables for row in table.rows for cell in row.cells if cell.against]
+    return _TWO_SEEDS if any(pair.n == 2 and pair.p is not None for pair in known) else ""
 
 
 def _found(report: Report, row: RowResult) -> str:
@@ -88,11 +107,11 @@ def headings(table: TableResult, row: RowResult) -> tuple[str, ...]:
     """The headings of `entries`."""
     return (
         "",
-        *([f"published, {table.dataset} %"] if _has_published(row) else []),
         "n",
         "test % (mean ± std)",
         "95 % interval",
         f"difference to {row.baseline}, interval, p",
+        *([f"published, {table.dataset} %"] if has_published(row) else []),
         "last %",
         "best on test %",
         "val %",
@@ -104,24 +123,25 @@ def headings(table: TableResult, row: RowResult) -> tuple[str, ...]:
     )
 
 
-def _has_published(row: RowResult) -> bool:
+def has_published(row: RowResult) -> bool:
+    """Whether a paper has a number of one of its cells."""
     return any(cell.published for cell in row.cells)
 
 
 def entries(report: Report, row: RowResult, cell: CellResult) -> tuple[Value, ...]:
     """The entries of a cell's line."""
     students, keys = report.students(cell), cell.students
-    published = [Value(_published(cell, row.baseline))] if _has_published(row) else []
+    published = [Value(published_of(cell, row.baseline))] if has_published(row) else []
     against, base = cell.against, next((found for found in row.cells if found.label == row.baseline), None)
     seeds = {draw.seed for draw in cell.draws} & {draw.seed for draw in base.draws} if base else set()
     both = [draw.chain[-1] for found in (cell, base) if found for draw in found.draws if draw.seed in seeds]
     return (
         Value(cell.label),
-        *published,
         Value(str(len(keys))),
         Value(_mean(cell.test_acc, [student.test_acc for student in students]), keys),
         Value(_interval(cell.test_acc), keys if cell.test_acc else ()),
         Value(difference_of(cell), tuple(both) if against else (), bool(against and against.told_apart)),
+        *published,
         Value(_mean(cell.last, [student.last for student in students]), keys),
         Value(_mean(cell.best_test, [student.best_test for student in students]), keys),
         Value(percent(mean([student.val_acc for student in students])), keys),
@@ -135,7 +155,7 @@ def entries(report: Report, row: RowResult, cell: CellResult) -> tuple[Value, ..
 
 def about(table: TableResult) -> Iterator[str]:
     """What a reader has to know about a table."""
-    other = table.data != table.dataset and any(map(_has_published, table.rows))
+    other = table.data != table.dataset and any(map(has_published, table.rows))
     yield f"Our numbers are on **{table.data}**" + (f"; published numbers are on {table.dataset}." if other else ".")
     yield f"Mode {table.mode}; {SELECTED[table.select]}."
     yield from table.notes
@@ -238,7 +258,7 @@ def stage_entries(report: Report, stage: StageReport) -> tuple[Value, ...]:
     )
 
 
-def _published(cell: CellResult, baseline: str) -> str:
+def published_of(cell: CellResult, baseline: str) -> str:
     """The published number, with its status unless it is verified."""
     known = cell.published
     if known is None:
@@ -266,6 +286,8 @@ def _mean(known: Spread | None, values: Iterable[float | None]) -> str:
 def _interval(known: Spread | None) -> str:
     if known is None:
         return "n/a"
+    if not known.std:
+        return "equal at every seed"
     low, high = known.ci95
     return f"{max(low, 0):.2f} to {min(high, 100):.2f}"
 

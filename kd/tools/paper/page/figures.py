@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from kd.core.statistics import Spread
 from kd.tools.paper.report import CellResult, Report, RowResult, StageReport, TableResult, mean
@@ -138,6 +138,7 @@ def _curves(report: Report, row: RowResult) -> _Figure:
     settled = [value for curve in shown for value in curve[min(len(curve) - 1, max(1, len(curve) // 8)) :]]
     axes.set_ylim(bottom=min(settled) - 0.05 * (max(settled) - min(settled)) - 0.5)
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(f"{'test' if tested else 'validation'} accuracy, %")
     _legend(figure, axes, columns=2)
     many = any(len(cell.draws) > 1 for cell in cells)
@@ -170,6 +171,8 @@ def _fidelity(report: Report, row: RowResult) -> _Figure:
         known = [student.fidelity for student in report.students(cell) if student.fidelity]
         _dots(left, y, [found.agreement for found in known])
         _dots(right, y, [found.kl for found in known])
+    for panel in (left, right):
+        panel.xaxis.set_major_locator(MaxNLocator(3))  # more would print over each other
     left.set_xlabel("agreement, %")
     right.set_xlabel("KL(guide ‖ student), nats")
     return figure, (
@@ -232,16 +235,21 @@ def _cost(report: Report, row: RowResult) -> _Figure:
     if min(costs) <= 0 or max(costs) < 1.05 * min(costs):
         return None  # nothing to compare
     figure, axes = _plain(3.0)
-    named = {cell.label for cell in _few(report, row)[0]}
-    for cell, colour, marker in zip(row.cells, cycle(COLOURS), cycle(_MARKERS)):
-        look: dict[str, Any] = {"color": colour, "marker": marker, "ls": "none"}
-        label = cell.label if cell.label in named else None
-        axes.errorbar(cell.flops / 1e15, _average(report, cell), yerr=_half(cell.test_acc), label=label, **look)
+    named = [cell.label for cell in _few(report, row)[0]]
+    for cell in sorted(row.cells, key=lambda cell: cell.label in named):  # the named ones are in front
+        look: dict[str, Any] = {"color": "0.6", "marker": ".", "label": "other cells"}
+        if cell.label in named:
+            place = named.index(cell.label)
+            look = {"color": COLOURS[place], "marker": _MARKERS[place], "label": cell.label}
+        half = _half(cell.test_acc)
+        axes.errorbar(cell.flops / 1e15, _average(report, cell), yerr=half, ls="none", **look)
     if max(costs) > 5 * min(costs):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel("PFLOP of all stages, for each seed")
     axes.set_ylabel("test accuracy, %")
     axes.set_ylim(top=min(axes.get_ylim()[1], _HIGHEST))

@@ -18,12 +18,13 @@ def markdown(report: Report, drawings: Drawings, folder: str) -> str:
 
 
 def _page(report: Report, drawings: Drawings, folder: str) -> Iterator[str]:
-    first = report.tables[0]
-    yield f"# {first.title}: {first.data}\n" if len(report.tables) == 1 else "# The papers' tables, reproduced\n"
+    yield f"# {content.heading(report)}\n"
     yield f"**{report.title}**\n" if report.profile != "full" else f"Trained by {report.title}.\n"
     yield "## Findings\n"
     yield from (f"- {line}" for line in content.findings(report))
     yield ""
+    if told := content.of_two_seeds(report):
+        yield f"{told}\n"
     for table in report.tables:
         yield from _table(report, table, drawings, folder)
     yield "## How to read the numbers\n"
