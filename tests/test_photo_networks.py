@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -137,6 +138,21 @@ def test_pretrained_weights_are_fetched_once(
     assert asked == [LCNET]
     file = next(tmp_path.rglob("pretrained/timm-lcnet_035.safetensors"))
     assert job(*photos(root, *lcnet(file)))["chain"][0]["key"] == named["key"]
+
+
+def test_without_network_a_plan_says_what_else_there_is(
+    job: Job, root: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(request: Any, timeout: float) -> None:
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    asked = photos(root, "teacher=timm", "teacher.arch=lcnet_050", "teacher.init=pretrained")
+    for told in ((), ("dry_run=true",)):
+        assert job(*asked, *told, code=2) is None
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("teacher.init: the weights of timm/lcnet_050 cannot be fetched: https://")
+        assert line.endswith("; where you have the weights in a file, teacher.init=<file> takes them")
 
 
 def test_photographs_have_their_own_recipe(job: Job, root: Path, tmp_path: Path, capsys: Shown) -> None:
