@@ -357,6 +357,21 @@ def test_imagenet_streams_and_goes_on_after_an_interruption(
     assert result["dataset"] == "imagenet"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("decode", ["array", "stream"])
+def test_takds_row_of_imagenet_trains_on_a_stand_in(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decode: str
+) -> None:
+    """The experiment as it is declared, with small pictures, and one epoch."""
+    monkeypatch.setattr("tests.conftest.QUICK", QUICK[3:])  # the networks are the experiment's
+    root = snapshots(tmp_path / "imagenet", parts=("train", "val"))
+    row = ["experiment=takd/imagenet/ta_resnet50_resnet20_resnet14", f"dataset.root={root}", f"dataset.decode={decode}"]
+    chain = job(*row, "dataset.image_size=32", "dataset.views=2", "train.epochs=1", "train.batch_size=12")["chain"]
+    assert [stage["model"] for stage in chain] == [f"resnet{depth}_imagenet" for depth in (50, 20, 14)]
+    assert [stage["guides"] for stage in chain] == [[], [chain[0]["key"]], [chain[1]["key"]]]
+    assert not any(stage["reused"] for stage in chain)
+
+
 # many files -------------------------------------------------------------------------------------------------------
 
 MANY = 100_000
