@@ -104,6 +104,14 @@ def test_a_network_may_see_another_size_and_has_its_own_normalisation(
     assert seen == [torch.Size([1, 3, 48, 48])]
 
 
+def test_a_size_that_the_network_is_not_made_for_is_said(job: Job, root: Path, weights: Path, capsys: Shown) -> None:
+    said = f"teacher {LCNET} is made for 224×224 images, and sees 32×32; teacher.image_size=224 resizes what it sees"
+    asked = photos(root, *lcnet(weights), "teacher.freeze=backbone", "dry_run=true")
+    for told in ((), ("teacher.image_size=224",)):
+        job(*asked, *told, multirun=True)
+        assert (said in capsys.readouterr().out) == (told == ())
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
