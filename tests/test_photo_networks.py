@@ -112,6 +112,13 @@ def test_a_size_that_the_network_is_not_made_for_is_said(job: Job, root: Path, w
         assert (said in capsys.readouterr().out) == (told == ())
 
 
+def test_a_teacher_without_trained_weights_is_said(job: Job, root: Path, weights: Path, capsys: Shown) -> None:
+    said = f"teacher {LCNET} begins with random weights: no init gives it trained ones"
+    for chosen in (["teacher=timm", "teacher.arch=lcnet_035"], lcnet(weights)):
+        job(*photos(root, *chosen, "dry_run=true"), multirun=True)
+        assert (said in capsys.readouterr().out) == (len(chosen) == 2)
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [

@@ -8,7 +8,7 @@ from pathlib import Path
 from kd.core.spec import KnownError
 from kd.core.stage import Given, Source, Stage
 from kd.datasets import LARGE
-from kd.models import own_size
+from kd.models import MODELS, LibraryEntry, own_size
 from kd.store.foreign import load_network
 from kd.training.workplace import Workplace
 
@@ -99,7 +99,13 @@ def _sees_one_value(stage: Stage) -> bool:
 
 
 def _check_initial(stages: Sequence[Stage], place: Workplace) -> None:
-    """Read every file of initial weights. Say which classifier is new, and which network sees an unusual size."""
+    """Read every file of initial weights. Say which classifier is new, and which network sees an unusual size.
+
+    Say, too, which teacher of a library begins without any: most people want trained ones.
+    """
+    for stage in _alike(stages):
+        if stage.role == "teacher" and stage.init is None and isinstance(MODELS[stage.model], LibraryEntry):
+            print(f"teacher {stage.model} begins with random weights: no init gives it trained ones", flush=True)
     begun = [stage for stage in _alike(stages) if stage.init is not None]
     if not begun:
         return
