@@ -7,7 +7,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision.models
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kd.core.spec import KnownError
@@ -22,6 +22,7 @@ from tests.conftest import ROOT
 from tests.test_stage import DATASET
 
 timm = pytest.importorskip("timm", reason="the extra kd[timm] is not installed")
+huggingface_hub = pytest.importorskip("huggingface_hub")  # timm brings it
 
 SMALL = ["timm/resnet10t", "timm/tf_efficientnet_lite0", "timm/mobilenetv3_small_050", "timm/vit_tiny_patch16_224"]
 SMALL += [
@@ -266,7 +267,7 @@ def test_published_weights_are_fetched_once(name: str, tmp_path: Path, monkeypat
         return network
 
     monkeypatch.setattr(package, function, offline)
-    monkeypatch.setattr("kd.models.libraries._reach", lambda address: None)
+    monkeypatch.setattr("kd.models.libraries._reach", lambda *told: None)
     place = fetched(name, tmp_path)
     assert place == tmp_path / "pretrained" / f"{name.replace('/', '-')}.safetensors"
     assert fetched(f"{name}?", tmp_path) == place
@@ -277,17 +278,56 @@ def test_published_weights_are_fetched_once(name: str, tmp_path: Path, monkeypat
     assert [each.name for each in place.parent.iterdir()] == [place.name]
 
 
+def test_published_weights_of_timm_are_read_as_its_hub_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in in the cache of Hugging Face, which is read without network."""
+    config = timm.get_pretrained_cfg("lcnet_050")
+    place = tmp_path / f"models--{config.hf_hub_id.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    published = build("timm/lcnet_050", num_classes=1000)
+    (place / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(published.state_dict(), place / "snapshots" / ("0" * 40) / "model.safetensors")
+    for name, value in (("HF_HUB_OFFLINE", True), ("HF_HUB_CACHE", str(tmp_path))):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    network, line = begun(fetched("timm/lcnet_050", tmp_path), "timm/lcnet_050", 3)
+    said = capsys.readouterr().out
+    assert said == f"timm/lcnet_050: its published weights are fetched, once, into {tmp_path}/pretrained\n"
+    assert line == "timm/lcnet_050: its classifier of 1,000 classes is made anew for 3"
+    assert torch.equal(network.get_parameter("conv_stem.weight"), published.get_parameter("conv_stem.weight"))
+
+
+def test_published_weights_of_torchvision_are_read_as_its_hub_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in in the cache of torch.hub. Nothing else is asked for."""
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", None)
+    published = build("torchvision/squeezenet1_1", num_classes=1000, image_size=224)
+    url = torchvision.models.get_model_weights("squeezenet1_1").DEFAULT.url
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(published.state_dict(), tmp_path / "checkpoints" / url.rpartition("/")[2])
+    network, _ = begun(fetched("torchvision/squeezenet1_1", tmp_path), "torchvision/squeezenet1_1", 1000)
+    assert all(map(torch.equal, network.state_dict().values(), published.state_dict().values()))
+
+
 def test_what_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(request: Any, timeout: float) -> None:
         assert timeout <= 10
         raise URLError("Name or service not known")
 
     monkeypatch.setattr("urllib.request.urlopen", fail)
-    with pytest.raises(
-        KnownError, match=r"^teacher\.init: the weights of timm/resnet10t cannot be fetched: "
-    ) as caught:
-        fetched("timm/resnet10t", tmp_path, "teacher.init")
-    assert str(caught.value).endswith("where you have the weights in a file, teacher.init=<file> takes them")
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    for name, address in (("timm/resnet10t", "huggingface.co"), ("torchvision/resnet18", "download.pytorch.org")):
+        message = (
+            rf"^teacher\.init: the weights of {name} cannot be fetched: https://{address}\S* does not answer: Name or "
+            r"service not known; .*where you have the weights in a file, teacher\.init=<file> takes them$"
+        )
+        with pytest.raises(KnownError, match=message) as caught:
+            fetched(name, tmp_path, "teacher.init")
+        assert "\n" not in str(caught.value)
+        assert ("HF_HUB_OFFLINE" in str(caught.value)) == name.startswith("timm/")
     with pytest.raises(KnownError, match=r"^teacher\.init: timm publishes no weights of resnet50_mlp;"):
         fetched("timm/resnet50_mlp", tmp_path, "teacher.init")
     with pytest.raises(KnownError, match=r"^init: resnet8 has no published weights: only networks of timm and torch"):
@@ -303,6 +343,8 @@ FEATURES = {
     "timm/mobilenetv3_small_050": ([16, 8, 4, 2], 1024),
     "timm/tf_efficientnet_lite0": ([16, 8, 4, 2], 1280),
     "timm/convnext_atto": ([16, 8, 4, 2], 320),
+    "timm/swin_tiny_patch4_window7_224?img_size=64": ([16, 8, 4, 2], 768),
+    "torchvision/swin_t": ([16, 8, 4, 2], 768),
     "torchvision/resnet18": ([16, 8, 4, 2], 512),
     "torchvision/mobilenet_v3_small": ([16, 8, 4, 2], 1024),
     "torchvision/squeezenet1_1": ([15, 7, 3], None),
@@ -328,14 +370,43 @@ def test_maps_and_pooled_features(name: str) -> None:
     assert gradients[0].any()
 
 
+@pytest.mark.parametrize("size", [224, 384])  # of 384 pixels, the first maps have as many channels as rows
+def test_maps_with_their_channels_last_are_turned(size: int) -> None:
+    name = f"timm/swin_tiny_patch4_window7_224?img_size={size}"
+    assert [each.channels_last for each in stage_ends(name)] == [True] * 4
+    with torch.device("meta"), torch.no_grad():
+        network = build(name, num_classes=5).eval()
+        tapped = Tapped(network, stages=True, pre=False, pooled=False)
+        network(torch.zeros(1, 3, size, size))
+    shapes = [tuple(each.shape) for each in tapped.take()[0].values()]
+    assert shapes == [(1, 96 * 2**i, size >> i + 2, size >> i + 2) for i in range(4)]
+    assert not any(each.channels_last for each in stage_ends("timm/resnet10t"))
+
+
+def test_a_map_that_is_turned_has_the_same_values() -> None:
+    torch.manual_seed(0)
+    network, seen = build("torchvision/swin_t", num_classes=5).eval(), list[torch.Tensor]()
+    path = stage_ends("torchvision/swin_t")[0].path
+    network.get_submodule(path).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    tapped = Tapped(network, stages=True, pre=False, pooled=False)
+    with torch.no_grad():
+        network(torch.randn(1, 3, 64, 64))
+    found, first = tapped.take()[0]["stage1"], seen[0]
+    assert found.shape == (1, 96, 16, 16)
+    assert torch.equal(found[0, 5, 3, 7], first[0, 3, 7, 5])
+
+
 def test_networks_without_maps_say_what_works() -> None:
-    for name in ("timm/vit_tiny_patch16_224", "timm/mixer_s32_224", "torchvision/vit_b_32"):
+    # HRNet's stages end in several maps, LeViT's in tokens.
+    convolutional = ("timm/hrnet_w18_small", "timm/levit_128s")
+    for name in ("timm/vit_tiny_patch16_224", "timm/mixer_s32_224", "torchvision/vit_b_32", *convolutional):
         with torch.device("meta"):
-            network = build(name, num_classes=5)
+            network = build(name, num_classes=5, image_size=224)
         message = f"no stage of {name} ends in one; losses that read logits or pooled features alone work with it$"
         with pytest.raises(KnownError, match=message):
             Tapped(network, stages=True, pre=False, pooled=False)
-        Tapped(network, stages=False, pre=False, pooled=True)
+        if len(last_layers(network)) == 1:
+            Tapped(network, stages=False, pre=False, pooled=True)
     with torch.device("meta"):
         network = build("timm/resnet10t", num_classes=5)
     with pytest.raises(

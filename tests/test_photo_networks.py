@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -103,6 +104,21 @@ def test_a_network_may_see_another_size_and_has_its_own_normalisation(
     assert seen == [torch.Size([1, 3, 48, 48])]
 
 
+def test_a_size_that_the_network_is_not_made_for_is_said(job: Job, root: Path, weights: Path, capsys: Shown) -> None:
+    said = f"teacher {LCNET} is made for 224×224 images, and sees 32×32; teacher.image_size=224 resizes what it sees"
+    asked = photos(root, *lcnet(weights), "teacher.freeze=backbone", "dry_run=true")
+    for told in ((), ("teacher.image_size=224",)):
+        job(*asked, *told, multirun=True)
+        assert (said in capsys.readouterr().out) == (told == ())
+
+
+def test_a_teacher_without_trained_weights_is_said(job: Job, root: Path, weights: Path, capsys: Shown) -> None:
+    said = f"teacher {LCNET} begins with random weights: no init gives it trained ones"
+    for chosen in (["teacher=timm", "teacher.arch=lcnet_035"], lcnet(weights)):
+        job(*photos(root, *chosen, "dry_run=true"), multirun=True)
+        assert (said in capsys.readouterr().out) == (len(chosen) == 2)
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
@@ -137,6 +153,21 @@ def test_pretrained_weights_are_fetched_once(
     assert asked == [LCNET]
     file = next(tmp_path.rglob("pretrained/timm-lcnet_035.safetensors"))
     assert job(*photos(root, *lcnet(file)))["chain"][0]["key"] == named["key"]
+
+
+def test_without_network_a_plan_says_what_else_there_is(
+    job: Job, root: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(request: Any, timeout: float) -> None:
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    asked = photos(root, "teacher=timm", "teacher.arch=lcnet_050", "teacher.init=pretrained")
+    for told in ((), ("dry_run=true",)):
+        assert job(*asked, *told, code=2) is None
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("teacher.init: the weights of timm/lcnet_050 cannot be fetched: https://")
+        assert line.endswith("; where you have the weights in a file, teacher.init=<file> takes them")
 
 
 def test_photographs_have_their_own_recipe(job: Job, root: Path, tmp_path: Path, capsys: Shown) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -269,9 +270,41 @@ def test_a_signal_to_all_processes_is_answered_by_one(
     assert stage_files(tmp_path / "store", key) == stage_files(tmp_path / "unbroken", key)
 
 
+LISTENING = """
+import os, sys
+
+def listen(event, details):
+    if event == "open" and str(details[0]).endswith(".jpg"):
+        from torch.utils.data import get_worker_info
+        if get_worker_info() is not None:
+            with open(os.environ["OPENED"] + os.environ["RANK"], "a") as log:
+                log.write(details[0] + os.linesep)
+
+if "RANK" in os.environ:
+    sys.addaudithook(listen)
+"""
+
+
 @pytest.mark.slow
-def test_each_of_two_ranks_decodes_its_share(tmp_path: Path) -> None:
-    """Every photograph is opened once an epoch, by one of the ranks."""
+def test_two_ranks_open_different_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each photograph is opened once in an epoch, by a worker of one of the ranks, which share them equally."""
+    root = snapshots(tmp_path / "photographs")
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(LISTENING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
+    monkeypatch.setenv("OPENED", str(tmp_path / "opened"))
+    run = [*photographs(root, "stream"), "method=scratch", "train.epochs=1", "train.batch_size=12"]
+    code, out, problems = finish(launch(*run, "dataset.val_fraction=0", "train.select=last", cwd=tmp_path))
+    assert (code, problems) == (0, []), out
+    opened = [(tmp_path / f"opened{rank}").read_text().splitlines() for rank in (0, 1)]
+    trained = [Counter(name for name in names if Path(name).parts[-3] == "train") for names in opened]
+    assert {*trained[0].values(), *trained[1].values()} == {2}  # for its size, and for its pixels
+    assert [len(names) for names in trained] == [18, 18]
+    assert sorted([*trained[0], *trained[1]]) == sorted(map(str, root.glob("train/*/*.jpg")))
+
+
+@pytest.mark.slow
+def test_two_ranks_that_stream_give_the_same_bits_again(tmp_path: Path) -> None:
     root = snapshots(tmp_path / "photographs")
     run = [*photographs(root, "stream"), "method=kd", "train.epochs=3", "runtime.bank=false"]
     code, out, problems = finish(launch(*run, cwd=tmp_path))
@@ -323,6 +356,21 @@ def test_imagenet_streams_and_goes_on_after_an_interruption(
     rows = [json.loads(row) for row in (tmp_path / "unbroken" / key / "metrics.jsonl").read_text().splitlines()]
     assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.01, 0.001])  # divided by ten after each third
     assert result["dataset"] == "imagenet"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decode", ["array", "stream"])
+def test_takds_row_of_imagenet_trains_on_a_stand_in(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decode: str
+) -> None:
+    """The experiment as it is declared, with small pictures, and one epoch."""
+    monkeypatch.setattr("tests.conftest.QUICK", QUICK[3:])  # the networks are the experiment's
+    root = snapshots(tmp_path / "imagenet", parts=("train", "val"))
+    row = ["experiment=takd/imagenet/ta_resnet50_resnet20_resnet14", f"dataset.root={root}", f"dataset.decode={decode}"]
+    chain = job(*row, "dataset.image_size=32", "dataset.views=2", "train.epochs=1", "train.batch_size=12")["chain"]
+    assert [stage["model"] for stage in chain] == [f"resnet{depth}_imagenet" for depth in (50, 20, 14)]
+    assert [stage["guides"] for stage in chain] == [[], [chain[0]["key"]], [chain[1]["key"]]]
+    assert not any(stage["reused"] for stage in chain)
 
 
 # many files -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from kd.core.spec import KnownError
 from kd.core.stage import Normalization
@@ -17,6 +18,14 @@ from kd.models.spelling import LibraryName
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class StageEnd(NamedTuple):
+    """A module whose output is a map of `side`×`side` pixels: [sample, channel, height, width], or channels last."""
+
+    path: str
+    side: int
+    channels_last: bool
 
 
 class Library(ABC):
@@ -57,8 +66,8 @@ class Library(ABC):
         """The size of the images on which the published weights were trained, in pixels."""
 
     @abstractmethod
-    def stage_ends(self, name: LibraryName, network: nn.Module) -> list[str]:
-        """The paths of the modules that end the network's stages, first to last. The network has no memory."""
+    def stage_ends(self, name: LibraryName, network: nn.Module) -> list[StageEnd]:
+        """The modules that end the network's stages, first to last. The network has no memory."""
 
     def classifiers(self, network: nn.Module) -> tuple[str, ...]:
         """The paths of the layers that give the logits; empty if the library does not say."""
@@ -113,11 +122,11 @@ class Timm(Library):
     def own_size(self, name: LibraryName) -> int:
         return _side(name.options.get("img_size") or self._config(name).input_size[1:])
 
-    def stage_ends(self, name: LibraryName, network: nn.Module) -> list[str]:
+    def stage_ends(self, name: LibraryName, network: nn.Module) -> list[StageEnd]:
         ends = [each["module"] for each in getattr(network, "feature_info", None) or []]
         known = [path for path, _ in network.named_modules()]
-        outputs = _outputs(network, [path for path in ends if path in known], self.own_size(name))
-        return _from_a_quarter(self.own_size(name), outputs)
+        found = _map_ends(network, [path for path in ends if path in known], self.own_size(name))
+        return _from_a_quarter(self.own_size(name), found)
 
     def classifiers(self, network: nn.Module) -> tuple[str, ...]:
         declared: Any = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
@@ -130,7 +139,8 @@ class Timm(Library):
         from huggingface_hub import constants
 
         if self._config(name).hf_hub_id and not constants.HF_HUB_OFFLINE:
-            _reach(constants.ENDPOINT)  # otherwise each of its files is tried six times, which takes a minute
+            # Otherwise each of its files is tried six times, which takes a minute.
+            _reach(constants.ENDPOINT, "HF_HUB_OFFLINE=1 takes them from its cache alone")
         return timm.create_model(name.arch, pretrained=True)
 
     def published(self, name: LibraryName) -> bool:
@@ -194,7 +204,7 @@ class Torchvision(Library):
         asked = name.options.get("image_size") or name.options.get("input_size")
         return _side(asked or self._weights(name).transforms().crop_size)
 
-    def stage_ends(self, name: LibraryName, network: nn.Module) -> list[str]:
+    def stage_ends(self, name: LibraryName, network: nn.Module) -> list[StageEnd]:
         """The last module before each change of the maps' size, of the network's parts and the parts of these."""
         from torch import nn
 
@@ -206,14 +216,17 @@ class Torchvision(Library):
             inner = [f"{path}.{each}" for each, _ in part.named_children()]
             if path != classifier.partition(".")[0]:
                 parts += inner if isinstance(part, (nn.Sequential, nn.ModuleList)) else [path]
-        outputs = _outputs(network, parts, self.own_size(name))
-        lasts = {shape[-1]: path for path, shape in outputs.items()}
-        ends = _from_a_quarter(self.own_size(name), {path: outputs[path] for path in lasts.values()})
+        lasts = {each.side: each for each in _map_ends(network, parts, self.own_size(name))}
+        ends = _from_a_quarter(self.own_size(name), [*lasts.values()])
         return ends if len(ends) > 1 else []  # a transformer's one map is that of its patches
 
     def pretrained(self, name: LibraryName) -> nn.Module:
+        import torch.hub
         import torchvision.models
 
+        url = self._weights(name).url
+        if not (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file():
+            _reach(url)  # torch waits for an answer without an end
         network: nn.Module = torchvision.models.get_model(name.arch, weights="DEFAULT", progress=False)
         return network
 
@@ -230,14 +243,18 @@ def _side(size: Any) -> int:
     return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
-def _outputs(network: nn.Module, paths: list[str], size: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the square maps that modules give for one image [1, 3, size, size], in the order of their calls."""
+def _map_ends(network: nn.Module, paths: list[str], size: int) -> list[StageEnd]:
+    """The modules that give square maps for one image [1, 3, size, size], in the order of their calls."""
     import torch
 
     found: dict[str, tuple[int, ...]] = {}
 
     def keep(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor) and output.dim() == 4 and output.shape[2] == output.shape[3]:
+        if (
+            isinstance(output, torch.Tensor)
+            and output.dim() == 4
+            and output.shape[2] in (output.shape[1], output.shape[3])
+        ):
             found[path] = tuple(output.shape)
 
     hooks = [network.get_submodule(path).register_forward_hook(partial(keep, path)) for path in paths]
@@ -245,16 +262,18 @@ def _outputs(network: nn.Module, paths: list[str], size: int) -> dict[str, tuple
         network.eval()(torch.zeros(1, 3, size, size))
     for hook in hooks:
         hook.remove()
-    return found
+    # Where there are as many channels as rows, the network's other maps tell where the channels are.
+    last = any(one == two != three for _, one, two, three in found.values())
+    return [StageEnd(path, two, one == two and (two != three or last)) for path, (_, one, two, three) in found.items()]
 
 
-def _from_a_quarter(size: int, outputs: dict[str, tuple[int, ...]]) -> list[str]:
-    """The paths of maps with at most a quarter of the image's height, and more than one pixel: larger is the stem."""
-    return [path for path, shape in outputs.items() if 1 < shape[-1] <= -(-size // 4)]
+def _from_a_quarter(size: int, ends: list[StageEnd]) -> list[StageEnd]:
+    """Those with maps of at most a quarter of the image's height, and more than one pixel: larger is the stem."""
+    return [each for each in ends if 1 < each.side <= -(-size // 4)]
 
 
-def _reach(address: str) -> None:
-    """Raise OSError if nothing answers at an address within ten seconds."""
+def _reach(address: str, hint: str = "") -> None:
+    """Raise OSError, with the hint, if nothing answers at an address within ten seconds."""
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen  # here, because a dry run needs none of it: it loads ssl
 
@@ -263,8 +282,7 @@ def _reach(address: str) -> None:
     except HTTPError:  # it answers
         return
     except OSError as error:
-        why = getattr(error, "reason", error)
-        raise OSError(f"{address} does not answer: {why}; HF_HUB_OFFLINE=1 takes them from its cache alone") from error
+        raise OSError(f"{address} does not answer: {getattr(error, 'reason', error)}; {hint}".strip(" ;")) from error
 
 
 LIBRARIES: Mapping[str, Library] = {library.name: library for library in (Timm(), Torchvision())}
@@ -304,8 +322,8 @@ def library_network(text: str, num_classes: int, image_size: int, in_channels: i
 
 
 @cache
-def stage_ends(text: str) -> tuple[str, ...]:
-    """The paths of the modules at the ends of a network's stages, first to last; empty if it has no maps."""
+def stage_ends(text: str) -> tuple[StageEnd, ...]:
+    """The modules at the ends of a network's stages, first to last; empty if it has no maps."""
     name = library_name(text)
     return tuple(LIBRARIES[name.library].stage_ends(name, _blank(text, 2, 3)))
 

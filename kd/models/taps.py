@@ -13,10 +13,14 @@ from kd.models.libraries import classifiers, stage_ends
 
 
 class Tap(NamedTuple):
-    """The output of the submodule at a dotted path, or its first input. If it is called more than once, the last."""
+    """The output of the submodule at a dotted path, or its first input. If it is called more than once, the last.
+
+    A map is [sample, channel, height, width] there, or with `channels_last` [sample, height, width, channel].
+    """
 
     path: str
     of: Literal["output", "input"] = "output"
+    channels_last: bool = False
 
 
 def named_taps(stages: Iterable[Tap], pre: Iterable[Tap]) -> dict[str, Tap]:
@@ -73,18 +77,19 @@ class Tapped:
 
     def _hook(self, network: nn.Module, name: str, tap: Tap) -> RemovableHandle:
         module = network.get_submodule(tap.path)
-        keep = self._keeper(name)
+        keep = self._keeper(name, tap.channels_last)
         if tap.of == "output":
             return module.register_forward_hook(lambda _module, _inputs, output: keep(output))
         return module.register_forward_pre_hook(lambda _module, inputs: (keep(inputs[0]), *inputs[1:]))
 
-    def _keeper(self, name: str) -> Callable[[Any], Tensor]:
+    def _keeper(self, name: str, channels_last: bool) -> Callable[[Any], Tensor]:
         """A function that keeps a tensor under this name and returns the one that the network goes on with."""
 
         def keep(tensor: Tensor) -> Tensor:
             if self._training_only and not self._network.training:
                 return tensor
-            self._kept[name] = tensor.flatten(1) if name == "pooled" else tensor
+            kept = tensor.permute(0, 3, 1, 2) if channels_last else tensor
+            self._kept[name] = kept.flatten(1) if name == "pooled" else kept
             # The activation after it may be in place, and would change what is kept.
             return tensor.clone() if name.endswith("_pre") else tensor
 
@@ -116,7 +121,7 @@ def _library_maps(name: str, pre: bool) -> dict[str, Tap]:
     ends = stage_ends(name)
     if not ends:
         raise KnownError(f"losses on feature maps need a network with maps: no stage of {name} ends in one; {works}")
-    return named_taps(map(Tap, ends), ())
+    return named_taps((Tap(end.path, channels_last=end.channels_last) for end in ends), ())
 
 
 def head(network: nn.Module) -> str:

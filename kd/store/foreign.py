@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kd.core.files import replacing
-from kd.core.spec import KnownError
+from kd.core.spec import KnownError, tilde
 from kd.core.stage import Given
 from kd.models import MODELS, LibraryEntry, build
 from kd.models.libraries import LIBRARIES, library_name, published_weights
@@ -123,6 +123,9 @@ def fetched(name: str, data_root: Path, key: str = "init") -> Path:
     place = data_root / "pretrained" / f"{library.library}-{library.arch}.safetensors"
     if place.exists():
         return place
+    if LIBRARIES[library.library].published(library):
+        told = f"{library.library}/{library.arch}: its published weights are fetched, once, into {place.parent}"
+        print(tilde(told), flush=True)
     try:
         state = published_weights(name).state_dict()
     except KnownError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from kd.core.spec import KnownError
 from kd.core.stage import Given, Source, Stage
 from kd.datasets import LARGE
+from kd.models import MODELS, LibraryEntry, own_size
 from kd.store.foreign import load_network
 from kd.training.workplace import Workplace
 
@@ -98,7 +99,13 @@ def _sees_one_value(stage: Stage) -> bool:
 
 
 def _check_initial(stages: Sequence[Stage], place: Workplace) -> None:
-    """Read every file of initial weights, and say which classifier is new."""
+    """Read every file of initial weights. Say which classifier is new, and which network sees an unusual size.
+
+    Say, too, which teacher of a library begins without any: most people want trained ones.
+    """
+    for stage in _alike(stages):
+        if stage.role == "teacher" and stage.init is None and isinstance(MODELS[stage.model], LibraryEntry):
+            print(f"teacher {stage.model} begins with random weights: no init gives it trained ones", flush=True)
     begun = [stage for stage in _alike(stages) if stage.init is not None]
     if not begun:
         return
@@ -111,6 +118,16 @@ def _check_initial(stages: Sequence[Stage], place: Workplace) -> None:
             _, line = load_initial(stage, place.initial.get(str(stage.init)))
         if line is not None:
             print(f"{stage.role} {line}", flush=True)
+        _say_size(stage)
+
+
+def _say_size(stage: Stage) -> None:
+    """A line for a network that a library made for images of another size: its weights may do much worse."""
+    own, seen = own_size(stage.model), stage.input_size
+    if own is not None and own != seen:
+        key = {"student": "model.image_size", "teacher": "teacher.image_size"}.get(stage.role)
+        hint = f"; {key}={own} resizes what it sees" if key else ""
+        print(f"{stage.role} {stage.model} is made for {own}×{own} images, and sees {seen}×{seen}{hint}", flush=True)
 
 
 def _check_loss(stage: Stage) -> None:
