@@ -264,6 +264,7 @@ def lines(*words: str, multirun: bool = False) -> list[str]:
         ("sweep.prune=true", "sweep.prune has no effect: this run is not a trial of a search"),
         ("sweep.objective=test_acc", "sweep.objective has no effect: this is a single run, without -m"),
         ("runtime.tables=true", "runtime.tables has no effect: this is a single run, without -m"),
+        ("runtime.live=true", "runtime.live has no effect: this is a single run, without -m"),
         ("tracking=none tracking.project=x", "tracking.project has no effect: tracking=none does not read it"),
         (
             "tracking=tensorboard tracking.tags=[x]",

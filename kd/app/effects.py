@@ -141,7 +141,7 @@ class Effects:
                 if self.given.get(key, "false").lower() != "false":
                     yield f"{key} has no effect: this run is not a trial of a search"
         if not self.multirun:
-            for key in ("sweep.objective", "runtime.tables"):
+            for key in ("sweep.objective", "runtime.tables", "runtime.live"):
                 if key in self.given:
                     yield f"{key} has no effect: this is a single run, without -m"
 

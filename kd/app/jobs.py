@@ -118,9 +118,6 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
     multirun = hydra.mode == RunMode.MULTIRUN
     for line in remarks(config, dataset, students[0], by_key(typed()), multirun=multirun):
         print(line, flush=True)
-    for key in ("runtime.tables", "runtime.live") if hydra.mode == RunMode.RUN else ():
-        if key in by_key(typed()):
-            print(f"{key} has no effect: this run is no sweep", flush=True)
     if config.runtime.threads is None and runtime.processes not in (None, 1):
         print(f"runtime.processes={runtime.processes}: runtime.threads={runtime.threads} in each", flush=True)
     store = Store(config.store_root)
