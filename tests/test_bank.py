@@ -195,7 +195,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_on_off_cold_and_warm(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     how = f"train.precision={precision}"
     off = student(job, monkeypatch, tmp_path / "off", how, "runtime.bank=false")

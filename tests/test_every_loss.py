@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,14 @@ def train(stage: Stage, few: Data, place: Path | None = None, **more: Any) -> Tr
     return train_stage(stage, data=few, guides=guides, device="cpu", watch=more.pop("watch", Silent()), **more)
 
 
-@pytest.mark.parametrize("name", [name for name in GUIDED if name != "teachable_teacher"])
+def some(names: Iterable[str], quick: Container[str]) -> list[Any]:
+    """All of the names; those that are not among the quick ones for `make test-slow` alone."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize(
+    "name", some((name for name in GUIDED if name != "teachable_teacher"), ("distill", "crd", "vid", "reviewkd"))
+)
 def test_a_loss_resumes_to_the_same_bits(name: str, few: Data, tmp_path: Path) -> None:
     stage = stage_of(name, few)
     unbroken = train(stage, few)
@@ -126,7 +133,7 @@ def test_pooled_features_from_the_bank_train_the_same_student(name: str, few: Da
     assert len([*tmp_path.glob("*/pooled.bin")]) == 1
 
 
-@pytest.mark.parametrize("name", ["distill", "dkd", "rkd", "fitnet"])
+@pytest.mark.parametrize("name", some(["distill", "dkd", "rkd", "fitnet"], ("distill", "fitnet")))
 def test_several_guides_are_a_weighted_mean(name: str, few: Data) -> None:
     two = stage_of(name, few, guides=2)
     assert two.key != stage_of(name, few).key

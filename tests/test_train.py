@@ -477,6 +477,7 @@ def test_a_guide_is_left_as_it_was(data: Data) -> None:
         assert not any(module.training for module in watched.modules())
 
 
+@pytest.mark.slow
 def test_every_network_of_the_table_can_guide(data: Data) -> None:
     from kd.models import MODELS
 

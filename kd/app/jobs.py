@@ -49,15 +49,16 @@ SEARCH = "kd.app.search.hand_over"  # hydra.sweeper.custom_search_space of kd's 
 def run_job(folder: Path, work: Callable[[], T], dry: bool) -> T | None:
     """Do the work of one job. A failure with a known reason is printed without a traceback.
 
-    The job writes error.json into its folder. A single run then exits with 2. In a multirun that would end the whole
-    sweep. So the job returns None, and the sweep goes on. Other failures print their traceback too.
+    The job writes error.json into its folder, except for the plan of a single run. A single run then exits with 2. In a
+    multirun that would end the whole sweep. So the job returns None, and the sweep goes on. Other failures print their
+    traceback too.
     """
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         clear_marks(folder, dry)
         return work()
     except Exception as error:
-        reason = noted(folder, error)
+        reason = known_reason(error) if dry and not multirun else noted(folder, error)  # a plan leaves nothing
         if reason is None and not multirun:
             raise
         if reason is None:
