@@ -51,7 +51,7 @@ tensorboard: setup ## serve the runs of tracking=tensorboard on http://127.0.0.1
 	$(BIN)/tensorboard --host 127.0.0.1 --logdir_spec outputs:outputs,multirun:multirun
 
 test-slow: setup ## the tests on real images and long trainings
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n auto --dist loadfile
 
 torture: setup ## kill runs 202 times and compare what is left with undisturbed ones: about an hour
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m torture -n 2

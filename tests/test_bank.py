@@ -239,6 +239,7 @@ def test_losses_on_logits_and_on_pooled_features_run_the_guide_once_each(
     assert len([*(tmp_path / "store" / "bank").iterdir()]) == 2
 
 
+@pytest.mark.slow
 def test_restricted_views_are_computed_once_for_all_seeds(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from tests.conftest import QUICK, composed, run_py
 CHDIR = "hydra.job.chdir=true"
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_sweep_share_one_store(tmp_path: Path) -> None:
     jobs = ("-m", *QUICK, "train.epochs=1", CHDIR, "method.T=1,2", "hydra.sweep.dir=sweep")
     done = run_py(*jobs, "runtime.store=relstore", cwd=tmp_path)

@@ -132,6 +132,7 @@ def test_a_run_trains_a_damaged_stage_again_to_the_same_bits(
     assert student in set(Store(tmp_path / "store"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_no_stage(tmp_path: Path) -> None:
     """A real file system of 200 kB, in its own mount namespace."""
     disk = tmp_path / "disk"

@@ -55,6 +55,7 @@ def test_a_dry_run_and_a_refusal(encoding: str, job: Callable[..., Any]) -> None
     assert f"(got '{ESCAPED}' with dataset=digits)" in printed
 
 
+@pytest.mark.slow
 def test_a_locale_without_utf_8(tmp_path: Path) -> None:
     """Python itself mends LANG=C; this is what remains on other machines, and Windows' cp1252."""
     ascii_only = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -93,6 +93,7 @@ def test_an_addition_is_a_file_and_a_line() -> None:
         assert int(lines) <= most
 
 
+@pytest.mark.slow
 def test_all_of_them_in_a_run(extended: Path) -> None:
     run = ("dataset=shapes", "model=lenet5", "method=born_again", "method.generations=1")
     python("run.py", *SHORT, *run, cwd=extended)
@@ -267,10 +268,22 @@ def test_a_dotted_path_needs_no_installation(job: Callable[..., Any]) -> None:
             "model.name: kd.models: broken (mylab.broken:TINY of the package mylab) cannot be imported "
             "(ModuleNotFoundError: No module named 'nothing_of_this_name') (got 'broken')",
         ),
-        ("dataset=broken", "kd.datasets: broken (mylab.broken:HALVES of the package mylab) cannot be imported ("),
+        pytest.param(
+            "dataset=broken",
+            "kd.datasets: broken (mylab.broken:HALVES of the package mylab) cannot be imported (",
+            marks=pytest.mark.slow,
+        ),
         ("teacher=wrong", "teacher.name: kd.models: wrong (mylab.nets:Tiny of the package mylab) is not a ModelEntry"),
-        ("method.name=mylab.nets.TINY", "kd.methods: mylab.nets.TINY is not a complete subclass of Method (got "),
-        ("model.name=mylab.nets.HUGE", "model.name: kd.models: mylab.nets.HUGE cannot be imported (AttributeError: "),
+        pytest.param(
+            "method.name=mylab.nets.TINY",
+            "kd.methods: mylab.nets.TINY is not a complete subclass of Method (got ",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "model.name=mylab.nets.HUGE",
+            "model.name: kd.models: mylab.nets.HUGE cannot be imported (AttributeError: ",
+            marks=pytest.mark.slow,
+        ),
         ("model.name=nobody.nets.TINY", "model.name: kd.models: nobody.nets.TINY cannot be imported (ModuleNot"),
     ],
 )

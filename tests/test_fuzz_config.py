@@ -99,6 +99,7 @@ def _secret() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @SEEN
 @given(configurations())
 def test_any_values_end_in_a_plan_or_in_readable_lines(drawn: tuple[DictConfig, dict[str, Any]]) -> None:

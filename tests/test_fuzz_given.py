@@ -65,6 +65,7 @@ def outcome(path: Path) -> str:
     return "loaded"
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == FEW, suppress_health_check=list(HealthCheck))
 @drawn(data=st.data())
 def test_damaged_files(data: st.DataObject, tmp_path: Path) -> None:

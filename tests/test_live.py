@@ -51,7 +51,7 @@ def jobs(folder: Path) -> None:
     record_failed(begin(folder, 1, "method=kd", "method.T=-1", "seed=0"), "method.T: should be above 0 (got -1)")
 
 
-@pytest.mark.parametrize("columns", [80, 160])
+@pytest.mark.parametrize("columns", [80, pytest.param(160, marks=pytest.mark.slow)])
 def test_what_is_printed_stays_above_the_table(tmp_path: Path, columns: int) -> None:
     jobs(tmp_path)
     terminal, shown, code = in_terminal([sys.executable, "-c", PROGRAM], tmp_path, columns)
@@ -66,7 +66,7 @@ def test_what_is_printed_stays_above_the_table(tmp_path: Path, columns: int) -> 
     ]
     assert terminal.text.splitlines() == [*lines, "the summary"]
     assert terminal.cursor_shown
-    table = next(text for text in shown if "images/s" in text and "red" not in text).splitlines()
+    table = next(text for text in shown if "95 s" in text and "red" not in text).splitlines()
     assert table[:2] == ["a line of a job", ".: 0 of 12 jobs done, 1 running, 1 failed"]
     assert table[2].split() == ["job", "setting", "stage", "epoch", "val", "%", "images/s", "left"]
     assert re.fullmatch(r"0 +method\.T=1 +student plane2 s0 +3/60 +91\.50 +1,234 +95 s", table[4])

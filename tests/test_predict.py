@@ -115,6 +115,7 @@ def predicted(capsys: Shown, *arguments: object, code: int = 0) -> list[dict[str
 # photographs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [STUDENT, TEACHER])
 def test_the_recorded_accuracy_from_the_store_and_from_exports(study: Study, network: str, capsys: Shown) -> None:
     outcome, files = study.chain[network], study.photos / "test"
@@ -161,6 +162,7 @@ def test_what_is_transparent_is_as_in_the_test_images(tmp_path: Path, background
     assert image.unique().tolist() == [shade]
 
 
+@pytest.mark.slow
 def test_an_export_names_classes_and_preprocessing(study: Study) -> None:
     spoken = "upright by its EXIF, white where it is transparent, the shorter side resized to 37, the centre of 32×32"
     for network, own in ((STUDENT, 48), (TEACHER, None)):
@@ -190,6 +192,7 @@ def re_safe(name: str) -> bool:
     return all(char.isalnum() or char in "_.-" for char in name)
 
 
+@pytest.mark.slow
 def test_load_takes_the_same_images(study: Study, capsys: Shown) -> None:
     key, file = study.chain[STUDENT]["key"], study.photos / "test" / "ants" / "0.jpg"
     network = kd.load(key, study.store)
@@ -204,6 +207,7 @@ def test_load_takes_the_same_images(study: Study, capsys: Shown) -> None:
 # lines ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_line_for_each_picture(study: Study, capsys: Shown) -> None:
     export, file = study.exports[STUDENT, "onnx"], study.photos / "test" / "bees" / "0.jpg"
     (told,) = predicted(capsys, export, file)
@@ -225,6 +229,7 @@ def test_a_line_for_each_picture(study: Study, capsys: Shown) -> None:
         assert "should be a whole number of at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_a_line_each(study: Study, tmp_path: Path, capsys: Shown) -> None:
     good = study.photos / "test" / "bees" / "0.jpg"
     (tmp_path / "notes.jpg").write_text("no picture")
@@ -249,6 +254,7 @@ def test_what_cannot_be_read_is_a_line_each(study: Study, tmp_path: Path, capsys
     assert lines[3:] == [f"{tmp_path}/odd\\nname.jpg: empty"]
 
 
+@pytest.mark.slow
 def test_what_the_system_refuses_is_a_line_too(
     study: Study, tmp_path: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +267,7 @@ def test_what_the_system_refuses_is_a_line_too(
     assert capsys.readouterr().err == f"{file}: Permission denied\n"
 
 
+@pytest.mark.slow
 def test_folders_are_searched(study: Study, tmp_path: Path, capsys: Shown) -> None:
     good = study.photos / "test" / "bees" / "0.jpg"
     for name in ("b/deep/2.jpg", "a.jpg", ".hidden.jpg", "__MACOSX/x.jpg", "notes.txt"):
@@ -278,6 +285,7 @@ def test_folders_are_searched(study: Study, tmp_path: Path, capsys: Shown) -> No
         main([export, str(tmp_path / "empty")])
 
 
+@pytest.mark.slow
 def test_batches_are_bounded(study: Study, capsys: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, files = study.exports[STUDENT, "safetensors"], sorted((study.photos / "test").glob("*/*"))
     whole = predicted(capsys, folder, *files)
@@ -358,6 +366,7 @@ def test_a_contract_is_read_as_it_was_written(resize: str | None) -> None:
 # which network ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_names_no_network(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     key, file = study.chain[STUDENT]["key"], str(study.photos / "test" / "bees" / "0.jpg")

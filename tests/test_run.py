@@ -282,6 +282,7 @@ def test_failures_are_found_wherever_the_jobs_folders_are(job: Job, tmp_path: Pa
     assert len(list((tmp_path / "out").rglob("error.json"))) == len(list((tmp_path / "out").rglob("result.json"))) == 1
 
 
+@pytest.mark.slow
 def test_jobs_that_left_nothing_count(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Like a worker that is killed before its job begins."""
     from kd.app.multirun import Multirun, summarize

@@ -73,6 +73,7 @@ def test_a_killed_search_ends_with_the_trials_of_an_unbroken_one(tmp_path: Path)
     assert len(trials(tmp_path / "broken")) == 8
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_named_and_counts_as_done(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_search_of_failures_ends_in_one_line(tmp_path: Path, monkeypatch: pyte
     assert again.stderr.splitlines()[-1].endswith("no best one; a larger hydra.sweeper.n_trials adds more")
 
 
+@pytest.mark.slow
 def test_one_process_searches_and_others_join(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ("sweep=tpe", "hydra.sweeper.n_trials=2", "train.epochs=1")
     job(*overrides, multirun=True)
@@ -199,6 +201,7 @@ def test_takd_searches_as_its_authors_did(job: Job, tmp_path: Path, capsys: pyte
     assert "mode=reference" in (tmp_path / "out" / "best.sh").read_text()
 
 
+@pytest.mark.slow
 def test_the_numbers_of_a_loss_are_swept_and_searched(job: Job, tmp_path: Path) -> None:
     swept = job("loss=dkd", "loss.beta=2,8", "loss.warmup=0", "train.epochs=1", multirun=True)
     assert [result["chain"][-1]["loss"]["beta"] for result in swept] == [2, 8]

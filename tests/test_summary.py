@@ -45,6 +45,7 @@ def a_job(number: int, *overrides: str, val: float | None = 90.0, test: float = 
     return Job(str(number), list(overrides), RunResult.model_validate({"chain": chain, **common}), "")
 
 
+@pytest.mark.slow
 def test_a_run_names_several_guides_their_weights_and_the_loss(job: RunJob, capsys: pytest.CaptureFixture[str]) -> None:
     several = "method=multi_teacher", "method.teachers=[plane4,plane6]", "train.epochs=1"
     with pytest.raises(FileNotFoundError):  # a dry run has no result

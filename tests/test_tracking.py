@@ -161,7 +161,9 @@ def test_a_server_that_does_not_answer_means_offline(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "environment"), [("online", {}), ("auto", {"WANDB_MODE": "online"})], ids=["override", "variable"]
+    ("mode", "environment"),
+    [("online", {}), pytest.param("auto", {"WANDB_MODE": "online"}, marks=pytest.mark.slow)],
+    ids=["override", "variable"],
 )
 def test_where_online_is_demanded_a_server_that_does_not_answer_is_one_line(
     tmp_path: Path, mode: str, environment: dict[str, str]
@@ -428,6 +430,7 @@ def test_the_summary_has_teacher_and_replicates_also_when_nothing_is_trained(job
     assert not list((tmp_path / "store" / "partial").glob("*/wandb.json"))  # nothing is unfinished
 
 
+@pytest.mark.slow
 def test_a_multirun_says_once_that_it_is_offline(tmp_path: Path) -> None:
     """In 80 columns, with a command that finds the runs of all jobs, and that of the summary."""
     jobs = ("method=scratch", "tracking=wandb", "train.lr=0.01,0.02", "train.epochs=1", "hydra.sweep.dir=sweeps/two")
@@ -447,6 +450,7 @@ def test_a_multirun_says_once_that_it_is_offline(tmp_path: Path) -> None:
 # multiruns, and runs that go on -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_multirun_is_one_group_of_one_run_a_job(server: Server, tmp_path: Path) -> None:
     jobs = ("method=scratch", "tracking=wandb", "train.lr=0.01,1e30,0.02", "hydra.sweep.dir=sweeps/three")
     done = run_py("-m", *QUICK, *jobs, cwd=tmp_path, **server.account)
