@@ -279,6 +279,7 @@ def test_what_is_typed_without_effect_is_said_in_one_line(words: str, line: str)
 def test_what_a_sweep_reads_has_an_effect_there() -> None:
     assert lines("sweep.objective=test_acc", "runtime.tables=true", multirun=True) == []
     assert lines("tracking=wandb", "tracking.project=x") == []
+    assert lines("tracking.name=tensorboard", "tracking.project=null") == []
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ class Effects:
     def _of_tracking(self) -> Iterator[str]:
         if self.config.tracking.name != "wandb":
             for key in self.given:
-                if key.startswith("tracking.") and self.given[key] != "null":
+                if key.startswith("tracking.") and key != "tracking.name" and self.given[key] != "null":
                     yield f"{key} has no effect: tracking={self.config.tracking.name} does not read it"
 
     def _idle(self, name: str, stage: Stage, shared: bool) -> str | None:
