@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from kd.datasets.data import Data
 from kd.training.bank import Bank, open_bank
-from kd.training.guide import Guide
+from kd.training.guide import Guide, _in_own_order
 from tests.conftest import QUICK, ROOT
 from tests.test_train import data, teacher_of
 
@@ -72,6 +72,38 @@ def test_remembered_logits_are_the_computed_ones(data: Data, tmp_path: Path, pre
     assert torch.equal(warm.logits(samples[::-1].copy(), views[::-1].copy(), nobody), plain.flip(0))
     assert warm.computed == 0
     assert "_folded" not in vars(warm)  # nothing to compute, nothing to prepare
+
+
+def test_what_another_process_fills_meanwhile_is_not_computed(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two guides on one bank: when one has computed its first block, the other one has filled all the others."""
+    monkeypatch.setattr("kd.training.guide._BLOCK", 1)
+    _, network = teacher_of(data)
+    samples, views = rows()
+    plain = Guide(network, data, "bf16", "cpu").logits(samples, views, nobody)
+    first, other = (Counting(network, data, "bf16", "cpu", opened(tmp_path, data)) for _ in range(2))
+    seen: list[int] = []
+
+    def advance(images: int) -> None:
+        seen.append(images)
+        if first.computed and not other.computed:
+            assert torch.equal(other.logits(samples, views, nobody), plain)
+
+    assert torch.equal(first.logits(samples, views, advance), plain)
+    assert sum(seen) == 700
+    assert first.computed <= 128
+    assert other.computed == 700  # this block among them: it was not on disk yet
+
+
+def test_processes_fill_a_bank_in_their_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = []
+    for process in (101, 102):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        orders.append(_in_own_order(np.arange(1000), 100))
+    assert [len(order) for order in orders] == [10, 10]
+    assert all(np.array_equal(np.sort(np.concatenate(order)), np.arange(1000)) for order in orders)
+    assert [block[0] for block in orders[0]] != [block[0] for block in orders[1]]
 
 
 def test_rounding_moves_a_logit_by_half_a_float16_step_at_most(data: Data) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from functools import cached_property
+from random import Random
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from kd.models.normalization import Normalized
 from kd.models.taps import Tapped, head
 from kd.training.bank import SAID, Bank, chunk_of, rounded_type
 
-_BLOCK = 128  # chunks computed between two writes to the bank: a killed process loses at most these
+_BLOCK = 16  # chunks computed between two writes to the bank: a killed process loses at most these
 LOGITS: frozenset[Need] = frozenset({"guide"})
 PLAIN: frozenset[Need] = frozenset({"guide", "pooled"})  # what can be cached
 
@@ -70,23 +72,37 @@ class Guide:
     ) -> dict[str, Tensor]:
         """What the guide says about views of samples, by name [sample, class or feature], on the device."""
         banks = {name: self._banks[name] for name in self._names}
-        filled = np.full(len(samples), any(banks.values()))
-        for bank in banks.values():
-            filled &= bank.filled(samples, views) if bank is not None else False
         if not any(banks.values()):
             return {name: each.to(self._device) for name, each in self._compute(samples, views, advance).items()}
         found = {name: torch.empty(len(samples), self._width(name), dtype=self._type) for name in banks}
-        for name, bank in banks.items():
-            if bank is not None:
-                found[name][torch.from_numpy(filled)] = torch.from_numpy(bank.read(samples[filled], views[filled]))
-        advance(int(filled.sum()))
-        missing = np.flatnonzero(~filled)
-        for start in range(0, len(missing), _BLOCK * self._chunk):
-            block = missing[start : start + _BLOCK * self._chunk]
-            for name, fresh in self._compute(samples[block], views[block], advance).items():
-                found[name][torch.from_numpy(block)] = fresh.cpu()
-                self._remember(name, samples[block], views[block], fresh.cpu())
+        missing = self._read(found, np.arange(len(samples)), samples, views)
+        advance(len(samples) - len(missing))
+        for block in _in_own_order(missing, _BLOCK * self._chunk):
+            left = self._read(found, block, samples, views)  # without what other processes have filled meanwhile
+            advance(len(block) - len(left))
+            for name, fresh in self._compute(samples[left], views[left], advance).items() if len(left) else ():
+                found[name][torch.from_numpy(left)] = fresh.cpu()
+                self._remember(name, samples[left], views[left], fresh.cpu())
         return {name: values.to(self._device) for name, values in found.items()}
+
+    def _read(
+        self,
+        found: dict[str, Tensor],
+        rows: NDArray[np.int64],
+        samples: NDArray[np.int64],
+        views: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Read those of the rows [row] that the banks have into `found`. Returns the others."""
+        banks = [(name, self._banks[name]) for name in self._names]
+        filled = np.full(len(rows), True)
+        for _, bank in banks:
+            filled &= bank.filled(samples[rows], views[rows]) if bank is not None else False
+        there = rows[filled]
+        for name, bank in banks:
+            if bank is not None and len(there):
+                found[name][torch.from_numpy(there)] = torch.from_numpy(bank.read(samples[there], views[there]))
+        others: NDArray[np.int64] = rows[~filled]
+        return others
 
     @property
     def _type(self) -> torch.dtype:
@@ -188,6 +204,13 @@ class LiveGuide:
         with torch.no_grad(), autocast(self._precision, self._device):
             logits = self.network(images)
         return said(logits, self._tapped)
+
+
+def _in_own_order(rows: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    """The rows in blocks, in an order of this process: processes that fill one bank at once share the work."""
+    blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    Random(os.getpid()).shuffle(blocks)
+    return blocks
 
 
 def _rounded(name: str, values: Tensor, to: torch.dtype) -> Tensor:
