@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import termios
@@ -99,7 +100,7 @@ def in_terminal(
         stdout=its,
         stderr=its,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
+        preexec_fn=_hear_ctrl_c,
     )
     os.close(its)
     terminal, shown = Terminal(columns, rows), list[str]()
@@ -111,6 +112,12 @@ def in_terminal(
             os.write(ours, typed)
     os.close(ours)
     return terminal, shown, process.wait(timeout=60)
+
+
+def _hear_ctrl_c() -> None:
+    """Tests that run in the background may ignore it, and a program inherits that."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _read(terminal: int) -> bytes:

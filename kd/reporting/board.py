@@ -17,7 +17,7 @@ from rich.text import Text
 from kd.reporting.console import count, duration, narrow_table, percent, test_of
 from kd.reporting.results import UNFINISHED, Job, Known, find_jobs
 from kd.reporting.status import Status, read_status
-from kd.reporting.summary import difference
+from kd.reporting.summary import called, difference
 
 IDLE = "not training"  # a job that has begun: it loads, waits for another's stage, or was killed before it trained
 _SILENT = 600.0  # seconds without news after which a job of another machine may have ended
@@ -177,4 +177,4 @@ def plain_line(line: Line, shared: set[str]) -> str:
     told = [line.problem or stage, *([f"epoch {epoch}"] if epoch else []), *([f"val {val} %"] if val else [])]
     told += [f"{speed} images/s"] if speed else []
     told += [f"{left} left" if line.runs else left] if left else []
-    return f"job {line.job.number} ({difference(line.job.overrides, shared)}): {'  '.join(told)}"
+    return f"{called(line.job, shared)}: {'  '.join(told)}"

@@ -56,7 +56,7 @@ def print_jobs(jobs: Sequence[Job]) -> None:
         out.print(f"jobs {', '.join(numbers)}: {mark}", highlight=False)
     for job in sorted(jobs, key=lambda job: job.failed):
         if job.result is None:
-            line = f"job {job.number} ({difference(job.overrides, shared)}): {job.reason}"
+            line = f"{called(job, shared)}: {job.reason}"
             out.print(line, style="red" if job.failed else "dim", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -73,6 +73,12 @@ def job_line(number: int, swept: Sequence[str], result: RunResult) -> str:
 def difference(overrides: Sequence[str], shared: Collection[str]) -> str:
     """The overrides that not all jobs have."""
     return " ".join(filter(None, (short(override) for override in overrides if override not in shared)))
+
+
+def called(job: Job, shared: Collection[str]) -> str:
+    """A job by its number, and by the overrides that not all jobs have."""
+    own = difference(job.overrides, shared)
+    return f"job {job.number} ({own})" if own else f"job {job.number}"
 
 
 def short(override: str) -> str:
@@ -308,5 +314,5 @@ def _markdown(pool: Sequence[Setting], jobs: Sequence[Job], added: Sequence[str]
     if added:
         lines += [_PAIRED.capitalize(), "", *(f"- {line}" for line in added), ""]
     lines += [f"{line}\n" for line in best]
-    lines += [f"- job {job.number} ({' '.join(job.overrides)}): {job.reason}" for job in jobs if job.result is None]
+    lines += [f"- {called(job, ())}: {job.reason}" for job in jobs if job.result is None]
     return "\n".join(lines) + "\n"
