@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench import figure, losses, machine, photos, profile, speed, sweep
+from bench import apart, figure, losses, machine, photos, profile, speed, sweep
 from bench.workloads import WORKLOADS, Workload
 from tests.conftest import QUICK, ROOT
 
@@ -52,7 +52,7 @@ def test_a_round_of_every_loss(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 TIMM = """import sys
 value = dict(zip(sys.argv[1::], sys.argv[2::]))
-assert value["--kd-model-name"].startswith("local-dir:") and value["--num-classes"] == "2" and "--amp" not in value
+assert value["--kd-model-name"].startswith("local-dir:") and value["--num-classes"] == "2"
 for epoch in range(int(value["--epochs"])):
     speed = f"   {10 + epoch}.50/s  (1.000s,   {20 + epoch}.50/s)"
     print(f"Train: {epoch} [   1/2 (100%)]  Loss: 1.61 (1.61)  Time: 1.000s,{speed}  LR: 1e-03", file=sys.stderr)
@@ -72,31 +72,61 @@ def test_photographs_beside_timm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(photos, "SEEDS", (0,))
     monkeypatch.setattr(photos, "TEMPERATURES", (4,))
     pair = photos.Pair(
-        *(tmp_path / "train.py", tmp_path, tmp_path / "teacher.safetensors", tmp_path / "place", "fp32"),
+        *(tmp_path / "train.py", tmp_path, tmp_path / "teacher.safetensors", tmp_path / "place"),
         teacher="test_efficientnet",
         student="test_efficientnet",
         batch=4,
         size=72,
-        threads=1,
+        threads=2,
     )
     pair.place.mkdir()
     photos.serve_teacher(pair)
     assert timm.create_model(f"local-dir:{pair.place / 'teacher'}", pretrained=True, num_classes=2).num_classes == 2
-    measured = photos.measure(pair, 1, 2)
-    assert measured["images_per_second"]["timm"] == [[21.5, 22.5]]
+    measured = photos.measure(pair, 1, 2, study_epochs=2)
+    speeds = measured["images_per_second"]
+    assert speeds["timm fp32"] == speeds["timm bf16"] == [[21.5, 22.5]]
+    assert speeds["timm fp32, 2 at a time"] == speeds["timm bf16, 2 at a time"] == [[43, 45]]
     assert measured["images"] == {"timm": 4, "ours": 6}
-    assert len(measured["images_per_second"]["ours"][0]) == 2
+    assert len(speeds["ours"][0]) == 2
+    found = photos.summary(measured)
+    assert found["timm fp32, 2 at a time"]["images_per_second"] == 44
+    assert found["ours"]["study_seconds"] == round(measured["our_study_seconds"])
 
 
 def test_what_a_study_of_photographs_costs() -> None:
-    speeds = {"timm": [[10.0, 10.0], [10.0, 12.0]], "ours": [[40.0, 40.0], [30.0, 30.0]]}
-    parts = {"guide_images_per_second": 20.0, "timm_start_seconds": [5.0, 6.0, 7.0], "our_study_seconds": 100.0}
-    found = photos.summary({"images_per_second": speeds, "images": {"timm": 40, "ours": 70}, **parts})
-    assert found["images_per_second"] == {"timm": 10, "ours": 35, "guide": 20}
-    assert found["ratio"] == pytest.approx((40 / 10 + 30 / 11) / 2, abs=0.01)
-    short, full = found["study_seconds"]
-    assert (short["timm"], short["ours"]) == (9 * (6 + 4), 100)
-    assert (full["timm"], full["ours"]) == (9 * (6 + 60 * 4), 100 + 9 * 59 * 2)
+    found = photos.summary(
+        {
+            "images_per_second": {
+                "ours": [[40.0, 40.0], [30.0, 30.0]],
+                "timm bf16": [[10.0, 10.0], [10.0, 12.0]],
+                "timm bf16, 2 at a time": [[20.0, 20.0], [20.0, 20.0]],
+            },
+            "images": {"timm": 40, "ours": 70},
+            "guide_images_per_second": 20.0,
+            "timm_start_seconds": {"timm bf16": [5.0, 6.0, 7.0], "timm bf16, 2 at a time": [8.0]},
+            "our_study_seconds": 100.4,
+            "study_epochs": 60,
+        }
+    )
+    assert found["ours"] == {"images_per_second": 35, "study_seconds": 100}
+    one, two = found["timm bf16"], found["timm bf16, 2 at a time"]
+    assert one["ratio"] == pytest.approx((40 / 10 + 30 / 11) / 2, abs=0.01)
+    assert one["study_seconds"] == 9 * (6 + 60 * 4)
+    assert two["study_seconds"] == 9 * (8 / 2 + 60 * 2)
+    assert two["study_ratio"] == pytest.approx(9 * (4 + 120) / 100.4, abs=0.01)
+
+
+def test_side_by_side_is_a_ratio_of_each_round() -> None:
+    found = apart.summary({"six": {"serial": [10.0, 30.0, 20.0], "parallel": [10.0, 20.0, 10.0]}})
+    assert found == {"six": {"serial": 20, "parallel": 10, "ratio": 1.5}}
+
+
+@pytest.mark.slow
+def test_students_and_jobs_run_side_by_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(apart, "IMAGES", {"train": 200, "test": 20})
+    found = apart.measure(tmp_path, 1)
+    assert {name: len(each) for both in found.values() for name, each in both.items()} == {"serial": 1, "parallel": 1}
+    assert len(list((tmp_path / "jobs").glob("*/result.json"))) == 6
 
 
 def test_what_a_sweep_costs() -> None:
