@@ -27,7 +27,7 @@ from PIL import Image
 from bench.workloads import RESULTS, ROOT
 from kd.core import hardware
 
-IMAGES = {"train": 8_540, "test": 500}
+IMAGES = {"train": 4_270, "test": 500}
 CLASSES = 10
 _STUDENT = ("model=plane2", "teacher=plane10", "teacher.train.epochs=1", "method=kd")
 _JOBS = ("-m", *_STUDENT, "train.epochs=3", "seed=20,31", "method.T=1,5,20", "hydra.sweep.dir=jobs")

@@ -133,6 +133,7 @@ def test_options_reach_the_network() -> None:
     [
         ("timm/resnet10t?colour=red", 64, r"^timm/resnet10t\?colour=red: .*unexpected keyword argument 'colour'"),
         ("torchvision/alexnet", 32, "^torchvision/alexnet: 32×32 images: .*too small"),
+        ("timm/hrnet_w18_small", 72, "^timm/hrnet_w18_small: 72×72 images: .*; try a size that is a multiple of 32$"),
         (
             "torchvision/googlenet",
             64,

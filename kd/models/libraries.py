@@ -362,7 +362,8 @@ def _check(text: str, num_classes: int, size: int, in_channels: int) -> None:
     network = _blank(text, num_classes, in_channels)
     with torch.device("meta"), torch.no_grad():
         images = torch.zeros(2, in_channels, size, size)
-        found = [_made(f"{text}: {size}×{size} images", partial(network.train(mode), images)) for mode in (False, True)]
+        what, hint = f"{text}: {size}×{size} images", "" if size % 32 == 0 else "try a size that is a multiple of 32"
+        found = [_made(what, partial(network.train(mode), images), hint) for mode in (False, True)]
     for given in found:
         if not isinstance(given, torch.Tensor) or given.shape != (2, num_classes):
             raise KnownError(
@@ -389,9 +390,10 @@ def _blank(text: str, num_classes: int, in_channels: int) -> nn.Module:
 T = TypeVar("T")
 
 
-def _made(what: str, make: Callable[[], T]) -> T:
-    """What make() returns. Whatever a library raises becomes one line."""
+def _made(what: str, make: Callable[[], T], hint: str = "") -> T:
+    """What make() returns. Whatever a library raises becomes one line, with a hint at its end."""
     try:
         return make()
     except Exception as error:
-        raise KnownError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise KnownError("; ".join(filter(None, [f"{what}: {said}", hint]))) from error
