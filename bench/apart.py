@@ -27,11 +27,11 @@ from PIL import Image
 from bench.workloads import RESULTS, ROOT
 from kd.core import hardware
 
-IMAGES = {"train": 4_270, "test": 500}
+IMAGES = {"train": 8_540, "test": 500}
 CLASSES = 10
 _STUDENT = ("model=plane2", "teacher=plane10", "teacher.train.epochs=1", "method=kd")
 _JOBS = ("-m", *_STUDENT, "train.epochs=3", "seed=20,31", "method.T=1,5,20", "hydra.sweep.dir=jobs")
-_FOUR = ("model=resnet8", "method=scratch", "train.epochs=4", "replicates=4", "hydra.run.dir=run")
+_FOUR = ("model=resnet8", "method=scratch", "train.epochs=8", "replicates=4", "hydra.run.dir=run")
 CASES = {
     "four students of a run": (_FOUR, (*_FOUR, "runtime.threads=1")),
     "six jobs of a sweep": (_JOBS, (*_JOBS, "hydra/launcher=joblib")),
