@@ -74,11 +74,8 @@ def measure(place: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
         for case, commands in CASES.items():
             for name, arguments in zip(found[case], commands, strict=True):
                 found[case][name].append(run(place, *arguments))
-        print(
-            f"round {number + 1}: { ({case: [each[-1] for each in both.values()] for case, both in found.items()}) }, "
-            f"load {os.getloadavg()[0]:.1f}",
-            flush=True,
-        )
+        last = {case: [each[-1] for each in both.values()] for case, both in found.items()}
+        print(f"round {number + 1}: {last}, load {os.getloadavg()[0]:.1f}", flush=True)
     return found
 
 

@@ -314,5 +314,5 @@ def _markdown(pool: Sequence[Setting], jobs: Sequence[Job], added: Sequence[str]
     if added:
         lines += [_PAIRED.capitalize(), "", *(f"- {line}" for line in added), ""]
     lines += [f"{line}\n" for line in best]
-    lines += [f"- {called(job, ())}: {job.reason}" for job in jobs if job.result is None]
+    lines += [f"- job {job.number} ({' '.join(job.overrides)}): {job.reason}" for job in jobs if job.result is None]
     return "\n".join(lines) + "\n"

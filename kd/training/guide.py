@@ -80,7 +80,9 @@ class Guide:
         for block in _in_own_order(missing, _BLOCK * self._chunk):
             left = self._read(found, block, samples, views)  # without what other processes have filled meanwhile
             advance(len(block) - len(left))
-            for name, fresh in self._compute(samples[left], views[left], advance).items() if len(left) else ():
+            if not len(left):
+                continue
+            for name, fresh in self._compute(samples[left], views[left], advance).items():
                 found[name][torch.from_numpy(left)] = fresh.cpu()
                 self._remember(name, samples[left], views[left], fresh.cpu())
         return {name: values.to(self._device) for name, values in found.items()}
