@@ -16,7 +16,9 @@ from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd.app.jobs import processors_of_a_job, why_ended, with_share
+from kd.app import parallel
+from kd.app.jobs import why_ended
+from kd.app.parallel import processors_of_a_job, with_share
 from kd.core import hardware
 from kd.reporting import console
 from kd.training.workplace import RuntimeSpec
@@ -220,7 +222,7 @@ def in_job(number: int, launcher: str, mode: RunMode = RunMode.MULTIRUN) -> Dict
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve processors and three GPUs."""
-    monkeypatch.setattr("kd.app.jobs.cpu_count", lambda: 12)
+    monkeypatch.setattr("kd.app.parallel.cpu_count", lambda: 12)
     monkeypatch.setattr(hardware, "may_have_gpu", lambda: True)
     monkeypatch.setattr(hardware, "_gpus", lambda: 3)
 
@@ -260,3 +262,65 @@ def test_of_one_gpu_or_none_there_is_no_choice(monkeypatch: pytest.MonkeyPatch) 
     for gpus, device in ((0, "cpu"), (1, "cuda"), (2, "cuda:1")):
         monkeypatch.setattr(hardware, "_gpus", lambda gpus=gpus: gpus)
         assert hardware.resolve_device("auto", job=3) == device
+
+
+# how many jobs at a time ---------------------------------------------------------------------------------------------
+
+
+SMALL = ("dataset=digits", "model=plane2", "method=scratch", "train.epochs=1", "tracking=none")
+
+
+def number_of(place: Path, *overrides: str, processors: int = 8, room: int | None = 100) -> tuple[str, list[str]]:
+    """The line that a multirun by joblib prints of its number of jobs at a time, and all lines. No job is done."""
+    (place / "sitecustomize.py").write_text(
+        "import kd.app.parallel, kd.training.forecast, hydra_plugins.hydra_joblib_launcher._core as core\n"
+        f"kd.app.parallel.cpu_count = lambda: {processors}\n"
+        f"kd.training.forecast.room_for = lambda stages: print('for', [each.model for each in stages]) or {room}\n"
+        "core.launch = lambda launcher, **jobs: print('launched', launcher.joblib['n_jobs']) or []"
+    )
+    where = (f"runtime.store={place / 'store'}", f"hydra.sweep.dir={place / 'sweep'}", "hydra/launcher=joblib")
+    done = run_py("-m", *SMALL, *where, *overrides, cwd=place, PYTHONPATH=f"{place}:{ROOT}")
+    lines = done.stdout.splitlines()
+    return next((line for line in lines if line.startswith("hydra.launcher.n_jobs=")), ""), lines
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine", "said", "launched"),
+    [
+        (["seed=range(20)"], {}, "8: as many as processors", 8),
+        (["seed=0,1,2"], {}, "3: as many as jobs", 3),
+        (["seed=range(20)", "runtime.threads=3"], {}, "2: each has 3 of 8 processors", 2),
+        (["seed=range(20)"], {"room": 5}, "5: more do not fit into the memory", 5),
+        (["seed=range(20)"], {"room": 0}, "1: more do not fit into the memory", 1),
+        (["seed=range(20)"], {"room": None}, "8: as many as processors", 8),
+        (["seed=0,1,2", "train.epochs=0,1"], {}, "6: as many as jobs", 6),  # each bad job says so itself
+        (["seed=0,1,2", "hydra.launcher.n_jobs=2"], {}, None, 2),
+        (["seed=0,1,2", "hydra.launcher.n_jobs=-1"], {}, None, -1),
+    ],
+)
+def test_joblib_does_as_many_jobs_as_the_machine_can(
+    overrides: list[str], machine: dict[str, int], said: str | None, launched: int, tmp_path: Path
+) -> None:
+    line, lines = number_of(tmp_path, *overrides, **machine)
+    assert line == ("" if said is None else f"hydra.launcher.n_jobs={said}")
+    assert f"launched {launched}" in lines
+
+
+def test_memory_is_asked_for_each_network_of_a_sweep_once(tmp_path: Path) -> None:
+    """Seeds and temperatures need no other. A stage that is stored needs none."""
+    grid = ("model=plane2,plane4", "seed=0,1", "teacher=plane8", "method=kd", "method.T=1,4", "runtime.device=cpu")
+    _, lines = number_of(tmp_path, *grid)
+    assert "for ['plane8', 'plane2', 'plane8', 'plane4']" in lines
+
+
+def test_a_dry_run_chooses_no_number(tmp_path: Path) -> None:
+    line, _ = number_of(tmp_path, "seed=0,1", "dry_run=true")
+    assert line == ""
+
+
+def test_each_gpu_does_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "may_have_gpu", lambda: True)
+    monkeypatch.setattr(hardware, "_gpus", lambda: 3)
+    assert parallel.of_machine([RuntimeSpec()]) == (3, "as many as GPUs")
+    assert parallel.of_machine([RuntimeSpec(device="cuda:1")]) == (1, "as many as GPUs")
+    assert parallel.of_machine([RuntimeSpec(device="cpu")])[1] == "as many as processors"

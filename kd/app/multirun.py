@@ -9,33 +9,27 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from kd.app.jobs import SEARCH, is_dry
+from kd.app.parallel import choose_number, fixed_of, jobs_of
 from kd.core.spec import KnownError, tilde
 from kd.reporting import summary
 from kd.reporting.board import Sweep
 from kd.reporting.console import console
-from kd.reporting.results import (
-    Job,
-    find_jobs,
-    student_rows,
-)
+from kd.reporting.results import Job, find_jobs, student_rows
 from kd.reporting.tracking import TrackingSpec, group_of, track_sweep
 from kd.training.ranks import world
 
 if TYPE_CHECKING:
     from kd.app.search import Search
     from kd.reporting.live import LiveTable
-
-
-from kd.app.jobs import SEARCH, is_dry
 
 
 class Multirun(Callback):
@@ -66,7 +60,9 @@ class Multirun(Callback):
         if config.hydra.sweeper.get("custom_search_space") != SEARCH:
             folder = Path(config.hydra.sweep.dir)
             _check_folder("hydra.sweep.dir", folder)
-            Multirun.begin(folder, jobs_of_a_grid(config))
+            jobs = jobs_of(config, GlobalHydra.instance().config_loader())
+            choose_number(config, kwargs["config_name"], jobs)
+            Multirun.begin(folder, len(jobs))
             _show_table(config)
             return
         logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -75,6 +71,8 @@ class Multirun(Callback):
 
         try:
             search = ready_study(config, kwargs["config_name"])
+            at_a_time = [fixed_of(config)] * int(config.hydra.sweeper.n_jobs)
+            choose_number(config, kwargs["config_name"], at_a_time, "hydra.sweeper.n_jobs")
             Multirun.begin(search.folder, search.expected, search)
             _show_table(config)
         except (KnownError, OSError) as error:
@@ -153,22 +151,9 @@ def _check_slurm(config: DictConfig) -> None:
         sys.exit(2)
 
 
-def jobs_of_a_grid(config: DictConfig) -> int:
-    """The number of jobs that the basic sweeper makes of the command line; 0 for other sweepers and dry runs."""
-    if not config.hydra.sweeper["_target_"].endswith(".BasicSweeper"):
-        return 0
-    told = [f"{name}={values}" for name, values in (config.hydra.sweeper.params or {}).items()]
-    overrides = OverridesParser.create().parse_overrides([*told, *config.hydra.overrides.task])
-    given = {each.get_key_element(): each for each in overrides}
-    if ("dry_run" in given and given["dry_run"].value() is True) or "why" in given:
-        return 0
-    return prod(len(list(each.sweep_string_iterator())) for each in given.values() if each.is_sweep_override())
-
-
 def sweep_of(config: DictConfig, folder: Path, expected: int) -> Sweep:
     """What the multirun's configuration tells of its jobs."""
-    overrides = OverridesParser.create().parse_overrides([*config.hydra.overrides.task])
-    return Sweep(folder, expected, [str(each.input_line) for each in overrides if not each.is_sweep_override()])
+    return Sweep(folder, expected, fixed_of(config))
 
 
 def summarize() -> int:

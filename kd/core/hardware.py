@@ -55,7 +55,7 @@ def resolve_device(device: str, job: int | None = None) -> str:
     not exist.
     """
     if device == "auto":
-        return _turn(_gpus() if may_have_gpu() else 0, job)
+        return _turn(gpu_count(), job)
     if device == "cpu":
         return device
     if device == "mps":
@@ -71,6 +71,11 @@ def _turn(gpus: int, job: int | None) -> str:
     if gpus == 0:
         return "cpu"
     return "cuda" if job is None or gpus == 1 else f"cuda:{job % gpus}"
+
+
+def gpu_count() -> int:
+    """The number of GPUs of NVIDIA or AMD that torch sees."""
+    return _gpus() if may_have_gpu() else 0
 
 
 @cache

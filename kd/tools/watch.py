@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.live import Live
 
-from kd.app.multirun import jobs_of_a_grid, sweep_of
+from kd.app.multirun import sweep_of
+from kd.app.parallel import jobs_of
 from kd.core.spec import KnownError
 from kd.reporting.board import IDLE, Line, Overview, Sweep, board, has_ended, headline_of, plain_line, screen, shared_by
 
@@ -52,7 +53,7 @@ def _sweep(folder: Path) -> Sweep:
     config = OmegaConf.load(path) if path.exists() else None
     if not isinstance(config, DictConfig) or "hydra" not in config:
         return Sweep(folder)
-    return sweep_of(config, folder, jobs_of_a_grid(config))
+    return sweep_of(config, folder, len(jobs_of(config)))
 
 
 def _live(sweep: Sweep, every: float, out: Console) -> list[Line]:

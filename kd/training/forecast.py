@@ -24,6 +24,7 @@ _LONG = 3.0  # seconds after which one timed call is enough
 _STEP = 8  # images of a measured step at most
 _BACKWARD = 2  # times the forward pass
 _PROCESS = 600_000_000  # bytes of a process that has loaded torch
+_BESIDE = 550_000_000  # bytes that whole commands had at their peak above the forecast: bench/README.md
 _GROUP = Path("/sys/fs/cgroup")  # of a container, by version 2
 _WORKING = 1.3  # times the activations: gradients and copies that live for a moment
 
@@ -114,10 +115,12 @@ def free_memory(device: str) -> int | None:
     return min(free, limit - (used or 0) + _cached())
 
 
-def room_for(students: Sequence[Stage]) -> int | None:
-    """How many processes fit into the memory, each with a student and its images; None if the system does not say."""
+def room_for(stages: Sequence[Stage]) -> int | None:
+    """How many processes fit into the memory, each with the largest of these stages; None if the system is silent."""
     free = free_memory("cpu")
-    return None if free is None else free // max(memory_of(student) + _image_bytes(student) for student in students)
+    if free is None:
+        return None
+    return free // max(memory_of(stage) + _image_bytes(stage) + _BESIDE for stage in stages)
 
 
 def _image_bytes(stage: Stage) -> int:

@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from kd.app.config import Config, plan, plan_alone
+from kd.app.parallel import fixed_of, tell
 from kd.app.parsing import parse
 from kd.app.search.processes import Locks
 from kd.app.search.sampler import LOST, NO_BEST, WANTED, ordinal
@@ -89,11 +90,11 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
     wanted = 0 if base.sweep.join else int(sweeper.n_trials)
     if wanted:
         study.set_user_attr(WANTED, wanted)
-        _tell(config, "hydra.sweeper.n_trials", _missing(study, locks, wanted))
-    _tell(config, "hydra.sweeper.study_name", name)
-    _tell(config, "hydra.sweeper.storage", storage)
-    _tell(config, "hydra.sweep.dir", str(folder))
-    _tell(config, "hydra.sweep.subdir", f"${{{ORDINAL}}}")
+        tell(config, "hydra.sweeper.n_trials", _missing(study, locks, wanted))
+    tell(config, "hydra.sweeper.study_name", name)
+    tell(config, "hydra.sweeper.storage", storage)
+    tell(config, "hydra.sweep.dir", str(folder))
+    tell(config, "hydra.sweep.subdir", f"${{{ORDINAL}}}")
     return Search(folder, wanted, study, locks)
 
 
@@ -101,7 +102,7 @@ def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]
     """The configuration that all trials share, and the search space: the values of each parameter."""
     loader = GlobalHydra.instance().config_loader()
     overrides = OverridesParser.create(loader).parse_overrides(list(config.hydra.overrides.task))
-    fixed = [str(each.input_line) for each in overrides if not each.is_sweep_override()]
+    fixed = fixed_of(config)
     composed = loader.load_configuration(config_name, fixed, run_mode=RunMode.RUN)
     with open_dict(composed):
         del composed["hydra"]
@@ -198,10 +199,3 @@ def _missing(study: Study, locks: Locks, n_trials: int) -> int:
     hint = f"; {more}" if failed and not missing else ""
     print(f"study {study.study_name}: {done} trials done{among}{beside}, {missing} to go{hint}", flush=True)
     return missing
-
-
-def _tell(config: DictConfig, key: str, value: str | int) -> None:
-    """Set a key for the sweeper, and as an override for the jobs, because Hydra composes their configuration again."""
-    quoted = json.dumps(value, ensure_ascii=False) if isinstance(value, str) and "${" not in value else value
-    config.hydra.overrides.hydra.append(f"{key}={quoted}")
-    OmegaConf.update(config, key, value)
