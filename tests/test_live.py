@@ -239,3 +239,23 @@ def test_the_terminal_of_these_tests() -> None:
     assert (terminal.text, terminal.cursor_shown) == ("abcd\nef\nx", False)
     terminal.write("\x1b[9Ay\x1b[?25h")  # not above the screen
     assert (terminal.text, terminal.cursor_shown) == ("abcd\nef\nxy", True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tracking", ["none", "wandb"])
+def test_a_search_in_a_terminal(tmp_path: Path, tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's line and its row have what the search chose, without what all trials share. W&B's hint is above."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where no key of W&B is
+    own = ["sweep=tpe", "method=kd", "teacher=plane4", "hydra.sweeper.n_trials=2", f"tracking={tracking}"]
+    command = [sys.executable, str(ROOT / "run.py"), "-m", *SWEEP, *own, "train.epochs=60"]
+    terminal, shown, code = in_terminal(command, tmp_path, 100)
+    assert code == 0, terminal.text
+    lines, chosen = terminal.text.splitlines(), r"method\.T=[\d.]+ method\.lambda=[\d.]+"
+    told = rf"job \d: {chosen}: validation [\d.]+ %, test [\d.]+ %"
+    assert sum(re.fullmatch(told, line) is not None for line in lines) == 2
+    assert any(re.search(rf"^1 +{chosen} +student plane2 s0 +\d+/60 ", text, re.MULTILINE) for text in shown)
+    assert sum("wandb sync" in line for line in lines) == (tracking == "wandb")
+    assert "images/s  left" not in terminal.text
+    assert terminal.cursor_shown

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,7 +120,7 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
     alone = plan_alone(config, dataset, students)
     multirun = hydra.mode == RunMode.MULTIRUN
     for line in remarks(config, dataset, students[0], by_key(typed()), multirun=multirun):
-        print(line, flush=True)
+        _say(line, hydra.sweep.dir if multirun else folder)
     if config.runtime.threads is None and runtime.processes not in (None, 1):
         print(f"runtime.processes={runtime.processes}: runtime.threads={runtime.threads} in each", flush=True)
     store = Store(config.store_root)
@@ -144,6 +145,12 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         print_run(found)
         print(tilde(f"this run: {folder}"))
     return found
+
+
+@cache
+def _say(line: str, folder: str | Path) -> None:
+    """Print a line once for all jobs that this process does of a multirun. `folder` is the multirun's, or the run's."""
+    print(line, flush=True)
 
 
 def _swept() -> list[str]:

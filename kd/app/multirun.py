@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -60,7 +59,7 @@ class Multirun(Callback):
         if config.hydra.sweeper.get("custom_search_space") != SEARCH:
             folder = Path(config.hydra.sweep.dir)
             _check_folder("hydra.sweep.dir", folder)
-            jobs = jobs_of(config, GlobalHydra.instance().config_loader())
+            jobs = jobs_of(config)
             choose_number(config, kwargs["config_name"], jobs)
             Multirun.begin(folder, len(jobs))
             _show_table(config)
@@ -71,6 +70,7 @@ class Multirun(Callback):
 
         try:
             search = ready_study(config, kwargs["config_name"])
+            OmegaConf.save(config, search.folder / "multirun.yaml")  # as Hydra's own sweeper does
             at_a_time = [fixed_of(config)] * int(config.hydra.sweeper.n_jobs)
             choose_number(config, kwargs["config_name"], at_a_time, "hydra.sweeper.n_jobs")
             Multirun.begin(search.folder, search.expected, search)

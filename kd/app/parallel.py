@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -41,15 +40,14 @@ _MATTER = (
 )
 
 
-def jobs_of(config: DictConfig, loader: ConfigLoader | None = None) -> list[list[str]]:
-    """The overrides of each job that the basic sweeper makes of the command line; none of other sweepers and dry runs.
-
-    Without Hydra's `loader`, a sweep over glob() cannot be counted.
-    """
+def jobs_of(config: DictConfig) -> list[list[str]]:
+    """The overrides of each job that the basic sweeper makes of the command line; none of others and of dry runs."""
     if not config.hydra.sweeper["_target_"].endswith(".BasicSweeper"):
         return []
     told = [f"{name}={values}" for name, values in (config.hydra.sweeper.params or {}).items()]
-    overrides = OverridesParser.create(loader).parse_overrides([*told, *config.hydra.overrides.task])
+    hydra = GlobalHydra.instance()  # absent where a sweep is watched; only glob() needs it
+    parser = OverridesParser.create(hydra.config_loader() if hydra.is_initialized() else None)
+    overrides = parser.parse_overrides([*told, *config.hydra.overrides.task])
     given = {each.get_key_element(): each for each in overrides}
     if ("dry_run" in given and given["dry_run"].value() is True) or "why" in given:
         return []
