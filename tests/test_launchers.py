@@ -17,8 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from kd.app import parallel
-from kd.app.jobs import why_ended
-from kd.app.parallel import processors_of_a_job, with_share
+from kd.app.jobs import processors_of_a_job, why_ended, with_share
 from kd.core import hardware
 from kd.reporting import console
 from kd.training.workplace import RuntimeSpec
@@ -222,7 +221,7 @@ def in_job(number: int, launcher: str, mode: RunMode = RunMode.MULTIRUN) -> Dict
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve processors and three GPUs."""
-    monkeypatch.setattr("kd.app.parallel.cpu_count", lambda: 12)
+    monkeypatch.setattr("kd.app.jobs.cpu_count", lambda: 12)
     monkeypatch.setattr(hardware, "may_have_gpu", lambda: True)
     monkeypatch.setattr(hardware, "_gpus", lambda: 3)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hydra.core.hydra_config import HydraConfig
 
-from kd.app import parallel
+from kd.app import jobs
 from kd.app.parsing import parse
 from kd.core import hardware
 from kd.core.spec import KnownError
@@ -98,22 +98,22 @@ def test_their_threads(processes: int | None, threads: int | None, processors: i
 def test_in_a_sweep(
     launcher: str, given: dict[str, int], threads: int, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kd.app.parallel.cpu_count", lambda: 12)
+    monkeypatch.setattr("kd.app.jobs.cpu_count", lambda: 12)
     monkeypatch.setattr(hardware, "may_have_gpu", lambda: False)
     monkeypatch.setattr(HydraConfig, "get", lambda: in_job(0, launcher).hydra)
-    shared = parallel.with_share(RuntimeSpec.model_validate(given))
+    shared = jobs.with_share(RuntimeSpec.model_validate(given))
     assert (shared.threads, shared.processes) == (threads, processes)
 
 
 @pytest.mark.parametrize("processes", [None, 1, 2])
 def test_under_torchrun_the_ranks_are_the_processes(processes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "world", lambda: World(0, 2, 0, 2))
+    monkeypatch.setattr(jobs, "world", lambda: World(0, 2, 0, 2))
     monkeypatch.setattr(HydraConfig, "get", lambda: in_job(0, "basic").hydra)
     if processes == 2:
         with pytest.raises(KnownError, match=r"^runtime.processes: should be 1 or null under torchrun \(got 2\)$"):
-            parallel.with_share(RuntimeSpec(processes=processes))
+            jobs.with_share(RuntimeSpec(processes=processes))
     else:
-        assert parallel.with_share(RuntimeSpec(processes=processes)).processes == processes
+        assert jobs.with_share(RuntimeSpec(processes=processes)).processes == processes
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "all", "true", "[1,2]", "1025"])

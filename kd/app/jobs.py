@@ -1,4 +1,4 @@
-"""One job, from its configuration to its result or its failure."""
+"""One job, from its configuration to its result; its failures, and its share of the machine."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd.app.config import Config, initial_files, plan, plan_alone
 from kd.app.effects import remarks
-from kd.app.parallel import with_share
 from kd.app.parsing import by_key, parse, recorded
-from kd.core.hardware import bind_threads, resolve_device
+from kd.core.hardware import bind_threads, cpu_count, resolve_device
 from kd.core.spec import KnownError, tilde
 from kd.core.stage import Stage
 from kd.datasets import resolve
@@ -40,7 +39,7 @@ from kd.reporting.tracking import Tracker, group_of, track
 from kd.store import Metrics, Store
 from kd.training.checks import check_students
 from kd.training.pipeline import Pipeline, run_students
-from kd.training.ranks import team
+from kd.training.ranks import team, world
 from kd.training.workplace import RuntimeSpec, Workplace
 
 T = TypeVar("T")
@@ -232,6 +231,38 @@ def group() -> str | None:
     """The W&B group of this job's multirun; None for a single run."""
     hydra = HydraConfig.get()
     return group_of(Path(hydra.sweep.dir)) if hydra.mode == RunMode.MULTIRUN else None
+
+
+def with_share(runtime: RuntimeSpec) -> RuntimeSpec:
+    """The runtime of this job. If the launcher runs several jobs at once, it gets a part of the processors and one GPU.
+
+    Values that the user set stay.
+    """
+    hydra = HydraConfig.get()
+    if world().size > 1 and (runtime.processes or 1) > 1:
+        raise KnownError(f"runtime.processes: should be 1 or null under torchrun (got {runtime.processes})")
+    if hydra.mode != RunMode.MULTIRUN or hydra.runtime.choices["hydra/launcher"] == "basic":
+        return RuntimeSpec(**{**runtime.model_dump(), "threads": runtime.threads_of(cpu_count())})
+    share = processors_of_a_job(hydra.launcher, cpu_count())
+    own = {
+        "device": resolve_device(runtime.device, hydra.job.num),
+        "threads": runtime.threads_of(share) or share,
+        "processes": runtime.processes or 1,
+    }
+    return RuntimeSpec(**{**runtime.model_dump(), **own})
+
+
+def processors_of_a_job(launcher: DictConfig, processors: int) -> int:
+    """The number of processors of each job, by its launcher's settings; `processors` is the machine's number.
+
+    joblib's jobs share the machine's processors. submitit's and Ray's jobs request a number, by default one.
+    """
+    if "n_jobs" in launcher:
+        jobs = int(launcher.n_jobs)
+        jobs = jobs if jobs > 0 else processors + 1 + jobs  # as joblib counts
+        return max(processors // max(jobs, 1), 1)
+    asked = OmegaConf.select(launcher, "cpus_per_task") or OmegaConf.select(launcher, "ray.remote.num_cpus")
+    return max(int(asked or 1), 1)
 
 
 def pruning(config: Config, students: Sequence[Stage]) -> Callable[[Metrics], None] | None:

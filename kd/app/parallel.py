@@ -1,4 +1,4 @@
-"""Jobs of a sweep side by side: how many at a time, and each one's part of the machine."""
+"""Jobs of a sweep side by side: which there are, and how many at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -16,12 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd.app.config import plan
 from kd.app.parsing import by_key, parse
-from kd.core.hardware import cpu_count, gpu_count, resolve_device
+from kd.core.hardware import cpu_count, gpu_count
 from kd.core.spec import KnownError
 from kd.core.stage import Stage
 from kd.datasets import resolve
 from kd.store import Store
-from kd.training.ranks import world
 from kd.training.workplace import RuntimeSpec
 
 _GPUS = "as many as GPUs"
@@ -121,35 +119,3 @@ def tell(config: DictConfig, key: str, value: str | int) -> None:
     quoted = json.dumps(value, ensure_ascii=False) if isinstance(value, str) and "${" not in value else value
     config.hydra.overrides.hydra.append(f"{key}={quoted}")
     OmegaConf.update(config, key, value)
-
-
-def with_share(runtime: RuntimeSpec) -> RuntimeSpec:
-    """The runtime of this job. If the launcher runs several jobs at once, it gets a part of the processors and one GPU.
-
-    Values that the user set stay.
-    """
-    hydra = HydraConfig.get()
-    if world().size > 1 and (runtime.processes or 1) > 1:
-        raise KnownError(f"runtime.processes: should be 1 or null under torchrun (got {runtime.processes})")
-    if hydra.mode != RunMode.MULTIRUN or hydra.runtime.choices["hydra/launcher"] == "basic":
-        return RuntimeSpec(**{**runtime.model_dump(), "threads": runtime.threads_of(cpu_count())})
-    share = processors_of_a_job(hydra.launcher, cpu_count())
-    own = {
-        "device": resolve_device(runtime.device, hydra.job.num),
-        "threads": runtime.threads_of(share) or share,
-        "processes": runtime.processes or 1,
-    }
-    return RuntimeSpec(**{**runtime.model_dump(), **own})
-
-
-def processors_of_a_job(launcher: DictConfig, processors: int) -> int:
-    """The number of processors of each job, by its launcher's settings; `processors` is the machine's number.
-
-    joblib's jobs share the machine's processors. submitit's and Ray's jobs request a number, by default one.
-    """
-    if "n_jobs" in launcher:
-        jobs = int(launcher.n_jobs)
-        jobs = jobs if jobs > 0 else processors + 1 + jobs  # as joblib counts
-        return max(processors // max(jobs, 1), 1)
-    asked = OmegaConf.select(launcher, "cpus_per_task") or OmegaConf.select(launcher, "ray.remote.num_cpus")
-    return max(int(asked or 1), 1)
