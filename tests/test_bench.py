@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench import apart, figure, losses, machine, photos, profile, speed, sweep
+from bench import apart, figure, losses, machine, photos, profile, reading, speed, sweep
 from bench.workloads import WORKLOADS, Workload
 from tests.conftest import QUICK, ROOT
 
@@ -127,6 +127,24 @@ def test_students_and_jobs_run_side_by_side(monkeypatch: pytest.MonkeyPatch, tmp
     found = apart.measure(tmp_path, 1)
     assert {name: len(each) for both in found.values() for name, each in both.items()} == {"serial": 1, "parallel": 1}
     assert len(list((tmp_path / "jobs").glob("*/result.json"))) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # where there is one processor
+def test_photographs_are_read_by_all(tmp_path: Path) -> None:
+    """Each shows full batches of the same photographs."""
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / "photos" / ("val" if number >= 36 else "train") / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(path)
+    root = reading.repeated(tmp_path / "photos", 2, tmp_path / "more")
+    epochs = [reading.by_torchvision(root), reading.by_timm(root)]
+    epochs += [reading.ours(root, decode, tmp_path / "data") for decode in ("array", "stream")]
+    for epoch in epochs:
+        assert reading.seconds(epoch)[1] == 72 // 32 * 32
+    measured = {"torchvision": [2.0, 4.0, 8.0], "ours": [4.0, 4.0, 4.0]}
+    assert reading.ratios(measured)["ours"] == {"images_per_second": 4, "ratio": 1}
 
 
 def test_what_a_sweep_costs() -> None:
