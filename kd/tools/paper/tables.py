@@ -15,6 +15,7 @@ from kd.models import MODELS, NetworkName
 Status = Literal[
     "verified",
     "quoted at second hand",
+    "recalled from the paper, not read again",
     "by the author in an issue",
     "by the author in an issue, rounded",
     "claimed, in no table that could be verified",
@@ -128,29 +129,45 @@ class Row(Frozen):
         return self
 
 
+class ReportedRows(Frozen):
+    """What one source published for some rows: numbers by the row's id and the cell's label."""
+
+    source: str = Field(min_length=1)
+    status: Status
+    rows: dict[Name, dict[str, float]]
+
+
 class Pairs(Frozen):
     """A row for every pair of teacher and student in a group's experiments: the student alone, and each teacher."""
 
     every: Literal["pair"]
     group: Name
     published: dict[str, Published] = Field({})  # by the cells' labels, for the rows that have them
+    reported: tuple[ReportedRows, ...] = ()
 
     def rows(self, dataset: str) -> list[Row]:
         """The rows for this data set, in the order of the experiments."""
         declared = [e for e in experiments().values() if (e.group, e.dataset) == (self.group, dataset)]
         pairs = dict.fromkeys((e.chain, e.networks) for e in declared if len(e.chain) == 2)
-        return [
-            self._row(networks, [e for e in declared if e.chain in (chain, chain[1:])]) for chain, networks in pairs
-        ]
+        rows = [self._row(names, [e for e in declared if e.chain in (chain, chain[1:])]) for chain, names in pairs]
+        if unknown := {name for each in self.reported for name in each.rows} - {row.id for row in rows}:
+            raise ValueError(f"reported: there is no row {' or '.join(sorted(unknown))}")
+        return rows
 
     def _row(self, networks: tuple[str, ...], own: list[Experiment]) -> Row:
         named = {e.kind if len(e.chain) == 2 else "alone": e.name for e in own}
+        name = "_".join(networks)
+        reported = {
+            label: Published(value=value, status=each.status, source=each.source)
+            for each in self.reported
+            for label, value in each.rows.get(name, {}).items()
+        }
         return Row(
-            id="_".join(networks),
+            id=name,
             title=" → ".join(networks),
             baseline="normal",
             cells=tuple(Cell(label=label, overrides=(f"experiment={name}",)) for label, name in named.items()),
-            published={label: published for label, published in self.published.items() if label in named},
+            published=reported | {label: each for label, each in self.published.items() if label in named},
         )
 
 
