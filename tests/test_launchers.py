@@ -290,9 +290,11 @@ def number_of(place: Path, *overrides: str, processors: int = 8, room: int | Non
         (["seed=0,1,2"], {}, "3: as many as jobs", 3),
         (["seed=range(20)", "runtime.threads=3"], {}, "2: each has 3 of 8 processors", 2),
         (["seed=range(20)"], {"room": 5}, "5: more do not fit into the memory", 5),
-        (["seed=range(20)"], {"room": 0}, "1: more do not fit into the memory", 1),
+        (["seed=range(20)"], {"room": 0}, "1: the memory is short even for one", 1),
         (["seed=range(20)"], {"room": None}, "8: as many as processors", 8),
         (["seed=0,1,2", "train.epochs=0,1"], {}, "6: as many as jobs", 6),  # each bad job says so itself
+        (["seed=range(20)", "runtime.processes=4", "replicates=4"], {}, "2: each has 4 of 8 processors", 2),
+        (["seed=range(20)", "hydra.sweeper.max_batch_size=3"], {}, "3: as many as hydra.sweeper.max_batch_size", 3),
         (["seed=0,1,2", "hydra.launcher.n_jobs=2"], {}, None, 2),
         (["seed=0,1,2", "hydra.launcher.n_jobs=-1"], {}, None, -1),
     ],
@@ -305,11 +307,38 @@ def test_joblib_does_as_many_jobs_as_the_machine_can(
     assert f"launched {launched}" in lines
 
 
-def test_memory_is_asked_for_each_network_of_a_sweep_once(tmp_path: Path) -> None:
-    """Seeds and temperatures need no other. A stage that is stored needs none."""
-    grid = ("model=plane2,plane4", "seed=0,1", "teacher=plane8", "method=kd", "method.T=1,4", "runtime.device=cpu")
-    _, lines = number_of(tmp_path, *grid)
-    assert "for ['plane8', 'plane2', 'plane8', 'plane4']" in lines
+@pytest.mark.parametrize(
+    ("grid", "asked"),
+    [
+        (["model=plane2,plane4", "seed=0,1", "teacher=plane8", "method=kd", "method.T=1,4"], "8284"),
+        (["method=trained_teacher", "teacher=plane4", "method.reference=plane2,plane6", "seed=0,1"], "242642"),
+        (["method=multi_teacher", "method.teachers=[plane4,plane6],[plane8]"], "46282"),
+        (["sweep=tpe", "method=kd", "teacher=plane6", "model=choice(plane2,plane4)", "hydra.sweeper.n_jobs=2"], "6264"),
+    ],
+)
+def test_memory_is_asked_for_the_networks_of_all_jobs(grid: list[str], asked: str, tmp_path: Path) -> None:
+    """Not again for other seeds and temperatures."""
+    line, lines = number_of(tmp_path, *grid, "runtime.device=cpu")
+    (told,) = [each for each in lines if each.startswith("for [")]
+    assert "".join(re.findall(r"plane(\d)", told)) == asked
+    assert "n_jobs" in line
+
+
+def test_a_network_that_cannot_be_built_is_told_by_its_job(tmp_path: Path) -> None:
+    """It needs more pixels than digits have."""
+    own = ("model=torchvision", "model.arch=inception_v3", "seed=0,1", "hydra/launcher=joblib", "method=scratch")
+    done = run_py("-m", "dataset=digits", "tracking=none", *own, "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.search(r"^hydra\.launcher\.n_jobs=", done.stdout, re.MULTILINE)
+    assert "2 jobs, " in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_plan_by_force_has_no_jobs() -> None:
+    sweeper = {"_target_": "x.BasicSweeper", "params": None}
+    for word in ("dry_run=true", "++dry_run=true", "why=method.T"):
+        told = {"hydra": {"sweeper": sweeper, "overrides": {"task": [word, "seed=0,1"]}}}
+        assert parallel.jobs_of(OmegaConf.create(told)) == []
 
 
 def test_a_dry_run_chooses_no_number(tmp_path: Path) -> None:
@@ -317,9 +346,12 @@ def test_a_dry_run_chooses_no_number(tmp_path: Path) -> None:
     assert line == ""
 
 
+@pytest.mark.usefixtures("machine")
 def test_each_gpu_does_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "may_have_gpu", lambda: True)
-    monkeypatch.setattr(hardware, "_gpus", lambda: 3)
-    assert parallel.of_machine([RuntimeSpec()]) == (3, "as many as GPUs")
-    assert parallel.of_machine([RuntimeSpec(device="cuda:1")]) == (1, "as many as GPUs")
-    assert parallel.of_machine([RuntimeSpec(device="cpu")])[1] == "as many as processors"
+    monkeypatch.setattr("kd.app.parallel.cpu_count", lambda: 12)
+    gpus = "as many as GPUs"
+    assert parallel._of_machine([RuntimeSpec()]) == {gpus: 3}
+    assert parallel._of_machine([RuntimeSpec(threads=6)]) == {gpus: 3, "each has 6 of 12 processors": 2}
+    assert parallel._of_machine([RuntimeSpec(device=name) for name in ("cuda", "cuda:0", "cuda:1")]) == {gpus: 2}
+    assert parallel._of_machine([RuntimeSpec(device="cpu")]) == {"as many as processors": 12}
+    assert parallel._of_machine([]) == {gpus: 3}

@@ -17,7 +17,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from kd.app.jobs import SEARCH, is_dry
-from kd.app.parallel import choose_number, fixed_of, jobs_of
+from kd.app.parallel import choose_number, fixed_of, jobs_of, searched_of
+from kd.core import files
 from kd.core.spec import KnownError, tilde
 from kd.reporting import summary
 from kd.reporting.board import Sweep
@@ -60,8 +61,10 @@ class Multirun(Callback):
             folder = Path(config.hydra.sweep.dir)
             _check_folder("hydra.sweep.dir", folder)
             jobs = jobs_of(config)
-            choose_number(config, kwargs["config_name"], jobs)
             Multirun.begin(folder, len(jobs))
+            batch = config.hydra.sweeper.get("max_batch_size") or len(jobs)
+            limit = (batch, "hydra.sweeper.max_batch_size") if batch < len(jobs) else (len(jobs), "jobs")
+            choose_number(config, kwargs["config_name"], jobs, limit)
             _show_table(config)
             return
         logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -70,10 +73,10 @@ class Multirun(Callback):
 
         try:
             search = ready_study(config, kwargs["config_name"])
-            OmegaConf.save(config, search.folder / "multirun.yaml")  # as Hydra's own sweeper does
-            at_a_time = [fixed_of(config)] * int(config.hydra.sweeper.n_jobs)
-            choose_number(config, kwargs["config_name"], at_a_time, "hydra.sweeper.n_jobs")
             Multirun.begin(search.folder, search.expected, search)
+            files.write(search.folder / "multirun.yaml", OmegaConf.to_yaml(config))  # as Hydra's own sweeper does
+            limit = int(config.hydra.sweeper.n_jobs), "hydra.sweeper.n_jobs"
+            choose_number(config, kwargs["config_name"], searched_of(config), limit)
             _show_table(config)
         except (KnownError, OSError) as error:
             print(error, file=sys.stderr, flush=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -19,99 +20,129 @@ from kd.core.hardware import cpu_count, gpu_count
 from kd.core.spec import KnownError
 from kd.core.stage import Stage
 from kd.datasets import resolve
-from kd.store import Store
 from kd.training.workplace import RuntimeSpec
 
-_GPUS = "as many as GPUs"
-# How the overrides begin that change what a job needs; others, like seeds and temperatures, do not.
-_MATTER = (
-    "model",
-    "teacher",
-    "reference",
-    "dataset",
-    "experiment",
-    "mode",
-    "method=",
-    "method.assistant",
-    "train",
-    "runtime",
+# How overrides begin that do not change how much memory a job needs. Others may.
+_SAME_MEMORY = (
+    *("seed=", "teacher.seed=", "method.assistant.seed=", "method.T=", "method.lambda=", "method.teacher.", "loss."),
+    *("train.lr=", "train.epochs=", "train.weight_decay=", "replicates=", "baseline=", "vary=", "tracking"),
 )
 
 
 def jobs_of(config: DictConfig) -> list[list[str]]:
-    """The overrides of each job that the basic sweeper makes of the command line; none of others and of dry runs."""
+    """The overrides of each job that the basic sweeper makes of the command line; none of others and of dry runs.
+
+    None either of a sweep over glob() that is watched from another process: only Hydra knows its values.
+    """
     if not config.hydra.sweeper["_target_"].endswith(".BasicSweeper"):
         return []
-    told = [f"{name}={values}" for name, values in (config.hydra.sweeper.params or {}).items()]
-    hydra = GlobalHydra.instance()  # absent where a sweep is watched; only glob() needs it
-    parser = OverridesParser.create(hydra.config_loader() if hydra.is_initialized() else None)
-    overrides = parser.parse_overrides([*told, *config.hydra.overrides.task])
-    given = {each.get_key_element(): each for each in overrides}
+    given = _parsed(config)
     if ("dry_run" in given and given["dry_run"].value() is True) or "why" in given:
         return []
-    return [list(job) for job in BasicSweeper.split_arguments([*given.values()], None)[0]]
+    try:
+        return _combined(given.values())
+    except HydraException:
+        return []
+
+
+def searched_of(config: DictConfig) -> list[list[str]]:
+    """The overrides of jobs that a search may try, with each choice of what changes how much memory they need."""
+    choices = [
+        each
+        for each in _parsed(config).values()
+        if not each.is_sweep_override() or not (each.is_interval_sweep() or _same_memory(str(each.input_line)))
+    ]
+    return _combined(choices)
 
 
 def fixed_of(config: DictConfig) -> list[str]:
     """The overrides that all jobs of a multirun share."""
-    overrides = OverridesParser.create().parse_overrides([*config.hydra.overrides.task])
-    return [str(each.input_line) for each in overrides if not each.is_sweep_override()]
+    return [str(each.input_line) for each in _parsed(config).values() if not each.is_sweep_override()]
 
 
-def choose_number(config: DictConfig, config_name: str, jobs: Sequence[Sequence[str]], name: str = "jobs") -> None:
-    """Set how many jobs joblib does at a time, by the processors or GPUs, the jobs and the memory. A line says it.
+def _parsed(config: DictConfig) -> dict[str, Override]:
+    """The overrides of a multirun, by their keys; those of the command line take the place of the sweeper's."""
+    told = [f"{name}={values}" for name, values in (config.hydra.sweeper.get("params") or {}).items()]
+    hydra = GlobalHydra.instance()  # absent where a sweep is watched; only glob() needs it
+    parser = OverridesParser.create(hydra.config_loader() if hydra.is_initialized() else None)
+    overrides = parser.parse_overrides([*map(str, told), *config.hydra.overrides.task])
+    return {each.get_key_element().lstrip("+"): each for each in overrides}
 
-    A number that the user gives stays, as do those of other launchers. `jobs` has the overrides of each job, and `name`
-    is what limits their number.
+
+def _combined(overrides: Iterable[Override]) -> list[list[str]]:
+    return [list(job) for job in BasicSweeper.split_arguments([*overrides], None)[0]]
+
+
+def choose_number(config: DictConfig, config_name: str, jobs: Sequence[Sequence[str]], limit: tuple[int, str]) -> None:
+    """Set how many jobs joblib does at a time, by the machine, the memory and their number. A line says it.
+
+    A number that the user gives stays, as do those of other launchers. `jobs` has the overrides of each job. `limit` is
+    how many there are at a time, and what says so.
     """
     key, launcher = "hydra.launcher.n_jobs", config.hydra.launcher
     if launcher.get("n_jobs") != -1 or key in by_key(config.hydra.overrides.hydra) or not jobs:
         return
-    plans = [*_plans(config_name, jobs)]
-    most, why = of_machine([runtime for runtime, _ in plans])
-    limits = {f"as many as {name}": len(jobs), why: most}
-    if min(limits.values()) > 1 and why != _GPUS and (stages := [stage for _, each in plans for stage in each]):
+    plans = [*_plans(config, config_name, jobs)]
+    processes = max((runtime.processes or 1 for runtime, _ in plans), default=1)
+    limits = {f"as many as {limit[1]}": limit[0], **_of_machine([runtime for runtime, _ in plans])}
+    if _GPUS not in limits and min(limits.values()) > 1 and (stages := [each for _, own in plans for each in own]):
         from kd.training.forecast import room_for
 
         if (room := room_for(stages)) is not None:
-            limits["more do not fit into the memory"] = max(1, room)
+            why = "more do not fit into the memory" if room >= processes else "the memory is short even for one"
+            limits[why] = max(1, room // processes)
     why = min(limits, key=limits.__getitem__)
     tell(config, key, limits[why])
     print(f"{key}={limits[why]}: {why}", flush=True)
 
 
-def of_machine(runtimes: Sequence[RuntimeSpec]) -> tuple[int, str]:
-    """How many jobs the machine can do at a time, and why."""
+_GPUS = "as many as GPUs"
+
+
+def _of_machine(runtimes: Sequence[RuntimeSpec]) -> dict[str, int]:
+    """How many jobs the machine can do at a time, and why: a job a GPU, or a job for as many processors as it uses."""
     devices = {runtime.device for runtime in runtimes} or {"auto"}
-    if "cpu" not in devices and (gpus := gpu_count() if "auto" in devices else len(devices)):
-        return gpus, _GPUS
-    threads = max((runtime.threads or 1 for runtime in runtimes), default=1)
-    why = "as many as processors" if threads == 1 else f"each has {threads} of {cpu_count()} processors"
-    return max(1, cpu_count() // threads), why
+    limits = dict[str, int]()
+    if "auto" in devices and (gpus := gpu_count()):
+        limits[_GPUS] = gpus
+    elif named := {device.removesuffix(":0") for device in devices - {"auto", "cpu"}}:
+        limits[_GPUS] = len(named)
+    each = max(((runtime.threads or 1) * (runtime.processes or 1) for runtime in runtimes), default=1)
+    if each > 1 or not limits:
+        why = "as many as processors" if each == 1 else f"each has {each} of {cpu_count()} processors"
+        limits[why] = max(1, cpu_count() // each)
+    return limits
 
 
-def _plans(config_name: str, jobs: Sequence[Sequence[str]]) -> Iterator[tuple[RuntimeSpec, list[Stage]]]:
-    """The runtime of each job, and what it will train. Of jobs that need the same, one is looked at.
+def _plans(
+    config: DictConfig, config_name: str, jobs: Sequence[Sequence[str]]
+) -> Iterator[tuple[RuntimeSpec, list[Stage]]]:
+    """The runtime of each job, and its stages. Of jobs that need the same memory, one is looked at.
 
-    A job that cannot be planned says why when it runs.
+    A stage that is stored counts as well: whether it is may change until its job begins. A job that cannot be planned
+    says why when it runs.
     """
-    seen = set[tuple[str, ...]]()
+    loader, seen = GlobalHydra.instance().config_loader(), set[tuple[str, ...]]()
     for job in jobs:
-        needs = tuple(sorted(each for each in job if each.lstrip("+").startswith(_MATTER)))
+        needs = tuple(sorted(each for each in job if not _same_memory(each)))
         if needs in seen:
             continue
         seen.add(needs)
         try:
-            composed = GlobalHydra.instance().config_loader().load_configuration(config_name, [*job], RunMode.RUN)
+            told = [*config.hydra.overrides.hydra, *job]
+            composed = loader.load_configuration(config_name, told, RunMode.RUN)
             with open_dict(composed):
                 del composed["hydra"]
-            config = parse(composed, job)
-            store = Store(config.store_root)
-            students = plan(config, resolve(config.dataset, config.data_root, config.workers, config.image_size))
+            own = parse(composed, job)
+            students = plan(own, resolve(own.dataset, own.data_root, own.workers, own.image_size))
         except (KnownError, HydraException, OmegaConfBaseException, OSError):
             continue
         stages = {each.key: each for student in students for each in student.chain if isinstance(each, Stage)}
-        yield config.runtime, [stage for key, stage in stages.items() if not store.has(key)]
+        yield own.runtime, [*stages.values()]
+
+
+def _same_memory(override: str) -> bool:
+    return override.lstrip("+").startswith(_SAME_MEMORY)
 
 
 def tell(config: DictConfig, key: str, value: str | int) -> None:

@@ -24,7 +24,7 @@ _LONG = 3.0  # seconds after which one timed call is enough
 _STEP = 8  # images of a measured step at most
 _BACKWARD = 2  # times the forward pass
 _PROCESS = 600_000_000  # bytes of a process that has loaded torch
-_BESIDE = 550_000_000  # bytes that whole commands had at their peak above the forecast: bench/README.md
+_BESIDE = 640_000_000  # bytes that a whole command had at its peak above the forecast, at most: bench/README.md
 _GROUP = Path("/sys/fs/cgroup")  # of a container, by version 2
 _WORKING = 1.3  # times the activations: gradients and copies that live for a moment
 
@@ -117,10 +117,17 @@ def free_memory(device: str) -> int | None:
 
 def room_for(stages: Sequence[Stage]) -> int | None:
     """How many processes fit into the memory, each with the largest of these stages; None if the system is silent."""
+    most = max(1, *map(_whole, stages))  # before the free memory is asked for: this imports torch
     free = free_memory("cpu")
-    if free is None:
-        return None
-    return free // max(memory_of(stage) + _image_bytes(stage) + _BESIDE for stage in stages)
+    return None if free is None else free // most
+
+
+def _whole(stage: Stage) -> int:
+    """The expected peak of a process that trains a stage; 0 for a network that cannot be built, which its job says."""
+    try:
+        return memory_of(stage) + _image_bytes(stage) + _BESIDE
+    except Exception:
+        return 0
 
 
 def _image_bytes(stage: Stage) -> int:
