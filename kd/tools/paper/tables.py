@@ -157,11 +157,10 @@ class Pairs(Frozen):
     def _row(self, networks: tuple[str, ...], own: list[Experiment]) -> Row:
         named = {e.kind if len(e.chain) == 2 else "alone": e.name for e in own}
         name = "_".join(networks)
-        reported = {
-            label: Published(value=value, status=each.status, source=each.source)
-            for each in self.reported
-            for label, value in each.rows.get(name, {}).items()
-        }
+        found = [(each, *number) for each in self.reported for number in each.rows.get(name, {}).items()]
+        if len({label for _, label, _ in found}) < len(found):
+            raise ValueError(f"reported: two sources have a number of the same cell of {name}")
+        reported = {label: Published(value=v, status=each.status, source=each.source) for each, label, v in found}
         return Row(
             id=name,
             title=" → ".join(networks),
