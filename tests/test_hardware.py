@@ -16,6 +16,7 @@ import torch
 from kd.app.parsing import parse
 from kd.core import hardware
 from kd.core.spec import KnownError
+from kd.training import forecast
 from kd.training.workplace import RuntimeSpec
 from tests.conftest import ROOT, composed
 
@@ -62,6 +63,42 @@ def test_quotas_count(
 ) -> None:
     groups(tmp_path, monkeypatch, own, files)
     assert hardware.cpu_count() == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "left"),
+    [
+        ("0::/\n", {"memory.max": "1000000\n", "memory.current": "900000\n"}, [100_000]),
+        (
+            "0::/\n",
+            {"memory.max": "1000000\n", "memory.current": "900000\n", "memory.stat": "anon 100\ninactive_file 70000\n"},
+            [170_000],
+        ),
+        ("0::/\n", {"memory.max": "max\n", "memory.current": "900000\n"}, []),
+        ("0::/\n", {}, []),
+        # SLURM's and systemd's limits are of a group below the root
+        ("0::/slurm/job_7\n", {"slurm/job_7/memory.max": "500\n", "slurm/job_7/memory.current": "100\n"}, [400]),
+        (
+            "9:memory:/a/b\n0::/\n",
+            {
+                "memory/a/b/memory.limit_in_bytes": "9223372036854771712\n",
+                "memory/a/b/memory.usage_in_bytes": "100\n",
+                "memory/a/memory.limit_in_bytes": "700\n",
+                "memory/a/memory.usage_in_bytes": "600\n",
+                "memory/a/memory.stat": "inactive_file 1\ntotal_inactive_file 50\n",
+            },
+            [9_223_372_036_854_771_612, 150],
+        ),
+    ],
+)
+def test_the_memory_that_control_groups_leave(
+    own: str, files: dict[str, str], left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups(tmp_path, monkeypatch, own, files)
+    assert [*hardware.memory_left()] == left
+    free = forecast.free_memory("cpu")
+    assert free is not None
+    assert free <= min(left, default=free)
 
 
 def test_a_quota_and_an_affinity_both_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,18 +217,6 @@ def test_a_batch_is_no_larger_than_the_training_set(job: Job, root: Path, capsys
     assert said[0] == said[1]
 
 
-def test_files_in_a_containers_memory_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_GROUP", tmp_path)
-    before = forecast.free_memory("cpu")
-    assert before is not None
-    assert before > 200_000
-    for name, text in (("max", "1000000"), ("current", "900000"), ("stat", "anon 100\ninactive_file 70000\nfile 1\n")):
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert forecast.free_memory("cpu") == 170_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert abs(forecast.free_memory("cpu") - before) < 5e9  # type: ignore[operator]
-
-
 def test_a_probe_and_its_students_pay_for_one_pass(
     job: Job, root: Path, weights: Path, capsys: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:

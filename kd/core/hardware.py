@@ -162,23 +162,42 @@ def unbind(*worker: int) -> None:
 
 
 def _quotas() -> Iterator[float]:
-    """The processors that Linux's control groups allow this process: its own group, and each group above it.
+    """The processors that Linux's control groups allow this process."""
+    for group, first in _control_groups("cpu"):
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if first else ("cpu.max",)
+        with suppress(ValueError):  # no such files, or `max`
+            quota, period = (int(word) for name in files for word in _text(group / name).split())
+            if quota > 0:  # -1: no limit
+                yield quota / period
+
+
+def memory_left() -> Iterator[int]:
+    """The bytes that Linux's control groups leave to this process.
+
+    Files that were read count as used, and are given back when memory is needed: read photographs are among them.
+    """
+    for group, first in _control_groups("memory"):
+        files = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
+        rows = dict(line.split() for line in _text(group / "memory.stat").splitlines())
+        with suppress(ValueError):
+            limit, used = (int(_text(group / name)) for name in files)
+            yield limit - used + int(rows.get("total_inactive_file" if first else "inactive_file", 0))
+
+
+def _control_groups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """The control group of this process and each group above it, and whether they are of version 1.
 
     A container sees the host's names of its groups, of which only the topmost exists there, as the root.
     https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/scheduler/sched-bwc.html
     """
     for line in _text(_OWN_GROUPS).splitlines():
         _, controllers, path = line.split(":", 2)  # of version 2 there is one line, without controllers
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        root = _GROUPS / (controllers if (_GROUPS / controllers).is_dir() else "cpu")
-        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        root = _GROUPS / (controllers if (_GROUPS / controllers).is_dir() else controller) if controllers else _GROUPS
         group = root / path.strip("/")
         for place in (group, *group.parents[: len(group.parts) - len(root.parts)]):
-            with suppress(ValueError):  # no such files, or `max`
-                quota, period = (int(word) for name in files for word in _text(place / name).split())
-                if quota > 0:  # -1: no limit
-                    yield quota / period
+            yield place, bool(controllers)
 
 
 def _text(path: Path) -> str:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kd.core.hardware import memory_left
 from kd.core.spec import KnownError
 from kd.core.stage import Source, Stage
 from kd.datasets import in_memory
@@ -25,7 +26,6 @@ _STEP = 8  # images of a measured step at most
 _BACKWARD = 2  # times the forward pass
 _PROCESS = 600_000_000  # bytes of a process that has loaded torch
 _BESIDE = 640_000_000  # bytes that a whole command had at its peak above the forecast, at most: bench/README.md
-_GROUP = Path("/sys/fs/cgroup")  # of a container, by version 2
 _WORKING = 1.3  # times the activations: gradients and copies that live for a moment
 
 
@@ -108,11 +108,8 @@ def free_memory(device: str) -> int | None:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    limit, used = (_number(_GROUP / name) for name in ("memory.max", "memory.current"))
-    if free is None or limit is None:
-        return free
-    return min(free, limit - (used or 0) + _cached())
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min([*free, *memory_left()], default=None)
 
 
 def room_for(stages: Sequence[Stage]) -> int | None:
@@ -134,22 +131,6 @@ def _image_bytes(stage: Stage) -> int:
     """Bytes of the images, where they are kept in memory."""
     data = stage.dataset
     return sum(data.images or ()) * 3 * data.image_size**2 if in_memory(data) else 0
-
-
-def _cached() -> int:
-    """Bytes of files in a container's memory that are given back when it is needed: read photographs are among them."""
-    try:
-        rows = [line.split() for line in (_GROUP / "memory.stat").read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return 0
-    return sum(int(value) for name, value in rows if name == "inactive_file")
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
 
 
 def _seconds(stage: Stage, device: str, seen: set[tuple[str, str]]) -> float:
