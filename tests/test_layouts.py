@@ -383,7 +383,7 @@ def test_what_can_mean_two_things_or_nothing_is_refused(tmp_path: Path, made: li
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(KnownError, match=r"dataset.root: .*/nowhere is not a folder"):
+    with pytest.raises(KnownError, match=r"dataset.root: .*/nowhere does not exist"):
         listed(tmp_path / "nowhere")
 
 

@@ -113,7 +113,7 @@ def test_a_size_that_the_network_is_not_made_for_is_said(job: Job, root: Path, w
 
 
 def test_a_teacher_without_trained_weights_is_said(job: Job, root: Path, weights: Path, capsys: Shown) -> None:
-    said = f"teacher {LCNET} begins with random weights: no init gives it trained ones"
+    said = f"teacher {LCNET} begins with random weights: teacher.init=pretrained or a file gives it trained ones"
     for chosen in (["teacher=timm", "teacher.arch=lcnet_035"], lcnet(weights)):
         job(*photos(root, *chosen, "dry_run=true"), multirun=True)
         assert (said in capsys.readouterr().out) == (len(chosen) == 2)
@@ -174,7 +174,7 @@ def test_photographs_have_their_own_recipe(job: Job, root: Path, tmp_path: Path,
     large = ["dataset.image_size=72", "dry_run=true"]
     job(*photos(root, "teacher=timm", "teacher.arch=lcnet_035", *large), multirun=True)
     shown = capsys.readouterr().out
-    assert "train=photos: images of 72 pixels are photographs; train=<recipe> takes another" in shown
+    assert "recipe train=photos, because the images are larger than 64 pixels; train=<name> takes another" in shown
     assert re.search("adamw, lr 0.001 cosine, weight decay 0.05", shown)
     job(*photos(root, "dry_run=true"), multirun=True)
     assert "train=photos" not in capsys.readouterr().out
@@ -199,7 +199,7 @@ def test_costs_are_said_and_what_does_not_fit_is_refused(
     job(*asked, multirun=True)
     assert "student resnet8: about " in (shown := capsys.readouterr().out)
     assert "of memory and " in shown
-    assert "(1 epochs of 32 images)" in shown
+    assert "(1 epoch of 32 images)" in shown
     monkeypatch.setattr(forecast, "free_memory", lambda device: 1_000)
     assert job(*asked, code=2) is None
     told = capsys.readouterr().err

@@ -14,6 +14,7 @@ from kd.app.config import Config, chain, for_photos, idle, trained_networks
 from kd.app.parsing import foreign
 from kd.core.settings import TrainSpec
 from kd.core.stage import DatasetSpec, Stage
+from kd.datasets import LARGE
 from kd.losses import CrossEntropy
 from kd.methods.method import Link
 
@@ -182,7 +183,7 @@ def choices(config: Config, dataset: DatasetSpec) -> Iterator[str]:
         for other in sorted({*named} - networks):
             yield f"{key}={other} has no effect: no network of the chain has this name"
     if (name := for_photos(config.train.recipe, dataset.image_size)) is not None:
-        yield f"train={name}: images of {dataset.image_size} pixels are photographs; train=<recipe> takes another"
+        yield f"recipe train={name}, because the images are larger than {LARGE} pixels; train=<name> takes another"
 
 
 def _is_set(key: str, given: Collection[str]) -> bool:

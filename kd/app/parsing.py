@@ -240,7 +240,10 @@ def _dataset(sections: dict[str, Any]) -> Iterator[str]:
         if dataset.name not in DATASETS:
             yield f"dataset.name: should be one of {', '.join(DATASETS)} (got {dataset.name!r})"
         elif (entry := DATASETS[dataset.name]).facts is None and entry.home is None and dataset.root is None:
-            yield f"dataset.root: dataset={dataset.name} needs the path of its images, root/{{train,test}}/<class>/"
+            yield (
+                f"dataset.root: dataset={dataset.name} needs the path of its images: a folder with a folder for each "
+                "class, perhaps in train/ and val/ or test/, or a CSV file"
+            )
         elif entry.facts is not None and dataset.root is not None:
             readers = " and ".join(f"dataset={name}" for name, e in DATASETS.usable().items() if e.facts is None)
             yield f"dataset.root: is only for {readers} (got {dataset.root!r} with dataset={dataset.name})"

@@ -212,7 +212,7 @@ def _entered(root: Path) -> tuple[Path, tuple[str, ...]]:
     asked = root
     while True:
         if not root.is_dir():
-            raise KnownError(f"dataset.root: {root} is not a folder; images should be in train/ and test/ in it")
+            raise KnownError(f"dataset.root: {root} {'is not a folder' if root.exists() else 'does not exist'}")
         inside = folders_in(root)
         if len(inside) != 1 or split_named(inside[0]) or not folders_in(root / inside[0]):
             return root, (f"the images are in {root}, the only folder in {asked}",) if root != asked else ()

@@ -37,7 +37,7 @@ class Library(ABC):
     def check(self, name: LibraryName) -> LibraryName:
         """The name as it is written here. Raises ValueError if the library or the network is not there."""
         if find_spec(self.name) is None:
-            raise ValueError(f"{name} needs the package {self.name}: pip install 'kd[{self.name}]'")
+            raise ValueError(f"{name} needs the package {self.name}: pip install {self.name}")
         if taken := sorted(self.reserved & name.options.keys()):
             raise ValueError(f"{name}: {', '.join(taken)} cannot be an option of a network here")
         return self._named(name)

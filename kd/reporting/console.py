@@ -118,7 +118,7 @@ def _cells(outcome: Outcome) -> list[str]:
 
 def count(number: int, thing: str = "job") -> str:
     """A number of things, in words."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+    return f"{number} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def interval(ci95: tuple[float, float]) -> str:

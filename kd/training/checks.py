@@ -9,6 +9,7 @@ from kd.core.spec import KnownError
 from kd.core.stage import Given, Source, Stage
 from kd.datasets import LARGE
 from kd.models import MODELS, LibraryEntry, own_size
+from kd.reporting.console import duration
 from kd.store.foreign import load_network
 from kd.training.workplace import Workplace
 
@@ -105,7 +106,8 @@ def _check_initial(stages: Sequence[Stage], place: Workplace) -> None:
     """
     for stage in _alike(stages):
         if stage.role == "teacher" and stage.init is None and isinstance(MODELS[stage.model], LibraryEntry):
-            print(f"teacher {stage.model} begins with random weights: no init gives it trained ones", flush=True)
+            trained = "teacher.init=pretrained or a file gives it trained ones"
+            print(f"teacher {stage.model} begins with random weights: {trained}", flush=True)
     begun = [stage for stage in _alike(stages) if stage.init is not None]
     if not begun:
         return
@@ -159,6 +161,13 @@ def _check_cost(stages: Sequence[Stage], place: Workplace) -> None:
         return
     from kd.training.forecast import forecasts
 
-    for each in forecasts(_alike(large), place.device):
-        number = sum(_likeness(stage) == _likeness(each.stage) for stage in large)
-        print(f"{each}{f', for each of {number} seeds' if number > 1 else ''}", flush=True)
+    kinds, total = _alike(large), 0.0
+    for each in forecasts(kinds, place.device):
+        stage, number = each.stage, sum(_likeness(stage) == _likeness(each.stage) for stage in large)
+        total += number * each.seconds
+        twins = sum((other.role, other.model) == (stage.role, stage.model) for other in kinds)
+        alone = " alone" if twins > 1 and not stage.guides else ""
+        seeds = f", for each of {number} seeds" if number > 1 else ""
+        print(f"{stage.role} {stage.model}{alone}: {each}{seeds}", flush=True)
+    if len(large) > 1:
+        print(f"about {duration(total)} in all, without validation, test and reading the photographs", flush=True)

@@ -14,7 +14,7 @@ from kd.core.spec import KnownError
 from kd.core.stage import Source, Stage
 from kd.datasets import in_memory
 from kd.losses import CrossEntropy
-from kd.reporting.console import duration, in_bytes
+from kd.reporting.console import count, duration, in_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +40,8 @@ class Forecast:
     def __str__(self) -> str:
         train, images = self.stage.train, self.stage.dataset.train_images or 0
         return (
-            f"{self.stage.role} {self.stage.model}: about {in_bytes(self.memory)} of memory and "
-            f"{duration(self.seconds)} ({train.epochs} epochs of {images:,} images)"
+            f"about {in_bytes(self.memory)} of memory and {duration(self.seconds)} "
+            f"({count(train.epochs, 'epoch')} of {count(images, 'image')})"
         )
 
 
