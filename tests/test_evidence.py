@@ -15,7 +15,7 @@ from kd.datasets.data import Data
 from kd.losses import LOSSES, Distill, TeachableTeacher, kl
 from kd.models.normalization import Normalized
 from kd.store import Metrics, TrainedStage
-from kd.training.evidence import alarms, guide_share, near_chance
+from kd.training.evidence import alarms, guide_share
 from kd.training.guide import Guide
 from kd.training.loop import train_stage
 from kd.training.step import make_network
@@ -116,13 +116,6 @@ def test_a_healthy_training_is_measured_and_raises_no_alarm(
 def test_a_stage_without_a_guide_has_none(data: Data) -> None:
     row = train_stage(a_stage(data, epochs=1), data=data, device="cpu", watch=Silent()).metrics[0]
     assert not {"guide_share", "guide_acc"} & row.keys()
-
-
-@pytest.mark.parametrize(
-    ("accuracy", "classes", "near"), [(24.72, 10, True), (55, 2, True), (75, 2, False), (30, 100, False)]
-)
-def test_near_chance(accuracy: float, classes: int, near: bool) -> None:
-    assert near_chance(accuracy, classes) is near
 
 
 # planted faults ---------------------------------------------------------------------------------------------------

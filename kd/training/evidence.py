@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from kd.core.stage import Learner, Outputs, Stage
-from kd.core.statistics import trim
+from kd.core.statistics import near_chance, trim
 from kd.store import Metrics
 
 _LEAST, _MOST = 0.01, 0.999  # shares of the gradient beyond which one side hardly counts
@@ -53,12 +53,6 @@ def hits(guide: Learner, said: Outputs, labels: Tensor) -> Tensor | None:
     with torch.no_grad():
         logits: Tensor = guide.head.to(labels.device)(said.pooled.to(guide.head.weight.dtype))
     return logits.argmax(1) == labels
-
-
-def near_chance(accuracy: float, classes: int) -> bool:
-    """Whether an accuracy in percent is less than a fifth of the way from chance to 100 %."""
-    chance = 100 / classes
-    return accuracy < chance + 0.2 * (100 - chance)
 
 
 class Alarm(NamedTuple):

@@ -20,7 +20,7 @@ from kd.core.files import commit
 from kd.core.settings import OnNaN
 from kd.core.spec import KnownError, NonFiniteError
 from kd.core.stage import Given, Source, Stage
-from kd.core.statistics import spread, trim
+from kd.core.statistics import near_chance, spread, trim
 from kd.reporting.baseline import compare_alone
 from kd.reporting.console import StageProgress, Unwatched, count
 from kd.reporting.results import Baseline, Evidence, Outcome, Replicate, ReplicatedResult, RunResult, what_varied
@@ -32,7 +32,6 @@ from kd.training.checks import check_students
 from kd.training.ranks import ALONE, Team, is_lost, team
 from kd.training.workplace import Workplace
 
-_NEAR_CHANCE = 2  # times chance
 RETRIED = "in fp32 after"  # a key of stage.json: the error in the stage's own precision
 
 
@@ -197,7 +196,7 @@ class Pipeline(Workplace):
         )
         self._keep(given, TrainedStage(network.state_dict(), [], result), {"file": self.checkpoint.name})
         print(f"{given.role} {given.model}: {self.checkpoint.name} has {result.test_acc:.2f} % on the test set")
-        if result.test_acc < _NEAR_CHANCE * 100 / given.dataset.num_classes:
+        if near_chance(result.test_acc, given.dataset.num_classes):
             print(f"  that is near chance: check the file, and teacher.normalize (it is {given.normalize})")
 
     def _train(self, stage: Stage) -> None:
