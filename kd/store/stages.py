@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from kd.models.normalization import Normalized
 
-Metrics = dict[str, float | int | None]
-
+# An epoch's numbers by name, or None where there is none; `alarms`, a list of texts, only in an epoch that has some
+Metrics = dict[str, Any]
 
 SUMS = "SHA256SUMS"
 STAGE_FILES = ("stage.json", "model.safetensors", "metrics.jsonl", "result.json")

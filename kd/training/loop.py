@@ -258,7 +258,7 @@ class Loop:
                 print(alarm.text, flush=True)
 
     def _score(self, row: Metrics) -> float:
-        score = row[{"best_val": "val_acc", "last": "epoch"}.get(self.train.select, "test_acc")]
+        score: float | None = row[{"best_val": "val_acc", "last": "epoch"}.get(self.train.select, "test_acc")]
         assert score is not None  # Stage and Data refuse best_val without a validation split
         return score
 
