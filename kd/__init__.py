@@ -43,8 +43,9 @@ def sweep(overrides: Sequence[str]) -> list[dict[str, Any]]:
 def results(folder: str | Path) -> list[dict[str, Any]]:
     """A row for each student of the runs below a folder: multirun/<date>/<time>/, a run's own folder, or outputs/.
 
-    A row has the job, what was set for it, the student's seed, its chain, accuracies in percent and key. A job without
-    a result has one row, with the reason. Raises KnownError if there is no such folder.
+    A row has the job, what was set for it, the student's seed, its chain, accuracies in percent and key, and the
+    number of alarms of its chain. A job without a result has one row, with the reason. Raises KnownError if there is no
+    such folder.
     """
     from kd.core.spec import KnownError
     from kd.reporting.results import find_jobs, student_rows

@@ -736,7 +736,11 @@ def test_a_bad_teacher_teaches_nobody(
     assert ("teacher.normalize is mean 0.3054/0.3054/0.3054" in said.err) == given_weights
     assert ("that is near chance: check the file" in said.out) == given_weights
     assert len([*(tmp_path / "store").glob("*/result.json")]) == 1  # the teacher's alone
-    job("teacher.min_acc=1", *extra)
+    for folder in ("out", "again"):  # the second run reuses both
+        teacher = job("teacher.min_acc=1", *extra, folder=folder)["chain"][0]
+        alarm = f"teacher plane4 has {teacher['test_acc']:.2f} % on the test set: that is near chance: check the file"
+        assert (len(teacher["alarms"]) == 1) == given_weights
+        assert (f"alarm: {alarm}, and teacher.normalize" in capsys.readouterr().out) == given_weights
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_result_json(job: Job) -> None:
     assert set(result) == {"chain", "objective", "mode", "method", "dataset", "classes", "baseline"}
     teacher, student = result["chain"]
     promised = {"role", "model", "key", "params", "val_acc", "test_acc", "epochs", "seconds", "reused"}
-    assert set(student) == promised | {"select", "seed", "loss", "guides", "normalize", "evidence"}
+    assert set(student) == promised | {"select", "seed", "loss", "guides", "normalize", "evidence", "alarms"}
     usual = {"reduction": "batchmean", "weight": 1.0, "standardize": False}
     assert student["loss"] == {"name": "distill", "T": 4.0, "lambda": 0.5, **usual}
     assert (teacher["role"], student["role"]) == ("teacher", "student")

@@ -8,11 +8,25 @@ import torch
 from scipy import stats
 from torch import nn
 
-from kd.core.statistics import paired, spread, told
+from kd.core.statistics import near_chance, paired, spread, told
 from kd.training.step import evaluate
 from tests.conftest import ROOT
 
 ONES, OTHERS = [70.1, 71.4, 69.9, 72.3], [69.0, 70.9, 69.8, 70.2]
+
+
+@pytest.mark.parametrize(
+    ("classes", "near", "above"),
+    [
+        (2, (50, 60), (60.5, 75)),  # with 20 images, a guess has 60 % or more in one case of four
+        (10, (10, 24.72, 28), (28.1, 60)),
+        (100, (1, 3, 5), (5.1, 20)),
+        (1000, (0.1, 0.5), (0.6, 15)),
+    ],
+)
+def test_near_chance(classes: int, near: tuple[float, ...], above: tuple[float, ...]) -> None:
+    assert all(near_chance(accuracy, classes) for accuracy in near)
+    assert not any(near_chance(accuracy, classes) for accuracy in above)
 
 
 def test_spread() -> None:

@@ -362,6 +362,35 @@ def test_the_line_of_a_job(swept: tuple[str, ...], setting: str) -> None:
     assert summary.job_line(3, swept, both) == f"job 3: {setting}: validation 90.00 %, test 80.50 ± 0.70 %, 2 students"
 
 
+def alarming(number: int, *overrides: str, said: tuple[str, ...]) -> Job:
+    """A job whose student has these alarms."""
+    job = a_job(number, *overrides)
+    assert job.result is not None
+    teacher, student = job.result.chain
+    chain = (teacher, student.model_copy(update={"alarms": said}))
+    return job._replace(result=job.result.model_copy(update={"chain": chain}))
+
+
+def test_a_summary_tells_the_alarms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = [alarming(number, f"method.T={number}", said=said) for number, said in enumerate((("a", "b"), (), ("a",)))]
+    summary.write_summary(tmp_path, jobs, "val_acc")
+    assert "\n- alarm in jobs 0, 2: a\n- alarm in job 0: b\n\n" in (tmp_path / "summary.md").read_text()
+    assert [row["alarms"] for row in csv.DictReader((tmp_path / "summary.csv").read_text().splitlines())] == [
+        "2",
+        "0",
+        "1",
+    ]
+    summary.print_jobs(jobs)
+    assert "\nalarm in jobs 0, 2: a\nalarm in job 0: b\n" in capsys.readouterr().out
+    assert jobs[0].result is not None
+    assert summary.job_line(0, (), jobs[0].result).endswith(": validation 90.00 %, test 80.00 %, 2 alarms")
+    many = [alarming(0, "method.T=1", said=tuple(str(number) for number in range(11)))]
+    summary.print_jobs(many)
+    assert "alarm in job 0: 9\nand 1 more alarm, in summary.md\n" in capsys.readouterr().out
+    summary.write_summary(tmp_path, [a_job(0)], "val_acc")
+    assert "alarm" not in (tmp_path / "summary.md").read_text()
+
+
 def test_a_student_that_two_trials_found_is_one(tmp_path: Path) -> None:
     """A search may draw a setting twice. The second is loaded, and n does not change."""
     jobs = [a_job(0, "method.T=1", test=70.0), a_job(1, "method.T=5", test=75.0)]

@@ -7,6 +7,8 @@ from kd.core.spec import Frozen
 
 _LEVEL, _POWER = 0.05, 0.8  # of a planned test: how often it may find a difference that is none, and should find one
 _MOST = 10_000  # seeds; more are not counted
+_SLIGHT = 0.2  # of the way from chance to 100 %
+_TIMES = 5  # chance
 
 
 class Spread(Frozen):
@@ -33,6 +35,18 @@ class Paired(Spread):
 def trim(value: float) -> float:
     """A number as records keep it, without the noise of floating point. It is rounded once, where it is printed."""
     return round(value, 10)
+
+
+def near_chance(accuracy: float, classes: int) -> bool:
+    """Whether an accuracy in percent is at most a fifth of the way from chance to 100 %, and at most five times chance.
+
+    A network that knows a share k of the images and guesses the rest is right for chance + k · (100 − chance). On
+    balanced classes k is Cohen's kappa, and up to 0.2 it is "slight" (Landis & Koch, Biometrics 1977). Of many classes
+    that is far above chance, so a multiple of it is a second limit. The bar is 60 % for 2 classes, 28 % for 10, 5 % for
+    100 and 0.5 % for 1,000.
+    """
+    chance = 100 / classes
+    return accuracy <= min(chance + _SLIGHT * (100 - chance), _TIMES * chance)
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -20,7 +20,7 @@ def compare_alone(chains: Sequence[Sequence[Outcome]], alone: Sequence[Outcome])
         certainty["difference"] = known.mean
     return Baseline(
         student=alone[0],
-        replicates=tuple(Replicate(**each.model_dump(include=set(Replicate.model_fields))) for each in alone),
+        replicates=tuple(Replicate.of([each]) for each in alone),
         test_acc=trim(sum(others) / len(others)),
         seconds=_seconds(alone),
         taught_seconds=_seconds([outcome for chain in chains for outcome in chain]),

@@ -72,6 +72,8 @@ def print_run(result: RunResult) -> None:
             out.print(f"{outcome.role} {outcome.model}: {SELECTED[outcome.select]}{images}", highlight=False)
     for line in (*_lessons(result.chain), *_evidence(result.chain)):
         out.print(line, highlight=False, markup=False)
+    for line in result.alarms:
+        out.print(f"alarm: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     if isinstance(result, ReplicatedResult):
         for line in _replicate_lines(result):
             out.print(line, highlight=False)

@@ -11,7 +11,7 @@ from warnings import catch_warnings, filterwarnings
 from kd.reporting.results import RunResult
 
 _ACCURACIES = {"val_acc": "validation", "train_acc": "training views", "guide_acc": "its guide", "test_acc": "test"}
-_NO_PARTS = {"role", "key", "epoch", "lr", "guide_share", *_ACCURACIES}  # every other number is a part of the loss
+_NO_PARTS = {"role", "key", "epoch", "lr", "guide_share", "alarms", *_ACCURACIES}  # all else is a part of the loss
 _HEIGHT, _HEAD, _MOST = 2.4, 0.5, 8  # inches of a network's row and of the rest; rows
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl, an epoch each

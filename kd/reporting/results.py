@@ -29,7 +29,7 @@ _USUAL = "the student's seed"
 # Columns that every student's row has, after what was set for its job
 _COLUMNS = (
     "dataset", "method", "mode", "seed", "chain", "val_acc", "test_acc", "difference to scratch", "student",
-    "epoch chosen", "failure",
+    "epoch chosen", "alarms", "failure",
 )  # fmt: skip
 
 Objective = Literal["val_acc", "test_acc"]
@@ -75,6 +75,7 @@ class Outcome(Frozen):
     normalize: Normalization | None = None  # of given weights
     reused: bool
     evidence: Evidence | None = None  # of a stage with a guide
+    alarms: tuple[str, ...] = ()  # what looked wrong, in the run that trained it
 
 
 class Replicate(Frozen):
@@ -84,6 +85,13 @@ class Replicate(Frozen):
     key: str
     val_acc: float | None
     test_acc: float
+    alarms: tuple[str, ...] = ()  # of its whole chain
+
+    @classmethod
+    def of(cls, chain: Sequence[Outcome]) -> Replicate:
+        """The last of a chain."""
+        own = chain[-1].model_dump(include={"seed", "key", "val_acc", "test_acc"})
+        return cls(**own, alarms=tuple(text for outcome in chain for text in outcome.alarms))
 
 
 class Baseline(Frozen):
@@ -136,7 +144,13 @@ class RunResult(Frozen):
     @property
     def students(self) -> tuple[Replicate, ...]:
         """The student, as a tuple of one."""
-        return (Replicate(**self.chain[-1].model_dump(include=set(Replicate.model_fields))),)
+        return (Replicate.of(self.chain),)
+
+    @property
+    def alarms(self) -> list[str]:
+        """What looked wrong, each line once: in the chain, and in those of the other seeds."""
+        own = [*dict.fromkeys(Replicate.of(self.chain).alarms)]
+        return own + [f"seed {each.seed}: {text}" for each in self.students for text in each.alarms if text not in own]
 
     def value(self, objective: Objective) -> float | None:
         """What a search maximises: the students' mean accuracy on validation, or on test as in the papers."""
@@ -363,6 +377,7 @@ def _rows_of(job: Job) -> Iterator[dict[str, Any]]:
     for student in run.students:
         more = trim(student.test_acc - alone[student.seed]) if student.seed in alone else None
         own = {"difference to scratch": more, "student": student.key, "epoch chosen": chosen, "failure": None}
+        own["alarms"] = len(student.alarms)
         yield {**common, **named, **student.model_dump(exclude={"key"}), **own}
 
 

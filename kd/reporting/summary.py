@@ -31,6 +31,7 @@ _SEED = "seed="
 _MACHINE = ("tracking", "runtime.store", "runtime.data", "runtime.device", "runtime.threads", "runtime.compile")
 # Overrides for how a student is taught. A student and its baseline may differ only in these.
 _TEACHING = ("method", "teacher", "loss", "experiment")
+_ALARMS = 10  # lines in the terminal; summary.md has all
 _PAIRED = "difference to method=scratch in test accuracy, paired by the student's seed, 95 % interval:"
 
 
@@ -54,10 +55,23 @@ def print_jobs(jobs: Sequence[Job]) -> None:
         out.print(table)
     for mark, numbers in marks.items():
         out.print(f"jobs {', '.join(numbers)}: {mark}", highlight=False)
+    said = alarm_lines(jobs)
+    more = [f"and {count(len(said) - _ALARMS, 'more alarm')}, in summary.md"] if len(said) > _ALARMS else []
+    for line in (*said[:_ALARMS], *more):
+        out.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for job in sorted(jobs, key=lambda job: job.failed):
         if job.result is None:
             line = f"{called(job, shared)}: {job.reason}"
             out.print(line, style="red" if job.failed else "dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def alarm_lines(jobs: Sequence[Job]) -> list[str]:
+    """A line for each thing that looked wrong, with the jobs in which it did."""
+    numbers: dict[str, list[str]] = {}
+    for job in jobs:
+        for text in job.result.alarms if job.result else ():
+            numbers.setdefault(text, []).append(job.number)
+    return [f"alarm in job{'s' if len(each) > 1 else ''} {', '.join(each)}: {text}" for text, each in numbers.items()]
 
 
 def job_line(number: int, swept: Sequence[str], result: RunResult) -> str:
@@ -67,6 +81,7 @@ def job_line(number: int, swept: Sequence[str], result: RunResult) -> str:
     parts = [f"validation {percent(result.objective)} %"] if result.objective is not None else []
     parts += [f"test {test} %{f', {n} students' if n != '1' else ''}"]
     parts += [f"{result.baseline.difference:+.2f} to the student alone"] if result.baseline else []
+    parts += [count(len(result.alarms), "alarm")] if result.alarms else []
     return f"job {number}: {setting}: {', '.join(parts)}"
 
 
@@ -313,6 +328,8 @@ def _markdown(pool: Sequence[Setting], jobs: Sequence[Job], added: Sequence[str]
         ]
     if added:
         lines += [_PAIRED.capitalize(), "", *(f"- {line}" for line in added), ""]
+    if said := alarm_lines(jobs):
+        lines += [*(f"- {line}" for line in said), ""]
     lines += [f"{line}\n" for line in best]
     lines += [f"- job {job.number} ({' '.join(job.overrides)}): {job.reason}" for job in jobs if job.result is None]
     return "\n".join(lines) + "\n"

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from kd.models.normalization import Normalized
 
-Metrics = dict[str, float | int | None]
-
+# An epoch's numbers by name, or None where there is none; `alarms`, a list of texts, only in an epoch that has some
+Metrics = dict[str, Any]
 
 SUMS = "SHA256SUMS"
 STAGE_FILES = ("stage.json", "model.safetensors", "metrics.jsonl", "result.json")
@@ -105,6 +105,11 @@ def parse_source(tree: dict[str, Any]) -> Source:
     if "others" in known:
         known["others"] = [parse_source(other) for other in known["others"]]
     return _SOURCE.validate_python(known)
+
+
+def alarms_in(rows: Iterable[Metrics]) -> tuple[str, ...]:
+    """What looked wrong while a stage was trained: "epoch 1: student resnet8: its guide resnet20 teaches nothing"."""
+    return tuple(f"epoch {row['epoch']}: {text}" for row in rows for text in row.get("alarms", ()))
 
 
 class StageResult(Frozen):

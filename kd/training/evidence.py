@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from kd.core.stage import Learner, Outputs, Stage
-from kd.core.statistics import trim
+from kd.core.statistics import near_chance, trim
 from kd.store import Metrics
 
 _LEAST, _MOST = 0.01, 0.999  # shares of the gradient beyond which one side hardly counts
@@ -55,12 +55,6 @@ def hits(guide: Learner, said: Outputs, labels: Tensor) -> Tensor | None:
     return logits.argmax(1) == labels
 
 
-def near_chance(accuracy: float, classes: int) -> bool:
-    """Whether an accuracy in percent is less than a fifth of the way from chance to 100 %."""
-    chance = 100 / classes
-    return accuracy < chance + 0.2 * (100 - chance)
-
-
 class Alarm(NamedTuple):
     """Something that looks wrong: its kind, said once for a stage, and a line."""
 
@@ -70,32 +64,45 @@ class Alarm(NamedTuple):
 
 def alarms(stage: Stage, history: Sequence[Metrics]) -> Iterator[Alarm]:
     """What looks wrong after the last epoch of a history."""
-    row, who = history[-1], f"{stage.role} {stage.model}"
-    guides = " and ".join(guide.model for guide in stage.guides)
+    row, who, guides = history[-1], f"{stage.role} {stage.model}", _called(stage)
     share, accuracy, own = row.get("guide_share"), row.get("guide_acc"), row.get("train_acc")
     taught = not stage.loss.smaller_guide
     if share is not None:
-        yield from _about_share(stage, share, f"{who}: {guides}", taught)
+        yield from _about_share(stage, row, taught)
     if (term := _term(stage, row)) is not None and len(history) > 1 and term == _term(stage, history[-2]):
         yield Alarm("constant", f"{who}: the term of {guides} was {term:g} in two epochs: it does not change")
     if not taught or accuracy is None:
         return
+    worst = guides if len(stage.guides) == 1 else f"the worst of {guides}"
     if near_chance(accuracy, stage.dataset.num_classes):
-        text = f"{who}: {guides} knows {accuracy:.2f} % of the images that it is asked about"
-        yield Alarm("chance", f"{text}: that is near chance")
+        text = f"{who}: {worst} classifies {accuracy:.2f} % of the training views correctly: near chance"
+        yield Alarm("chance", text)
     elif own is not None and own > accuracy + _CLEARLY:
-        text = f"{who} knows {own:.2f} % of the training images, and its guide {guides} {accuracy:.2f} %"
+        text = f"{who} classifies {own:.2f} % of the training views correctly, and {worst} {accuracy:.2f} %"
         yield Alarm("worse", f"{text}: the guide is worse than its student")
 
 
-def _about_share(stage: Stage, share: float, who: str, taught: bool) -> Iterator[Alarm]:
+def _called(stage: Stage) -> str:
+    """A stage's guides in a sentence."""
+    return f"its guide{'s' if len(stage.guides) > 1 else ''} {' and '.join(guide.model for guide in stage.guides)}"
+
+
+def _about_share(stage: Stage, row: Metrics, taught: bool) -> Iterator[Alarm]:
+    share, one, loss = row["guide_share"], len(stage.guides) == 1, stage.loss.described
+    who, makes = f"{stage.role} {stage.model}: {_called(stage)}", "makes" if one else "make"
     percent = f"{100 * share:.3g} %"
     if share == 0:
-        yield Alarm("zero", f"{who} teaches nothing: its term has no gradient ({stage.loss.described})")
-    elif share < _LEAST and taught and not stage.loss.growth:
-        yield Alarm("small", f"{who} makes only {percent} of the gradient ({stage.loss.described})")
+        teaches, term = ("teaches", "its term") if one else ("teach", "their term")
+        yield Alarm("zero", f"{who} {teaches} nothing: {term} in the loss has no gradient ({loss})")
+    elif share < _LEAST and taught and not _grows(stage, row):
+        yield Alarm("small", f"{who} {makes} only {percent} of the gradient ({loss})")
     elif share > _MOST and stage.loss.label_weight:
-        yield Alarm("large", f"{who} makes {percent} of the gradient: the labels hardly count ({stage.loss.described})")
+        yield Alarm("large", f"{who} {makes} {percent} of the gradient: the labels hardly count ({loss})")
+
+
+def _grows(stage: Stage, row: Metrics) -> bool:
+    """Whether the weight of the guide's term is still below its full value in this epoch, because the loss warms up."""
+    return bool(stage.loss.growth) and row["epoch"] < getattr(stage.loss, stage.loss.growth)
 
 
 def _term(stage: Stage, row: Metrics) -> float | None:

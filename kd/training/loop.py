@@ -251,14 +251,14 @@ class Loop:
         return TrainedStage({name: tensor.cpu() for name, tensor in self.kept.state.items()}, self.history, result)
 
     def _warn(self) -> None:
-        """Print the alarms after the last epoch, each kind once."""
+        """Print the alarms after the last epoch, each kind once, and keep them in the epoch's row."""
         said = {alarm.kind for end in range(1, len(self.history)) for alarm in alarms(self.stage, self.history[:end])}
-        for alarm in alarms(self.stage, self.history):
-            if alarm.kind not in said:
-                print(alarm.text, flush=True)
+        if new := [alarm.text for alarm in alarms(self.stage, self.history) if alarm.kind not in said]:
+            self.history[-1]["alarms"] = new
+            print("\n".join(new), flush=True)
 
     def _score(self, row: Metrics) -> float:
-        score = row[{"best_val": "val_acc", "last": "epoch"}.get(self.train.select, "test_acc")]
+        score: float | None = row[{"best_val": "val_acc", "last": "epoch"}.get(self.train.select, "test_acc")]
         assert score is not None  # Stage and Data refuse best_val without a validation split
         return score
 

@@ -20,19 +20,18 @@ from kd.core.files import commit
 from kd.core.settings import OnNaN
 from kd.core.spec import KnownError, NonFiniteError
 from kd.core.stage import Given, Source, Stage
-from kd.core.statistics import spread, trim
+from kd.core.statistics import near_chance, spread, trim
 from kd.reporting.baseline import compare_alone
 from kd.reporting.console import StageProgress, Unwatched, count
 from kd.reporting.results import Baseline, Evidence, Outcome, Replicate, ReplicatedResult, RunResult, what_varied
 from kd.reporting.tracking import Tracker, Untracked
-from kd.store import Metrics, StageResult, TrainedStage
+from kd.store import Metrics, StageResult, TrainedStage, alarms_in
 from kd.store.foreign import load_network
 from kd.training.checkpoint import Checkpoint, Deferred
 from kd.training.checks import check_students
 from kd.training.ranks import ALONE, Team, is_lost, team
 from kd.training.workplace import Workplace
 
-_NEAR_CHANCE = 2  # times chance
 RETRIED = "in fp32 after"  # a key of stage.json: the error in the stage's own precision
 
 
@@ -144,7 +143,9 @@ class Pipeline(Workplace):
             raise KnownError(
                 f"stage {source.key} was trained in fp32 after {retried}; train.on_nan=retry_fp32 accepts it"
             )
-        self.tracker.finished(source, {"val_acc": result.val_acc, "test_acc": result.test_acc})
+        alarms = self._alarms(source, result)
+        reached = {"val_acc": result.val_acc, "test_acc": result.test_acc}
+        self.tracker.finished(source, {**reached, **({"alarms": "; ".join(alarms)} if alarms else {})})
         stage = source if isinstance(source, Stage) else None
         return Outcome(
             role=source.role,
@@ -157,6 +158,7 @@ class Pipeline(Workplace):
             normalize=None if stage else source.normalize,
             reused=source.key not in self._done,
             evidence=self._evidence(stage) if stage and stage.guides else None,
+            alarms=alarms,
             **result.model_dump(exclude={"selected_epoch"}),
         )
 
@@ -164,6 +166,15 @@ class Pipeline(Workplace):
         """How the stage's guide taught; empty for stages that were trained before it was measured."""
         last = self.store.metrics(stage.key)[-1]
         return Evidence(**{name: last.get(name) for name in Evidence.model_fields})
+
+    def _alarms(self, source: Source, result: StageResult) -> tuple[str, ...]:
+        """What looks wrong with given weights, or looked wrong when the stage was trained, in this run or earlier."""
+        if isinstance(source, Given):
+            doubt = _doubt(source, result)
+            return (
+                (f"{source.role} {source.model} has {result.test_acc:.2f} % on the test set: {doubt}",) if doubt else ()
+            )
+        return alarms_in(self.store.metrics(source.key)) if source.guides else ()
 
     def _accept(self, outcome: Outcome) -> Outcome:
         if outcome.role == "teacher" and self.min_acc is not None and outcome.test_acc < self.min_acc:
@@ -197,8 +208,8 @@ class Pipeline(Workplace):
         )
         self._keep(given, TrainedStage(network.state_dict(), [], result), {"file": self.checkpoint.name})
         print(f"{given.role} {given.model}: {self.checkpoint.name} has {result.test_acc:.2f} % on the test set")
-        if result.test_acc < _NEAR_CHANCE * 100 / given.dataset.num_classes:
-            print(f"  that is near chance: check the file, and teacher.normalize (it is {given.normalize})")
+        if doubt := _doubt(given, result):
+            print(f"  {doubt}")
 
     def _train(self, stage: Stage) -> None:
         """Train the stage and save it. If values are not finite, `on_nan` decides whether to train it again in fp32."""
@@ -264,6 +275,12 @@ class Pipeline(Workplace):
         return {"torch": version("torch"), "device": kind, "processor": processor, "threads": self.threads}
 
 
+def _doubt(given: Given, result: StageResult) -> str:
+    if near_chance(result.test_acc, given.dataset.num_classes):
+        return f"that is near chance: check the file, and teacher.normalize (it is {given.normalize})"
+    return ""
+
+
 def run_students(
     pipeline: Pipeline, students: Sequence[Stage], labels: dict[str, str], alone: Sequence[Stage] = ()
 ) -> RunResult:
@@ -285,10 +302,7 @@ def run_students(
     }
     if len(students) == 1:
         return RunResult.model_validate(common)
-    replicates = [
-        Replicate(seed=student.seed, key=outcome.key, val_acc=outcome.val_acc, test_acc=outcome.test_acc)
-        for student, outcome in zip(students, outcomes, strict=True)
-    ]
+    replicates = [Replicate.of(chain) for chain in chains]
     statistics = spread([outcome.test_acc for outcome in outcomes]).model_dump()
     varied = what_varied([[each.key for each in chain] for chain in chains])
     return ReplicatedResult.model_validate({**common, "replicates": replicates, "varied": varied, **statistics})

@@ -16,7 +16,7 @@ from pydantic import ValidationInfo, field_validator
 from kd.core.spec import Frozen, Text
 from kd.core.stage import Source, Stage
 from kd.reporting.status import StatusFile
-from kd.store import Metrics, Store
+from kd.store import Metrics, Store, alarms_in
 
 _LONGEST_NAME, _LONGEST_TAG = 128, 64  # characters that W&B takes
 LONGEST = {"run_name": _LONGEST_NAME, "run_group": _LONGEST_NAME, "run_job_type": 64}  # by wandb's names
@@ -132,6 +132,7 @@ class Tracker:
         self.status = StatusFile(folder)
         self._axes = axes(sources, alone)
         self._alone = {student.key for student in alone} - {source.key for source in sources}
+        self._alarms: dict[str, tuple[str, ...]] = {}  # so far, by key
         self._before: dict[str, int] = {}  # number of epochs of all earlier stages, by key
         epochs = 0
         for source in {source.key: source for source in (*sources, *alone)}.values():
@@ -140,12 +141,17 @@ class Tracker:
         self._file.write_text("", encoding="utf-8")
 
     def log(self, stage: Stage, metrics: Metrics) -> None:
-        """Record an epoch of a stage."""
+        """Record an epoch of a stage. A page has the numbers as curves, and the alarms in its summary."""
         with self._file.open("a", encoding="utf-8") as file:
             role = BASELINE if stage.key in self._alone else stage.role
             file.write(json.dumps({"role": role, "key": stage.key, **metrics}) + "\n")
         step = self._before[stage.key] + int(metrics["epoch"] or 0)
-        self._page.log(self._axes[stage.key], step, metrics)
+        self._page.log(
+            self._axes[stage.key], step, {name: value for name, value in metrics.items() if name != "alarms"}
+        )
+        if new := alarms_in([metrics]):
+            self._alarms[stage.key] = (*self._alarms.get(stage.key, ()), *new)
+            self.finished(stage, {"alarms": "; ".join(self._alarms[stage.key])})
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Record results of the run."""
