@@ -20,8 +20,10 @@ from hydra.core.hydra_config import HydraConfig
 from PIL import Image
 
 import kd
+from kd.core import hardware
 from kd.core.spec import KnownError
 from tests.conftest import QUICK, ROOT
+from tests.test_hardware import HERE
 
 FAST = [*QUICK, "method=scratch", "train.epochs=1"]
 
@@ -38,6 +40,7 @@ def state() -> dict[str, Any]:
     return {
         "argv": [*sys.argv],
         "folder": os.getcwd(),
+        "processors": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None,
         "handlers": [*root.handlers],
         "level": root.level,
         "signals": [signal.getsignal(number) for number in numbers],
@@ -138,6 +141,47 @@ def test_a_call_inside_of_another_hydra(tmp_path: Path) -> None:
         kd.run(FAST)
         assert GlobalHydra.instance().hydra is before
         assert compose("own", ["mine=2"]) == {"mine": 2}
+
+
+PROCESSORS = """
+import os, subprocess, sys
+import kd
+from kd.core.spec import KnownError
+
+before, variables = os.sched_getaffinity(0), dict(os.environ)
+
+def check(when):
+    count = [sys.executable, "-c", "import os; print(len(os.sched_getaffinity(0)))"]
+    child = subprocess.run(count, capture_output=True, text=True).stdout
+    now = {name: value for name, value in os.environ.items() if not name.startswith("KMP_")}
+    print(when, os.sched_getaffinity(0) == before, int(child) == len(before), now == variables)
+
+try:
+    kd.run([*sys.argv[1:], "hydra.run.dir=/proc/nowhere"])
+except KnownError:
+    check("error")
+kd.run(sys.argv[1:])
+check("run")
+"""
+
+
+@pytest.mark.skipif(HERE < 2, reason="needs two processors that a process may use")
+def test_the_caller_keeps_its_processors() -> None:
+    """OpenMP leaves the main thread one of them where torch is imported, with OMP_PROC_BIND."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESSORS, *FAST, "runtime.threads=null", "runtime.device=cpu"],
+        env={**environment, "OMP_PROC_BIND": "true", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith(("error ", "run "))] == [
+        "error True True True",
+        "run True True True",
+    ]
+    assert any(line.startswith("device: cpu (") and f", {hardware.cpu_count()} threads)" in line for line in lines)
 
 
 def test_importing_kd_is_cheap() -> None:

@@ -1,7 +1,7 @@
 """What `kd.run` and `kd.sweep` do: jobs in this process, as the command line does them, without touching the process.
 
-argv, logging, signal handlers, the working directory, torch's settings and what the process has of Hydra are as before
-when a call returns. Problems raise KnownError with a line each.
+argv, logging, signal handlers, the working directory, the processors that may be used, torch's settings and what the
+process has of Hydra are as before when a call returns. Problems raise KnownError with a line each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd.app import jobs, multirun
 from kd.app.experiments import CONF
 from kd.app.options import register
-from kd.core.hardware import settings_kept
+from kd.core.hardware import processors_kept, settings_kept
 from kd.core.spec import KnownError
 from kd.reporting.results import RunResult, clear_marks
 from kd.training.ranks import world
@@ -132,9 +132,10 @@ def _called(name: str) -> Iterator[None]:
     before = GlobalHydra.instance().hydra, own.cfg, version.version_base
     GlobalHydra.instance().clear()
     try:
-        register()
-        with settings_kept(), initialize_config_dir(str(CONF), version_base="1.3"):
-            yield
+        with processors_kept():
+            register()
+            with settings_kept(), initialize_config_dir(str(CONF), version_base="1.3"):
+                yield
     except (HydraException, OmegaConfBaseException) as error:
         raise KnownError(str(error)) from error
     finally:
