@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 from kd.app.config import Config
 from kd.app.experiments import CONF
-from kd.app.parsing import SECTIONS, option_has
+from kd.app.parsing import SECTIONS, option_has, with_one_why
 from kd.core.spec import KnownError, Text, nearest, nearest_keys, printable
 from kd.reporting.console import without_comment
 
@@ -40,7 +40,7 @@ _NEVER_READ = ("help", "hydra_help", "shell_completion", "experimental_rerun")
 
 def read_command(words: Sequence[str]) -> list[str]:
     """The arguments for Hydra, flags first. Raises KnownError with a line for each that cannot be what it should."""
-    words = without_comment(words)
+    words = with_one_why(without_comment(words))
     args = get_args_parser().parse_intermixed_args(words)
     if any(getattr(args, name) for name in _NEVER_READ) or args.info is not None:
         return words
