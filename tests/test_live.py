@@ -220,6 +220,8 @@ def test_a_parallel_sweep_in_a_terminal(tmp_path: Path, launcher: str) -> None:
         (["dry_run=true"], False),
         (["-m", "++dry_run=True"], False),
         (["why=method.T"], False),
+        (["--why", "method.T"], False),
+        (["--why=method.T"], False),
         (["--cfg", "job"], False),
     ],
 )

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from PIL import Image
 
 import kd
+from kd.app.command_line import read_command
+from kd.app.options import register
+from kd.core import hardware
 from kd.core.spec import KnownError
 from tests.conftest import QUICK, ROOT
+from tests.test_hardware import HERE
 
 FAST = [*QUICK, "method=scratch", "train.epochs=1"]
 
@@ -38,6 +43,7 @@ def state() -> dict[str, Any]:
     return {
         "argv": [*sys.argv],
         "folder": os.getcwd(),
+        "processors": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None,
         "handlers": [*root.handlers],
         "level": root.level,
         "signals": [signal.getsignal(number) for number in numbers],
@@ -104,11 +110,19 @@ def test_a_job_that_fails_is_a_row_with_the_reason() -> None:
     ("overrides", "said"),
     [
         (["method.T=-1", "method.lambda=2"], "method.T: should be above 0.*\nmethod.lambda: should be at most 1"),
-        (["metod=kd"], "metod"),
-        (["model=resnet9"], "resnet9"),
+        (["metod=kd"], r"^metod: unknown key; did you mean method, [^\n]*$"),
+        (["model=resnet9"], r"^model=resnet9: there is no such option; did you mean resnet8, [^\n]*$"),
+        (["model=[resnet8,resnet14]"], r"^model: takes one option, not a list; a run for each: kd.sweep\(\['model="),
+        (["seed=0,1"], r"^seed: several values need kd.sweep: kd.sweep\(\['seed=0,1'\]\)$"),
+        (["metod=kd", "model=resnet9"], r"^model=resnet9: [^\n]*\nmetod: unknown key; [^\n]*$"),
         (["method.T="], "method.T"),
-        (["method.T=1,2"], "method.T"),
-        (["seed"], "seed"),
+        (["method.T=1,2"], r"^method.T: several values need kd.sweep: kd.sweep\(\['method.T=1,2'\]\)$"),
+        (["seed"], "^seed: should be key=value$"),
+        (
+            ["dataset.root=/tmp/a=b (1)"],
+            r"^dataset.root: is only for dataset=folder [^\n]*got '/tmp/a=b \(1\)' [^\n]*$",
+        ),
+        (["hydra.mode=MULTIRUN"], "^hydra.mode: kd.run does one run, kd.sweep several$"),
         (["dry_run=true"], "dry_run and why print, and have no result"),
         (["why=method.T"], "dry_run and why print, and have no result"),
         (["teacher.checkpoint=nowhere.pt"], "nowhere.pt"),
@@ -121,6 +135,40 @@ def test_problems_are_one_exception(overrides: list[str], said: str) -> None:
         kd.run([*QUICK, *overrides])
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):  # Hydra is free for others
         assert compose("config", ["seed=3"]).seed == 3
+
+
+@pytest.mark.parametrize("words", [["metod=kd"], ["model=resnet9"], ["seed"], ["method.T=='a"], ["metod=1", "model=x"]])
+def test_a_mistake_is_told_as_on_the_command_line(words: list[str]) -> None:
+    register()
+    with pytest.raises(KnownError) as at_the_command_line:
+        read_command(words)
+    for function in (kd.run, kd.sweep):
+        with pytest.raises(KnownError) as here:
+            function(words)
+        assert str(here.value) == str(at_the_command_line.value)
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize("function", [kd.run, kd.sweep])
+def test_what_is_no_list_of_overrides_is_one_line(function: Callable[..., object]) -> None:
+    for flags in (["-m"], ["-m", "seed=0,1"], ["--why", "method.T"], ["--cfg", "job"]):
+        refused = f"kd.{function.__name__}: takes key=value; {flags[0]} is for the command line"
+        with pytest.raises(KnownError, match=f"^{refused}$"):
+            function(flags)
+    with pytest.raises(
+        KnownError, match=rf"^kd.{function.__name__}: takes a list: kd.{function.__name__}\(\['seed=1'\]\)$"
+    ):
+        function("seed=1")
+    with pytest.raises(KnownError, match=r"^model: takes one option, not a list; [^\n]*$"):
+        function(["model=[resnet8,resnet14]"])
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_texts_mean_what_is_typed() -> None:
+    typed = Path("a=b (1)").absolute()
+    kd.run([*FAST, f"runtime.data={typed}", "hydra.run.dir=c=d (2)"])
+    saved = OmegaConf.load("c=d (2)/.hydra/config.yaml")
+    assert saved.runtime.data == str(typed)
 
 
 @pytest.mark.usefixtures("unchanged")
@@ -138,6 +186,47 @@ def test_a_call_inside_of_another_hydra(tmp_path: Path) -> None:
         kd.run(FAST)
         assert GlobalHydra.instance().hydra is before
         assert compose("own", ["mine=2"]) == {"mine": 2}
+
+
+PROCESSORS = """
+import os, subprocess, sys
+import kd
+from kd.core.spec import KnownError
+
+before, variables = os.sched_getaffinity(0), dict(os.environ)
+
+def check(when):
+    count = [sys.executable, "-c", "import os; print(len(os.sched_getaffinity(0)))"]
+    child = subprocess.run(count, capture_output=True, text=True).stdout
+    now = {name: value for name, value in os.environ.items() if not name.startswith("KMP_")}
+    print(when, os.sched_getaffinity(0) == before, int(child) == len(before), now == variables)
+
+try:
+    kd.run([*sys.argv[1:], "hydra.run.dir=/proc/nowhere"])
+except KnownError:
+    check("error")
+kd.run(sys.argv[1:])
+check("run")
+"""
+
+
+@pytest.mark.skipif(HERE < 2, reason="needs two processors that a process may use")
+def test_the_caller_keeps_its_processors() -> None:
+    """OpenMP leaves the main thread one of them where torch is imported, with OMP_PROC_BIND."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESSORS, *FAST, "runtime.threads=null", "runtime.device=cpu"],
+        env={**environment, "OMP_PROC_BIND": "true", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith(("error ", "run "))] == [
+        "error True True True",
+        "run True True True",
+    ]
+    assert any(line.startswith("device: cpu (") and f", {hardware.cpu_count()} threads)" in line for line in lines)
 
 
 def test_importing_kd_is_cheap() -> None:

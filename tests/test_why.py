@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
+from kd.app.command_line import read_command
 from kd.app.config import plan
 from kd.app.options import register
 from kd.app.parsing import parse
@@ -85,6 +87,49 @@ def test_on_the_command_line_it_trains_nothing(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("why: there is no key nothing.at.all; there are ")
     assert done.stderr.endswith(" in all; --help lists them)\n")
-    done = run_py("why=method.T", "method.T=2", "hydra.run.dir=out", cwd=tmp_path)
+    done = run_py("--why", "method.T", "method.T=2", "hydra.run.dir=out", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "method.T=2: the command line (method.T=2)\n")
     assert not (tmp_path / "out" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        (["--why", "method.T", "seed=1"], ["seed=1", "why=method.T"]),
+        (["-m", "--why=method.T", "seed=1,2"], ["-m", "seed=1,2", "why=method.T"]),
+        (["why=method.T", "why=train.lr"], ["why=[method.T,train.lr]"]),
+        (["--why", "method.T,seed", "why=[mode, loss]"], ["why=[method.T,seed,mode,loss]"]),
+        (["why=[method.T,seed]", "mode=paper"], ["why=[method.T,seed]", "mode=paper"]),
+        (["-m", "why=choice(method.T,seed)"], ["-m", "why=choice(method.T,seed)"]),
+    ],
+)
+def test_a_flag_and_several_are_one_why(words: list[str], read: list[str]) -> None:
+    register()
+    assert read_command(words) == read
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--why"], "--why: needs a key: python run.py --why method.T"),
+        (["--why="], "--why: needs a key: python run.py --why method.T"),
+        (["--why", "-m", "seed=1,2"], "--why: needs a key: python run.py --why method.T"),
+        (["why=method.T", "why=choice(seed,mode)"], "why: is given twice; one list: 'why=[method.T,train.lr]'"),
+    ],
+)
+def test_what_asks_for_nothing_is_one_line(words: list[str], line: str) -> None:
+    with pytest.raises(KnownError) as refused:
+        read_command(words)
+    assert str(refused.value) == line
+
+
+def test_a_sweep_prints_equal_lines_once(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = f"hydra.sweep.dir={tmp_path}"
+    assert command("-m", where, "method=kd,ta", "seed=0,1", "--why", "method.T", "--why=mode", "tracking=none") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "method.T=4: conf/method/kd.yaml, chosen by method=kd",
+        "mode=paper: conf/mode/paper.yaml",
+        "method.T=4: conf/method/ta.yaml, chosen by method=ta",
+    ]

@@ -1,7 +1,7 @@
 """What `kd.run` and `kd.sweep` do: jobs in this process, as the command line does them, without touching the process.
 
-argv, logging, signal handlers, the working directory, torch's settings and what the process has of Hydra are as before
-when a call returns. Problems raise KnownError with a line each.
+argv, logging, signal handlers, the working directory, the processors that may be used, torch's settings and what the
+process has of Hydra are as before when a call returns. Problems raise KnownError with a line each.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,10 +23,13 @@ from omegaconf import Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from kd.app import jobs, multirun
+from kd.app.command_line import Reader
 from kd.app.experiments import CONF
 from kd.app.options import register
-from kd.core.hardware import settings_kept
+from kd.app.parsing import by_key
+from kd.core.hardware import processors_kept, settings_kept
 from kd.core.spec import KnownError
+from kd.reporting.console import without_comment
 from kd.reporting.results import RunResult, clear_marks
 from kd.training.ranks import world
 
@@ -33,7 +37,7 @@ from kd.training.ranks import world
 def single_run(overrides: Sequence[str]) -> RunResult:
     """The result of one run, which is trained, or loaded from the store."""
     with _called("kd.run"):
-        cfg = _composed(overrides)
+        cfg = _composed(_read(overrides, "kd.run"))
         _refuse_plan(cfg)
         folder = Path(cfg.hydra.run.dir).absolute()
         config = _entered(cfg, folder)
@@ -52,14 +56,15 @@ def single_run(overrides: Sequence[str]) -> RunResult:
 def grid(overrides: Sequence[str]) -> Path:
     """Do the jobs of a grid one after another. Returns its folder, with the same files as a multirun's."""
     with _called("kd.sweep"):
+        words = _read(overrides, "kd.sweep")
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        combinations = BasicSweeper.split_arguments(parser.parse_overrides([*overrides]), None)[0]
+        combinations = BasicSweeper.split_arguments(parser.parse_overrides(words), None)[0]
         first = _composed(combinations[0])
         _refuse_plan(first)
         _refuse_plugins(first)
         folder = Path(first.hydra.sweep.dir).absolute()
         with open_dict(first):
-            first.hydra.overrides.task = [*overrides]
+            first.hydra.overrides.task = words
         _save(folder, {"multirun": first})
         multirun.Multirun.begin(folder, len(combinations))
         try:
@@ -80,6 +85,18 @@ def _job(overrides: Sequence[str], folder: Path, number: int) -> None:
     place = folder / str(number)
     config = _entered(cfg, place)
     jobs.run_job(place, lambda: jobs.perform(config, place), dry=False)
+
+
+def _read(words: Sequence[str], call: str) -> list[str]:
+    """The overrides that the function `call` is given, for Hydra, as the command line reads them."""
+    if isinstance(words, str):
+        raise KnownError(f"{call}: takes a list: {call}([{words!r}])")
+    if flags := [word for word in words if word.startswith("-")]:
+        raise KnownError(f"{call}: takes key=value; {' '.join(flags)} is for the command line")
+    if "hydra.mode" in by_key(words):
+        raise KnownError("hydra.mode: kd.run does one run, kd.sweep several")
+    args = get_args_parser().parse_args(["-m"] if call == "kd.sweep" else [])
+    return Reader(args, call).read(without_comment(words))
 
 
 def _composed(overrides: Sequence[str]) -> DictConfig:
@@ -132,9 +149,10 @@ def _called(name: str) -> Iterator[None]:
     before = GlobalHydra.instance().hydra, own.cfg, version.version_base
     GlobalHydra.instance().clear()
     try:
-        register()
-        with settings_kept(), initialize_config_dir(str(CONF), version_base="1.3"):
-            yield
+        with processors_kept():
+            register()
+            with settings_kept(), initialize_config_dir(str(CONF), version_base="1.3"):
+                yield
     except (HydraException, OmegaConfBaseException) as error:
         raise KnownError(str(error)) from error
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 from kd.app.config import Config
 from kd.app.experiments import CONF
-from kd.app.parsing import SECTIONS, option_has
+from kd.app.parsing import SECTIONS, option_has, with_one_why
 from kd.core.spec import KnownError, Text, nearest, nearest_keys, printable
 from kd.reporting.console import without_comment
 
@@ -40,7 +40,7 @@ _NEVER_READ = ("help", "hydra_help", "shell_completion", "experimental_rerun")
 
 def read_command(words: Sequence[str]) -> list[str]:
     """The arguments for Hydra, flags first. Raises KnownError with a line for each that cannot be what it should."""
-    words = without_comment(words)
+    words = with_one_why(without_comment(words))
     args = get_args_parser().parse_intermixed_args(words)
     if any(getattr(args, name) for name in _NEVER_READ) or args.info is not None:
         return words
@@ -58,12 +58,13 @@ def _folder(args: Namespace) -> Path:
 class Reader:
     """Reads overrides with Hydra's own parser and options, which have to be initialised."""
 
-    def __init__(self, args: Namespace) -> None:
+    def __init__(self, args: Namespace, call: str | None = None) -> None:
+        """`call` is the function of Python that is given the overrides; None for the command line."""
         self._loader = GlobalHydra.instance().config_loader()
         self._parser = OverridesParser.create(self._loader)
         self._config_name = args.config_name or "config"
         self._places = [] if args.config_dir is None else [f"hydra.searchpath=[{Path(args.config_dir).absolute()}]"]
-        self._multirun = args.multirun
+        self._multirun, self._call = args.multirun, call
         self._words: dict[str, str] = {}  # what was typed, by how Hydra's parser got it
 
     def read(self, words: Sequence[str]) -> list[str]:
@@ -143,7 +144,7 @@ class Reader:
         key = override.get_key_element().lstrip("+~")
         options = self._options(key.partition("@")[0])
         if options and not override.is_delete():
-            yield from _option_problems(key, options, [*self._values(override)])
+            yield from _option_problems(key, options, [*self._values(override)], self._sweep)
         elif not override.is_sweep_override():
             value = _value(override)
             if isinstance(override.value(), float) and not _means(value, float(override.value())):  # type: ignore[arg-type]
@@ -153,11 +154,16 @@ class Reader:
         if not self._multirun:
             text = self._words.get(str(override.input_line), "").partition("=")[2].replace("'", "")
             hint = "" if options or _TEXTS.get(key) is None else f"; one text: \"{key}='{text}'\""
-            yield f"{key}: several values need -m: python run.py -m {shlex.quote(str(override.input_line))}{hint}"
+            needed = "kd.sweep" if self._call else "-m"
+            yield f"{key}: several values need {needed}: {self._sweep(str(override.input_line))}{hint}"
         elif isinstance(span := override.value(), RangeSweep) and not 0 < _length(span) <= _MOST:
             yield f"{key}: {_value(override)} has {_length(span):,} values; 1 to {_MOST:,} are possible"
         elif override.is_discrete_sweep() and not self._texts_of(override):
             yield f"{key}: there is no value in {_value(override)}"
+
+    def _sweep(self, word: str) -> str:
+        """How to do a run for each value of an override."""
+        return f"kd.sweep([{word!r}])" if self._call else f"python run.py -m {shlex.quote(word)}"
 
     def _options(self, group: str, folder: str = "") -> list[str]:
         """The options of a group, those of its folders too; empty for a key."""
@@ -271,10 +277,12 @@ def _unreadable(word: str) -> str:
     return f"{name}: {value} cannot be read; a text with other signs needs quotes: {shlex.quote(f'{name}={quoted}')}"
 
 
-def _option_problems(key: str, options: Sequence[str], values: Sequence[Any]) -> Iterator[str]:
+def _option_problems(
+    key: str, options: Sequence[str], values: Sequence[Any], sweep: Callable[[str], str]
+) -> Iterator[str]:
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
     if any(isinstance(value, list) and len(value) != 1 for value in values):
-        hint = f"; a run for each: python run.py -m {key}={','.join(map(str, names))}" if names else ""
+        hint = f"; a run for each: {sweep(f'{key}=' + ','.join(map(str, names)))}" if names else ""
         yield f"{key}: takes one option, not a list{hint}"
         return
     for name in names:

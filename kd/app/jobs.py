@@ -43,7 +43,7 @@ from kd.training.ranks import team, world
 from kd.training.workplace import RuntimeSpec, Workplace
 
 T = TypeVar("T")
-_TELLING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"}  # flags that train nothing
+_TELLING = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--why"}  # flags that train nothing
 SEARCH = "kd.app.search.hand_over"  # hydra.sweeper.custom_search_space of kd's own searches
 
 
@@ -110,16 +110,18 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         bind_threads(runtime.threads, resolve_device(runtime.device))
     dataset = resolve(config.dataset, config.data_root, config.workers, config.image_size)
     students = plan(config, dataset)
+    multirun = hydra.mode == RunMode.MULTIRUN
+    whole = hydra.sweep.dir if multirun else folder
     if config.why:
         from kd.app.provenance import reasons
 
-        print("\n".join(reasons(cfg, config, students[0], typed())), flush=True)
+        for line in reasons(cfg, config, students[0], typed()):
+            _say(line, whole)
         if not config.dry_run:
             return None
     alone = plan_alone(config, dataset, students)
-    multirun = hydra.mode == RunMode.MULTIRUN
     for line in remarks(config, dataset, students[0], by_key(typed()), multirun=multirun):
-        _say(line, hydra.sweep.dir if multirun else folder)
+        _say(line, whole)
     if config.runtime.threads is None and runtime.processes not in (None, 1):
         print(f"runtime.processes={runtime.processes}: runtime.threads={runtime.threads} in each", flush=True)
     store = Store(config.store_root)

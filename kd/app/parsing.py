@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -83,6 +83,25 @@ def parse(cfg: DictConfig, overrides: Iterable[str] = (), home: Path | None = No
 def by_key(overrides: Iterable[str]) -> dict[str, str]:
     """The keys of overrides, with the text of their values."""
     return {name.lstrip("+"): value for name, _, value in (override.partition("=") for override in overrides)}
+
+
+def with_one_why(words: Sequence[str]) -> list[str]:
+    """The arguments with `why=` for `--why`. The keys of several are one list. Raises KnownError."""
+    kept, asked, left = list[str](), list[str](), iter(words)
+    for word in left:
+        name, equal, keys = word.partition("=")
+        if name == "--why":
+            keys = keys if equal else next(left, "")
+            if not keys or keys.startswith("-"):
+                raise KnownError("--why: needs a key: python run.py --why method.T")
+        (asked.append(keys) if name.lstrip("+") in ("--why", "why") else kept.append(word))
+    if len(asked) < 2 and "--why" not in by_key(words):
+        return [*words]
+    lists = [re.fullmatch(r"\[?([\w@/.,\s-]+)\]?", keys) for keys in asked]
+    if not all(lists):
+        raise KnownError("why: is given twice; one list: 'why=[method.T,train.lr]'")
+    found = [key.strip() for each in lists if each for key in each[1].split(",")]
+    return [*kept, f"why={found[0]}" if len(found) == 1 else f"why=[{','.join(found)}]"]
 
 
 def without_foreign(tree: dict[str, Any], given: Collection[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # two flags of x86, one of ar
 # What Linux has where torch can see a GPU: NVIDIA's driver, also in containers, WSL2, ROCm, Jetson.
 _GPU_FILES = ("/proc/driver/nvidia/version", "/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/nvgpu", "/dev/nvhost-gpu")
 _OPENMP = ("OMP_", "GOMP_", "KMP_")  # its variables
-_BEFORE = set[int]()  # the processors of this process before bind_threads(), which leaves its main thread one of them
+_BEFORE = set[int]()  # the processors of this process before OpenMP was imported, which may leave its main thread one
 _OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -132,7 +132,12 @@ def cpu_count() -> int:
 
 def _allowed() -> set[int]:
     """The processors on which this process may run; empty if the system does not say."""
-    return _BEFORE or (os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set())
+    return _BEFORE or _affinity()
+
+
+def _affinity() -> set[int]:
+    """The processors on which this thread may run now; empty if the system does not say."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 def bind_threads(threads: int | None, device: str) -> None:
@@ -159,6 +164,23 @@ def unbind(*worker: int) -> None:
     """Let this thread, or process that decodes images, run on each processor: it inherits the main thread's."""
     if _BEFORE:
         os.sched_setaffinity(0, _BEFORE)
+
+
+@contextmanager
+def processors_kept() -> Iterator[None]:
+    """A block after which this thread may run on the processors as before.
+
+    If torch is imported in the block, and the user has set OMP_PROC_BIND, OpenMP leaves this thread one processor.
+    Processes that are started later would inherit that.
+    """
+    before, known = _affinity(), {*_BEFORE}
+    _BEFORE.update(before)  # cpu_count() would see one processor
+    try:
+        yield
+    finally:
+        if before:
+            os.sched_setaffinity(0, before)
+        _BEFORE.intersection_update(known)
 
 
 def _quotas() -> Iterator[float]:
