@@ -358,7 +358,7 @@ def test_a_checkpoint_and_photographs_are_found_as_they_are_typed(tmp_path: Path
     done = run_py("teacher.checkpoint=runs/epoch=9-step=100.ckpt", "dry_run=true", "hydra.run.dir=out", cwd=tmp_path)
     assert done.stderr == "teacher.checkpoint: runs/epoch=9-step=100.ckpt cannot be read (No such file or directory)\n"
     done = run_py("dataset=folder", "dataset.root=~/pets", "hydra.run.dir=out", cwd=tmp_path, HOME=str(tmp_path))
-    assert done.stderr.startswith("dataset.root: ~/pets is not a folder")
+    assert done.stderr.startswith("dataset.root: ~/pets does not exist")
 
 
 def shell_lines() -> list[str]:

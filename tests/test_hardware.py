@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kd.app import jobs
 from kd.app.parsing import parse
 from kd.core import hardware
 from kd.core.spec import KnownError
@@ -281,9 +282,16 @@ def test_a_quota_binds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_run_binds_before_it_imports_torch_and_a_dry_run_does_not(
     job: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = list[tuple[int | None, str]]()
-    monkeypatch.setattr("kd.app.jobs.bind_threads", lambda *asked_for: asked.append(asked_for))
+    """But for networks of a library, for which reading the configuration imports torch, and whose steps are timed."""
+    done = list[object]()
+    monkeypatch.setattr("kd.app.jobs.bind_threads", lambda *asked: done.append(asked))
+    parse = jobs.parse
+    monkeypatch.setattr("kd.app.jobs.parse", lambda *given: done.append("parse") or parse(*given))
     job("train.epochs=1", "method=scratch", "runtime.threads=1")
-    assert asked == [(1, "cpu")]
+    assert done == [(1, "cpu"), "parse"]
+    done.clear()
     job("dry_run=true")
-    assert len(asked) == 1
+    assert done == ["parse"]
+    done.clear()
+    job("dry_run=true", "method=scratch", "model=torchvision", "model.arch=resnet18", "runtime.threads=1")
+    assert done == [(1, "cpu"), "parse"]

@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
 from kd.app.config import Config, initial_files, plan, plan_alone
 from kd.app.effects import remarks
@@ -23,7 +24,7 @@ from kd.app.parsing import by_key, parse, recorded
 from kd.core.hardware import bind_threads, cpu_count, resolve_device
 from kd.core.spec import KnownError, tilde
 from kd.core.stage import Stage
-from kd.datasets import resolve
+from kd.datasets import LARGE, resolve
 from kd.reporting import summary
 from kd.reporting.console import print_plan, print_run
 from kd.reporting.curves import draw_curves
@@ -90,6 +91,20 @@ def interrupted(words: Sequence[str]) -> str:
     return f"interrupted{told}"
 
 
+def _bind(cfg: DictConfig) -> None:
+    """Bind torch's threads to processors before parse(), which imports torch for networks of a library.
+
+    A plan of other networks needs no torch.
+    """
+    if is_dry(cfg) and not any(OmegaConf.select(cfg, f"{part}.arch") for part in ("model", "teacher")):
+        return
+    try:
+        runtime = with_share(RuntimeSpec.model_validate(OmegaConf.to_container(cfg.runtime, resolve=True)))
+        bind_threads(runtime.threads, resolve_device(runtime.device))
+    except (ValidationError, KnownError, OmegaConfBaseException):
+        pass  # parse() says what is wrong
+
+
 def is_dry(cfg: DictConfig) -> bool:
     """Whether a configuration, perhaps an invalid one, asks for the plan, or for the reasons of values, alone."""
     asked = [OmegaConf.select(cfg, key, throw_on_resolution_failure=False) for key in ("dry_run", "why")]
@@ -104,11 +119,12 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.RUN and hydra.sweeper.get("custom_search_space") == SEARCH and not is_dry(cfg):
         raise KnownError("sweep: a search needs -m: python run.py -m sweep=…")
+    _bind(cfg)
     config = parse(cfg, typed(), home())
     runtime = with_share(config.runtime)
-    if not is_dry(cfg):
-        bind_threads(runtime.threads, resolve_device(runtime.device))
     dataset = resolve(config.dataset, config.data_root, config.workers, config.image_size)
+    if dataset.image_size > LARGE:  # a plan measures steps, too
+        bind_threads(runtime.threads, resolve_device(runtime.device))
     students = plan(config, dataset)
     multirun = hydra.mode == RunMode.MULTIRUN
     whole = hydra.sweep.dir if multirun else folder
@@ -126,9 +142,7 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         print(f"runtime.processes={runtime.processes}: runtime.threads={runtime.threads} in each", flush=True)
     store = Store(config.store_root)
     if config.dry_run:
-        place = Workplace(store, config.data_root, config.runtime, initial=initial_files(config))
-        check_students(place, [*students, *alone], config.teacher.file, networks=False)
-        print_plan(config.where, students, store, config.runtime.retrain, alone)
+        _show_plan(config, students, alone, store)
         return None
     with track(config.tracking, folder, students, recorded(cfg, typed()), store, group(), alone) as tracker:
         pipeline = _pipeline(config, runtime, students, store, tracker)
@@ -146,6 +160,12 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         print_run(found)
         print(tilde(f"this run: {folder}"))
     return found
+
+
+def _show_plan(config: Config, students: Sequence[Stage], alone: Sequence[Stage], store: Store) -> None:
+    place = Workplace(store, config.data_root, config.runtime, initial=initial_files(config))
+    check_students(place, [*students, *alone], config.teacher.file, networks=False)
+    print_plan(config.where, students, store, config.runtime.retrain, alone)
 
 
 @cache
