@@ -318,7 +318,7 @@ def test_a_foreign_result_is_one_line(tmp_path: Path, text: str) -> None:
         (("runtime.device=cuda:99",), "runtime.device: torch sees"),
         (("runtime.store=/proc/no",), "/proc/no"),
         (("dataset=folder", "dataset.root=pets", "runtime.data=/proc/no"), "/proc/no"),
-        (("dataset=folder", "dataset.root='~nobody-at-all/x'"), "is not a folder"),
+        (("dataset=folder", "dataset.root='~nobody-at-all/x'"), "does not exist"),
         (("dataset.val_fraction=0.003",), "leaves 1437 training and 0 validation images"),
         (("dataset.val_fraction=0.999",), "leaves 0 training"),
     ],
