@@ -461,6 +461,17 @@ def test_keys_that_a_user_names_need_no_plus() -> None:
 # --help ---------------------------------------------------------------------------------------------------------------
 
 
+def test_help_lists_the_groups_that_can_be_chosen(tmp_path: Path) -> None:
+    """Not the folders of conf/ that are none. Networks and published rows are not listed twice."""
+    done = run_py("--help", cwd=tmp_path)
+    groups = dict(re.findall(r"^(\w+): (.+)$", done.stdout.partition("Set any key")[0], re.MULTILINE))
+    assert {"dataset", "experiment", "loss", "method", "mode", "model", "runtime", "sweep", "teacher"} <= groups.keys()
+    assert not {"paper", "hydra"} & groups.keys()
+    assert re.fullmatch(r"\d+ rows of tables: docs/experiments.md", groups["experiment"])
+    assert "resnet8, " in groups["model"]
+    assert groups["teacher"] == "as model"
+
+
 def test_help_says_what_is_possible_and_lists_no_setting_twice(tmp_path: Path) -> None:
     done = run_py("--help", "method=ta", "dataset.decode=stream", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -484,6 +484,14 @@ def test_initial_weights_of_every_layout(tmp_path: Path, layout: str) -> None:
     same_logits(begins.eval().state_dict(), network)
 
 
+def test_initial_weights_are_said_where_a_file_has_averaged_ones_too(tmp_path: Path) -> None:
+    """No setting chooses the others."""
+    file, lines = tmp_path / "both.pt", list[str]()
+    torch.save({"model": network_of(seed=1).state_dict(), "model_ema": network_of(seed=2).state_dict()}, file)
+    initial_weights(file, fingerprint(file), "resnet8", num_classes=10, image_size=16, tell=lines.append)
+    assert lines == ["both.pt: model are the weights; not the averaged ones (model_ema)"]
+
+
 def test_a_classifier_of_other_classes_is_made_anew(tmp_path: Path) -> None:
     network = network_of(classes=1000)
     torch.save(prefixed("module.", network.state_dict()), tmp_path / "net.pt")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, OmegaConf
 
 from kd.app.experiments import experiments
@@ -33,6 +35,7 @@ def register() -> None:
     Our own data sets, methods and losses have a file in conf/, and Hydra warns where an option has both. Raises
     KnownError where conf/paper declares no valid experiments.
     """
+    OmegaConf.register_new_resolver("kd.options", _options, replace=True)
     OmegaConf.register_new_resolver("kd.keys", _help, replace=True)
     store = ConfigStore.instance()
     unset = dict.fromkeys(TrainOverrides.model_fields)
@@ -55,6 +58,18 @@ def register() -> None:
             group, _, option = name.rpartition("/")
             store.store(option, experiment.node, group=f"experiment/{group}", package="_global_", provider="kd")
     store.repo = _Shared(store.repo)
+
+
+def _options() -> str:
+    """The groups with their options, for the template of --help.
+
+    Hydra's own list has folders of conf/ that are no groups, the networks twice, and each row of a paper's table.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    options = {group: loader.get_group_options(group, ObjectType.CONFIG) for group in loader.list_groups("")}
+    own = [*options.get("experiment", []), f"{len(experiments())} rows of tables: docs/experiments.md"]
+    options |= {"experiment": own, "teacher": ["as model"]}
+    return "\n".join(f"{group}: {', '.join(options[group])}" for group in sorted({*options} - {"hydra", "paper"}))
 
 
 def _help(*, _root_: DictConfig) -> str:

@@ -295,7 +295,7 @@ def _teacher(sections: dict[str, Any]) -> Iterator[str]:
     if teacher is None:
         return
     if teacher.file is None:
-        for key in ("part", "normalize"):
+        for key in ("part", "key", "normalize"):
             if getattr(teacher, key) is not None:
                 yield f"teacher.{key}: needs teacher.checkpoint=<file>, which is not set"
         return

@@ -99,7 +99,7 @@ def initial_weights(
     if not fits:
         raise KnownError("\n".join(_explain(file, wanted, states, network, renew=True)))
     fit, line = _chosen(file, fits), None
-    for each in _about(file, fit, fits):
+    for each in _about(file, fit, fits, initial=True):
         tell(each)
     state = with_classifier(fit.state, network)
     if state is not fit.state:
@@ -156,12 +156,13 @@ def _equal(one: State, other: State) -> bool:
     return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
-def _about(file: WeightsFile, fit: Fit, fits: list[Fit]) -> Iterator[str]:
-    """Lines about the choice of weights in a file."""
+def _about(file: WeightsFile, fit: Fit, fits: list[Fit], *, initial: bool = False) -> Iterator[str]:
+    """Lines about the choice of weights in a file. `initial` ones cannot be chosen by a setting."""
     name = file.path.name
     averaged = [str(other) for other in fits if other.kind == "ema" and other.place != fit.place]
     if averaged:
-        yield f"{name}: {fit} are the weights; teacher.part=ema takes the averaged ones ({averaged[0]})"
+        other = "not" if initial else "teacher.part=ema takes"
+        yield f"{name}: {fit} are the weights; {other} the averaged ones ({averaged[0]})"
     elif fit.kind == "ema":
         yield f"{name}: {fit} are the weights, averaged over steps"
     if fit.renamed:

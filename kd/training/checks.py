@@ -117,7 +117,7 @@ def _check_initial(stages: Sequence[Stage], place: Workplace) -> None:
 
     for stage in begun:
         with torch.random.fork_rng(devices=[]):
-            _, line = load_initial(stage, place.initial.get(str(stage.init)))
+            _, line = load_initial(stage, place.initial.get(str(stage.init)), print)
         if line is not None:
             print(f"{stage.role} {line}", flush=True)
         _say_size(stage)

@@ -160,13 +160,19 @@ def make_network(stage: Stage, device: str, initial: Path | None = None) -> Norm
     return Normalized.of(network, stage.normalize).to(memory_format=torch.channels_last).to(device, dtype)
 
 
-def load_initial(stage: Stage, initial: Path | None) -> tuple[nn.Module, str | None]:
-    """The network with its file of initial weights, and a line if its classifier is new. Raises KnownError."""
+def load_initial(
+    stage: Stage, initial: Path | None, tell: Callable[[str], None] = lambda line: None
+) -> tuple[nn.Module, str | None]:
+    """The network with its file of initial weights, and a line if its classifier is new. Raises KnownError.
+
+    `tell` gets a line for each choice among the file's weights.
+    """
     who = f"{stage.role} {stage.model}"
     if initial is None or stage.init is None:
         raise KnownError(f"{who}: its initial weights (sha256 {stage.init}) are in no file of this run")
     classes, size = stage.dataset.num_classes, stage.input_size
-    return initial_weights(initial, stage.init, stage.model, num_classes=classes, image_size=size, key=f"{who}: init")
+    told: dict[str, Any] = {"num_classes": classes, "image_size": size, "key": f"{who}: init", "tell": tell}
+    return initial_weights(initial, stage.init, stage.model, **told)
 
 
 def make_losses(
