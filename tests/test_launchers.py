@@ -8,18 +8,25 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kd.app import parallel
 from kd.app.jobs import processors_of_a_job, why_ended, with_share
+from kd.app.multirun import Multirun
+from kd.app.options import register
 from kd.core import hardware
+from kd.core.stage import Stage
 from kd.reporting import console
+from kd.training.forecast import room_for
 from kd.training.workplace import RuntimeSpec
 from tests.conftest import QUICK, ROOT, run_py
 
@@ -266,72 +273,101 @@ def test_of_one_gpu_or_none_there_is_no_choice(monkeypatch: pytest.MonkeyPatch) 
 # how many jobs at a time ---------------------------------------------------------------------------------------------
 
 
-SMALL = ("dataset=digits", "model=plane2", "method=scratch", "train.epochs=1", "tracking=none")
+SMALL = ("dataset=digits", "model=plane2", "method=scratch", "train.epochs=1", "tracking=none", "hydra/launcher=joblib")
 
 
-def number_of(place: Path, *overrides: str, processors: int = 8, room: int | None = 100) -> tuple[str, list[str]]:
-    """The line that a multirun by joblib prints of its number of jobs at a time, and all lines. No job is done."""
-    (place / "sitecustomize.py").write_text(
-        "import kd.app.parallel, kd.training.forecast, hydra_plugins.hydra_joblib_launcher._core as core\n"
-        f"kd.app.parallel.cpu_count = lambda: {processors}\n"
-        f"kd.training.forecast.room_for = lambda stages: print('for', [each.model for each in stages]) or {room}\n"
-        "core.launch = lambda launcher, **jobs: print('launched', launcher.joblib['n_jobs']) or []"
-    )
-    where = (f"runtime.store={place / 'store'}", f"hydra.sweep.dir={place / 'sweep'}", "hydra/launcher=joblib")
-    done = run_py("-m", *SMALL, *where, *overrides, cwd=place, PYTHONPATH=f"{place}:{ROOT}")
-    lines = done.stdout.splitlines()
-    return next((line for line in lines if line.startswith("hydra.launcher.n_jobs=")), ""), lines
+@dataclass
+class Choice:
+    """What a multirun by joblib chooses on a machine of eight processors without a GPU."""
+
+    room: int | None = 100  # jobs that fit into the memory
+    asked: list[str] = field(default_factory=list)  # the networks for which memory was asked
+
+    def number(self, words: Sequence[str], swept: Sequence[str]) -> object:
+        """The number of jobs at a time. `words` are the overrides that all jobs share, `swept` the others."""
+        GlobalHydra.instance().clear()
+        register()
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("config", [*SMALL, *words], return_hydra_config=True)
+            with open_dict(cfg):
+                cfg.hydra.overrides.task = [each for each in (*SMALL, *words, *swept) if not each.startswith("hydra")]
+            Multirun().on_multirun_start(cfg, config_name="config")
+        return cfg.hydra.launcher.n_jobs
+
+
+@pytest.fixture
+def choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Choice:
+    """Its multiruns begin in the test's folder."""
+    found = Choice()
+
+    def room_for(stages: Sequence[Stage]) -> int | None:
+        found.asked += [stage.model for stage in stages]
+        return found.room
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parallel, "cpu_count", lambda: 8)
+    monkeypatch.setattr(hardware, "_gpus", lambda: 0)
+    monkeypatch.setattr("kd.training.forecast.room_for", room_for)
+    for name in ("folder", "began", "expected"):  # of the class, which a test must leave as it was
+        monkeypatch.setattr(Multirun, name, getattr(Multirun, name))
+    return found
 
 
 @pytest.mark.parametrize(
-    ("overrides", "machine", "said", "launched"),
+    ("words", "swept", "room", "said"),
     [
-        (["seed=range(20)"], {}, "8: as many as processors", 8),
-        (["seed=0,1,2"], {}, "3: as many as jobs", 3),
-        (["seed=range(20)", "runtime.threads=3"], {}, "2: each has 3 of 8 processors", 2),
-        (["seed=range(20)"], {"room": 5}, "5: more do not fit into the memory", 5),
-        (["seed=range(20)"], {"room": 0}, "1: the memory is short even for one", 1),
-        (["seed=range(20)"], {"room": None}, "8: as many as processors", 8),
-        (["seed=0,1,2", "train.epochs=0,1"], {}, "6: as many as jobs", 6),  # each bad job says so itself
-        (["seed=range(20)", "runtime.processes=4", "replicates=4"], {}, "2: each has 4 of 8 processors", 2),
-        (["seed=range(20)", "hydra.sweeper.max_batch_size=3"], {}, "3: as many as hydra.sweeper.max_batch_size", 3),
-        (["seed=0,1,2", "hydra.launcher.n_jobs=2"], {}, None, 2),
-        (["seed=0,1,2", "hydra.launcher.n_jobs=-1"], {}, None, -1),
+        ([], "seed=range(20)", 100, "8: as many as processors"),
+        ([], "seed=0,1,2", 100, "3: as many as jobs"),
+        (["runtime.threads=3"], "seed=range(20)", 100, "2: each has 3 of 8 processors"),
+        ([], "seed=range(20)", 5, "5: more do not fit into the memory"),
+        ([], "seed=range(20)", 0, "1: the memory is short even for one"),
+        ([], "seed=range(20)", None, "8: as many as processors"),
+        ([], "train.epochs=0,1", 100, "2: as many as jobs"),  # the bad job says so itself
+        (["runtime.processes=4", "replicates=4"], "seed=range(20)", 100, "2: each has 4 of 8 processors"),
+        (["hydra.sweeper.max_batch_size=3"], "seed=range(20)", 100, "3: as many as hydra.sweeper.max_batch_size"),
+        (["hydra.launcher.n_jobs=2"], "seed=0,1,2", 100, "2"),
+        (["hydra.launcher.n_jobs=-1"], "seed=0,1,2", 100, "-1"),
+        (["dry_run=true"], "seed=0,1,2", 100, "-1"),
     ],
 )
 def test_joblib_does_as_many_jobs_as_the_machine_can(
-    overrides: list[str], machine: dict[str, int], said: str | None, launched: int, tmp_path: Path
+    words: list[str], swept: str, room: int | None, said: str, choice: Choice, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line, lines = number_of(tmp_path, *overrides, **machine)
-    assert line == ("" if said is None else f"hydra.launcher.n_jobs={said}")
-    assert f"launched {launched}" in lines
+    choice.room = room
+    assert str(choice.number(words, [swept])) == said.partition(":")[0]
+    assert (f"hydra.launcher.n_jobs={said}\n" in capsys.readouterr().out) == (":" in said)
 
 
 @pytest.mark.parametrize(
-    ("grid", "asked"),
+    ("words", "swept", "asked"),
     [
-        (["model=plane2,plane4", "seed=0,1", "teacher=plane8", "method=kd", "method.T=1,4"], "8284"),
-        (["method=trained_teacher", "teacher=plane4", "method.reference=plane2,plane6", "seed=0,1"], "242642"),
-        (["method=multi_teacher", "method.teachers=[plane4,plane6],[plane8]"], "46282"),
-        (["sweep=tpe", "method=kd", "teacher=plane6", "model=choice(plane2,plane4)", "hydra.sweeper.n_jobs=2"], "6264"),
+        (["teacher=plane8", "method=kd"], ["model=plane2,plane4", "seed=0,1", "method.T=1,4"], "8284"),
+        (["method=trained_teacher", "teacher=plane4"], ["method.reference=plane2,plane6", "seed=0,1"], "242642"),
+        (["method=multi_teacher"], ["method.teachers=[plane4,plane6],[plane8]"], "46282"),
     ],
 )
-def test_memory_is_asked_for_the_networks_of_all_jobs(grid: list[str], asked: str, tmp_path: Path) -> None:
+def test_memory_is_asked_for_the_networks_of_all_jobs(
+    words: list[str], swept: list[str], asked: str, choice: Choice
+) -> None:
     """Not again for other seeds and temperatures."""
-    line, lines = number_of(tmp_path, *grid, "runtime.device=cpu")
-    (told,) = [each for each in lines if each.startswith("for [")]
-    assert "".join(re.findall(r"plane(\d)", told)) == asked
-    assert "n_jobs" in line
+    choice.number(words, swept)
+    assert [name.removeprefix("plane") for name in choice.asked] == [*asked]
 
 
-def test_a_network_that_cannot_be_built_is_told_by_its_job(tmp_path: Path) -> None:
-    """It needs more pixels than digits have."""
-    own = ("model=torchvision", "model.arch=inception_v3", "seed=0,1", "hydra/launcher=joblib", "method=scratch")
-    done = run_py("-m", "dataset=digits", "tracking=none", *own, "hydra.sweep.dir=sweep", cwd=tmp_path)
-    assert done.returncode == 1
-    assert re.search(r"^hydra\.launcher\.n_jobs=", done.stdout, re.MULTILINE)
-    assert "2 jobs, " in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+def test_memory_is_asked_for_the_networks_of_a_search(choice: Choice) -> None:
+    swept = ["model=choice(plane2,plane4)", "train.lr=interval(0.01,0.1)"]
+    told = {"hydra": {"sweeper": {"params": {"method.T": "1,2"}}, "overrides": {"task": ["method=kd", *swept]}}}
+    assert parallel.searched_of(OmegaConf.create(told)) == [["method=kd", f"model=plane{depth}"] for depth in (2, 4)]
+
+
+def test_a_network_that_cannot_be_built_is_told_by_its_job(
+    choice: Choice, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It needs more pixels than digits have. The multirun begins all the same."""
+    monkeypatch.setattr("kd.training.forecast.room_for", room_for)
+    assert choice.number(["model=torchvision", "model.arch=inception_v3"], ["seed=0,1"]) == 2
+    assert Multirun.expected == 2
+    assert "hydra.launcher.n_jobs=2: as many as jobs" in capsys.readouterr().out
 
 
 def test_a_plan_by_force_has_no_jobs() -> None:
@@ -339,11 +375,6 @@ def test_a_plan_by_force_has_no_jobs() -> None:
     for word in ("dry_run=true", "++dry_run=true", "why=method.T"):
         told = {"hydra": {"sweeper": sweeper, "overrides": {"task": [word, "seed=0,1"]}}}
         assert parallel.jobs_of(OmegaConf.create(told)) == []
-
-
-def test_a_dry_run_chooses_no_number(tmp_path: Path) -> None:
-    line, _ = number_of(tmp_path, "seed=0,1", "dry_run=true")
-    assert line == ""
 
 
 @pytest.mark.usefixtures("machine")

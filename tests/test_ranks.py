@@ -150,7 +150,7 @@ def test_a_search_by_ranks_is_refused(
         overrides = [f"hydra/{plugin}", f"hydra.sweep.dir={tmp_path}"]
         config = compose("config", overrides, return_hydra_config=True)
     with pytest.raises(SystemExit) if refused else nullcontext():
-        Multirun().on_multirun_start(config)
+        Multirun().on_multirun_start(config, config_name="config")
     line = "hydra/sweeper: should be basic under torchrun (got 'optuna')\n"
     assert capsys.readouterr().err == (line if refused else "")
 
