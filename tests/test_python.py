@@ -211,6 +211,7 @@ check("run")
 
 
 @pytest.mark.skipif(HERE < 2, reason="needs two processors that a process may use")
+@pytest.mark.slow
 def test_the_caller_keeps_its_processors() -> None:
     """OpenMP leaves the main thread one of them where torch is imported, with OMP_PROC_BIND."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
