@@ -22,6 +22,7 @@ from kd.core.stage import Stage
 from kd.datasets import resolve
 from kd.training.workplace import RuntimeSpec
 
+_GPUS = "as many as GPUs"
 # How overrides begin that do not change how much memory a job needs. Others may.
 _SAME_MEMORY = (
     *("seed=", "teacher.seed=", "method.assistant.seed=", "method.T=", "method.lambda=", "method.teacher.", "loss."),
@@ -94,9 +95,6 @@ def choose_number(config: DictConfig, config_name: str, jobs: Sequence[Sequence[
     why = min(limits, key=limits.__getitem__)
     tell(config, key, limits[why])
     print(f"{key}={limits[why]}: {why}", flush=True)
-
-
-_GPUS = "as many as GPUs"
 
 
 def _of_machine(runtimes: Sequence[RuntimeSpec]) -> dict[str, int]:

@@ -123,7 +123,7 @@ def _whole(stage: Stage) -> int:
     """The expected peak of a process that trains a stage; 0 for a network that cannot be built, which its job says."""
     try:
         return memory_of(stage) + _image_bytes(stage) + _BESIDE
-    except Exception:
+    except Exception:  # whatever a library's network raises
         return 0
 
 
