@@ -204,6 +204,9 @@ def test_a_term_that_does_not_change(data: Data, teacher: tuple[Stage, Normalize
     stage = a_stage(data, guide=teacher[0])
     rows: list[Metrics] = [{"epoch": 1, "loss": 1.5, "ce": 1.0}, {"epoch": 2, "loss": 1.25, "ce": 0.5}]
     assert [alarm.kind for alarm in alarms(stage, rows)] == ["constant"]
+    rows[1]["guide_share"] = 0.0
+    assert [alarm.kind for alarm in alarms(stage, rows)] == ["zero"]  # which says why the term does not change
+    del rows[1]["guide_share"]
     rows[1]["loss"] = 1.3
     assert not [*alarms(stage, rows)]
 

@@ -70,7 +70,7 @@ def test_what_is_printed_stays_above_the_table(tmp_path: Path, columns: int) -> 
     head = whole.index(".: 0 of 12 jobs done, 1 running, 1 failed")
     above, table = whole[:head], whole[head + 1 :]
     assert above == lines[:head]  # as much as was printed when the table was drawn
-    assert table[0].split() == ["job", "setting", "stage", "epoch", "val", "%", "images/s", "left"]
+    assert table[0].split() == ["job", "setting", "stage", "epoch", "val", "%", "images/s", "left,", "or", "result"]
     assert re.fullmatch(r"0 +method\.T=1 +student plane2 s0 +3/60 +91\.50 +1,234 +95 s", table[2])
     assert re.fullmatch(r"1 +method\.T=-1 +failed", table[3])
     assert table[4:] == ["job 1 (method.T=-1): method.T: should be above 0 (got -1)"]

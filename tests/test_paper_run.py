@@ -19,7 +19,7 @@ from kd.datasets import DatasetConfig, load_data, resolve
 from kd.datasets import views as memory
 from kd.datasets.data import Data
 from kd.losses import LOSSES
-from kd.store import Store
+from kd.store import Store, alarms_in
 from kd.tools.paper import cost, page, report
 from kd.tools.paper.cost import Cost, Estimator, forward_flops
 from kd.tools.paper.gather import gather
@@ -113,6 +113,9 @@ def _look_at(report: report.Report, text: str, tmp_path: Path) -> None:
         if cell.against is not None:
             differences = [report.stages[draw.chain[-1]].test_acc - base[draw.seed] for draw in cell.draws]
             assert cell.against.mean == pytest.approx(sum(differences) / 2, abs=1e-3)
+    alarms = {text for key in report.stages for text in alarms_in(store.metrics(key))}
+    assert alarms  # after one epoch the teachers are near chance
+    assert all(f"**Alarm**, {each} (`" in text for each in alarms)
     assert "SMOKE" in text
     assert "numbers of no paper" in text
     assert "70.16 (quoted at second hand)" in text

@@ -18,7 +18,7 @@ from rich.console import Console
 import kd
 from kd.reporting import status as statuses
 from kd.reporting.board import Line, Overview, board, has_ended, headline_of, plain_line, shared_by
-from kd.reporting.results import record_failed
+from kd.reporting.results import RunResult, record_failed, write_result
 from kd.reporting.status import Advance, Status, StatusFile, read_status
 from kd.tools.watch import main
 from tests.conftest import ROOT
@@ -63,7 +63,7 @@ def test_the_table(sweep: Path, width: int) -> None:
     lines = screen(sweep, width)
     assert all(len(line) <= width for line in lines)
     text = "\n".join(lines)
-    assert lines[0].split() == ["job", "setting", "stage", "epoch", "val", "%", "images/s", "left"]
+    assert lines[0].split() == ["job", "setting", "stage", "epoch", "val", "%", "images/s", "left,", "or", "result"]
     assert "student plane2 s0" in text
     assert "3/60" in text
     assert "91.50" in text
@@ -78,6 +78,17 @@ def test_the_table(sweep: Path, width: int) -> None:
     assert [line.split()[2] for line in lines[3:6]] == ["stopped", "failed", "not"]
     assert "job 1 (method.T=2): killed in epoch 3/60 of student plane2 s0" in lines
     assert lines[-1] == "job 2 (method.T=-1): method.T: should be above 0 (got -1)"
+
+
+def test_a_job_that_is_done_tells_its_result_and_its_alarms(tmp_path: Path) -> None:
+    outcome = {"role": "student", "model": "plane2", "key": "k", "seed": 0, "loss": None, "params": 1, "val_acc": 90}
+    outcome |= {"test_acc": 80, "epochs": 2, "seconds": 1, "select": "last", "reused": False}
+    tree = {"objective": 90, "mode": "paper", "method": "kd", "dataset": "digits"}
+    for number, alarms in enumerate(((), ("a",), ("a", "b"))):
+        result = RunResult.model_validate({**tree, "chain": [{**outcome, "alarms": alarms}]})
+        write_result(result, begin(tmp_path, number))
+    ends = ["test 80.00", "test 80.00, 1 alarm", "test 80.00, 2 alarms"]
+    assert [line.cells[-1] for line in lines_of(tmp_path)] == ends
 
 
 def test_plain_lines(sweep: Path) -> None:

@@ -46,10 +46,12 @@ class Line(NamedTuple):
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """Stage, epoch, validation, images a second, time left; of a job that has ended, its test accuracy."""
+        """Stage, epoch, validation, images a second, time left; of an ended job, its test accuracy and alarms."""
         if self.job.result is not None:
             test, students = test_of(self.job.result)
-            return "done", "", percent(self.job.result.objective), "", f"test {test}" + _of(students)
+            alarms = len(self.job.result.alarms)
+            told = [f"test {test}{_of(students)}", *([count(alarms, "alarm")] if alarms else [])]
+            return "done", "", percent(self.job.result.objective), "", ", ".join(told)
         if self.status is None or self.gone:
             word = "stopped" if self.gone else IDLE if self.job.reason == IDLE else "failed"
             return "pruned" if self.job.pruned else word, "", "", "", ""
@@ -153,7 +155,7 @@ def _rank(line: Line) -> int:
 
 def board(lines: Sequence[Line], shared: set[str]) -> Group:
     """The table of a sweep without what all jobs have in common, and a line for each job that has failed or stopped."""
-    table = narrow_table("job", "setting", "stage", "epoch>", "val %>", "images/s>", "left")
+    table = narrow_table("job", "setting", "stage", "epoch>", "val %>", "images/s>", "left, or result")
     table.padding = (0, 1, 0, 0)
     for line in lines:
         style = "bold" if line.runs else "red" if line.problem else "dim"

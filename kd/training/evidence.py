@@ -69,7 +69,8 @@ def alarms(stage: Stage, history: Sequence[Metrics]) -> Iterator[Alarm]:
     taught = not stage.loss.smaller_guide
     if share is not None:
         yield from _about_share(stage, row, taught)
-    if (term := _term(stage, row)) is not None and len(history) > 1 and term == _term(stage, history[-2]):
+    term, before = _term(stage, row), _term(stage, history[-2]) if len(history) > 1 else None
+    if term is not None and term == before and share != 0:  # a term without a gradient does not change either
         yield Alarm("constant", f"{who}: the term of {guides} was {term:g} in two epochs: it does not change")
     if not taught or accuracy is None:
         return

@@ -13,7 +13,7 @@ from kd.core.stage import Source, Stage
 from kd.core.statistics import paired
 from kd.reporting.console import training
 from kd.reporting.results import what_varied
-from kd.store import Store
+from kd.store import Store, alarms_in
 from kd.tools.inspection.measures import calibration, confusion, fidelity
 from kd.tools.inspection.outputs import outputs
 from kd.tools.paper.graph import Graph, PlannedCell, PlannedJob, PlannedRow, PlannedTable
@@ -165,6 +165,7 @@ class _Reader:
             fidelity=None if guided is None else fidelity(logits, guided),
             calibration=calibration(logits, labels),
             confusion=None if guided is None or not few else confusion(guide=guided, student=logits, labels=labels),
+            alarms=alarms_in(metrics),
             **self._store.result(source.key).model_dump(),
         )
 

@@ -35,6 +35,7 @@ class StageReport(Frozen):
     fidelity: Fidelity | None  # to its guide, on the test images
     calibration: Calibration
     confusion: Confusion | None  # with its guide; null if there are too many classes to show
+    alarms: tuple[str, ...]  # what looked wrong while it was trained
 
     @property
     def last(self) -> float | None:

@@ -168,6 +168,7 @@ def below(report: Report, row: RowResult) -> Iterator[str]:
         which = ", ".join(cell.label for cell in row.cells if cell.varied == kind)
         yield f"What varied: {kind}" + (f" ({which})." if len(kinds) > 1 else ".")
     yield from _worth(report, row)
+    yield from _alarms(report, row)
     sources = dict.fromkeys(cell.published.source for cell in row.cells if cell.published)
     for source in sources:
         which = ", ".join(cell.label for cell in row.cells if cell.published and cell.published.source == source)
@@ -185,6 +186,15 @@ def _worth(report: Report, row: RowResult) -> Iterator[str]:
     if gains:
         told = f"{mean([*gains]):+.2f} on average, {max(gains):+.2f} at most, over {len(gains)} students"
         yield f"Best on test minus last epoch: {told}."
+
+
+def _alarms(report: Report, row: RowResult) -> Iterator[str]:
+    """What looked wrong while the row's stages were trained, each text once, with the stages' keys."""
+    keys = dict[str, list[str]]()
+    for key in dict.fromkeys(key for cell in row.cells for key in cell.keys):
+        for text in report.stages[key].alarms:
+            keys.setdefault(text, []).append(f"`{key}`")
+    yield from (f"**Alarm**, {text} ({', '.join(each)})." for text, each in keys.items())
 
 
 def origin(report: Report) -> Iterator[str]:
