@@ -192,7 +192,7 @@ def test_ctrl_c_beside_the_table(tmp_path: Path) -> None:
     assert code == 130
     lines = terminal.text.splitlines()
     assert any(line.startswith("asked to end: writing a checkpoint first") for line in lines)
-    assert "interrupted: start the same command again to resume from the last checkpoint" in lines
+    assert "interrupted: start the same command again to continue" in lines
     assert "1 of 2 jobs left no result: killed, or never started" in lines
     assert "job 0: unfinished" in lines
     assert "images/s  left" not in terminal.text
@@ -226,7 +226,7 @@ def test_a_parallel_sweep_in_a_terminal(tmp_path: Path, launcher: str) -> None:
     ],
 )
 def test_only_what_trains_is_resumed(words: list[str], told: bool) -> None:
-    again = ": start the same command again to resume from the last checkpoint"
+    again = ": start the same command again to continue"
     assert interrupted(words) == f"interrupted{again if told else ''}"
 
 

@@ -230,7 +230,7 @@ def test_an_interrupted_run_goes_on_at_its_steps(
 ) -> None:
     code, out, err = interrupted(tmp_path, signal.SIGTERM, *LONG, OUT, after=begun(tmp_path))
     assert code == 143
-    assert err == "interrupted: start the same command again to resume from the last checkpoint\n"
+    assert err == "interrupted: start the same command again to continue\n"
     for seed in (0, 1):
         assert f"student plane2 s{seed}: asked to end: writing a checkpoint first" in out
     assert not [*(tmp_path / "store" / ".locks").glob("*.holder")]  # they have ended before

@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on_at_its_step(
     begun = lambda: rows.exists() and rows.read_text().count("\n") > 1  # noqa: E731
     code, _, err = interrupted(tmp_path, number, *run, after=begun)
     assert code == 128 + number
-    assert err.splitlines()[-1] == "interrupted: start the same command again to resume from the last checkpoint"
+    assert err.splitlines()[-1] == "interrupted: start the same command again to continue"
     assert "Traceback" not in err
     again = run_py(*run, cwd=tmp_path)
     assert again.returncode == 0, again.stderr

@@ -258,7 +258,7 @@ def test_a_signal_to_all_processes_is_answered_by_one(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert err.count("asked to end") == 1
-    assert err.splitlines()[-1] == "interrupted: start the same command again to resume from the last checkpoint"
+    assert err.splitlines()[-1] == "interrupted: start the same command again to continue"
     assert "Traceback" not in err
     assert of_session(process.pid) == set()
     again = run_py(*run, cwd=tmp_path)

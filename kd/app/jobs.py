@@ -85,9 +85,7 @@ def interrupted(words: Sequence[str]) -> str:
     """What is said of a command line that Ctrl-C or SIGTERM ended. Who asked for a plan or for help resumes nothing."""
     given = by_key(words)
     plan = given.get("dry_run", "").lower() == "true" or given.get("why", "[]") not in ("[]", "null")
-    told = (
-        "" if plan or _TELLING & given.keys() else ": start the same command again to resume from the last checkpoint"
-    )
+    told = "" if plan or _TELLING & given.keys() else ": start the same command again to continue"
     return f"interrupted{told}"
 
 

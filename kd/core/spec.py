@@ -42,6 +42,7 @@ _TYPES = {
     "model": "a group of keys",
     "dict": "a group of keys",
 }
+_KIND = re.compile(r"literal\[.*|(constrained-)?(bool|int|float|str)|none")  # of value, as pydantic names it in places
 
 
 class KnownError(Exception):
@@ -79,22 +80,43 @@ def explain(error: ValidationError, section: str = "") -> list[str]:
     def is_consequence(place: tuple[int | str, ...]) -> bool:
         return any(other != place and other[: len(place)] == place for other in places)
 
-    return [_line(details, section) for details in found if not is_consequence(details["loc"])]
+    by_key = dict[str, list[ErrorDetails]]()
+    for details in found:
+        if not is_consequence(details["loc"]):
+            by_key.setdefault(_key(details, section), []).append(details)
+    return [line for key, problems in by_key.items() for line in _lines(key, problems)]
 
 
-def _line(details: ErrorDetails, section: str) -> str:
-    key = section + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"])
+def _key(details: ErrorDetails, section: str) -> str:
+    """The key as on the command line. pydantic adds the kind of value that it tried: `compile.bool` is `compile`."""
+    place = details["loc"]
+    if place and _KIND.fullmatch(str(place[-1])) and details["type"] != "extra_forbidden":
+        place = place[:-1]
+    return (section + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)).lstrip(".")
+
+
+def _lines(key: str, problems: Sequence[ErrorDetails]) -> list[str]:
+    """A key's problems; one line says what is allowed if values of several kinds are."""
+    texts = [_text(details) for details in problems]
+    if len(texts) > 1 and all(text.startswith("should be ") for text in texts):
+        texts = [", or ".join([texts[0], *(text.removeprefix("should be ") for text in texts[1:])])]
+    lines = [text + _got(details) for text, details in zip(texts, problems, strict=False)]
+    return [f"{key}: {line}" if key else line for line in lines]
+
+
+def _text(details: ErrorDetails) -> str:
     kind, context = details["type"], details.get("ctx", {})
     if kind == "value_error":
-        text = str(context["error"])
-    elif kind in _MESSAGES:
-        text = _MESSAGES[kind].format(**context)
-    else:
-        expected = _TYPES.get(kind.split("_")[0])
-        text = f"should be {expected}" if expected else details["msg"]
+        return str(context["error"])
+    if kind in _MESSAGES:
+        return _MESSAGES[kind].format(**context)
+    expected = _TYPES.get(kind.split("_")[0])
+    return f"should be {expected}" if expected else details["msg"]
+
+
+def _got(details: ErrorDetails) -> str:
     given = details["input"]
-    shown = "" if isinstance(given, (dict, BaseModel)) or kind == "missing" else f" (got {_shown(given)})"
-    return f"{key.lstrip('.')}: {text}{shown}" if key else text
+    return "" if isinstance(given, (dict, BaseModel)) or details["type"] == "missing" else f" (got {_shown(given)})"
 
 
 def _shown(given: Any) -> str:

@@ -55,7 +55,7 @@ def open_format(name: str) -> Format:
         found: Format = getattr(import_module(module), cls)()
     except ImportError as error:
         raise KnownError(
-            f"--format {name} needs a package that is not installed ({error}): pip install '.[export]'"
+            f"--format {name} needs a package that is not installed ({error}): pip install -e '.[export]'"
         ) from error
     return found
 

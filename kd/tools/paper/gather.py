@@ -38,7 +38,7 @@ def gather(
     tables = [_Reader(table, store, stages, failures, count).table() for table in graph.tables]
     return Report(
         profile=request.name,
-        title="; with ".join(filter(None, [request.profile.title, " ".join(map(shown, request.overrides))])),
+        title="; but changed by ".join(filter(None, [request.profile.title, " ".join(map(shown, request.overrides))])),
         command=command,
         commit=commit(),
         versions={"python": sys.version.split()[0], **{name: version(name) for name in ("torch", "torchvision")}},
