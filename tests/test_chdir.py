@@ -21,6 +21,7 @@ def test_the_jobs_of_a_sweep_share_one_store(tmp_path: Path) -> None:
     jobs = ("-m", *QUICK, "train.epochs=1", CHDIR, "method.T=1,2", "hydra.sweep.dir=sweep")
     done = run_py(*jobs, "runtime.store=relstore", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+    assert "job 0: method.T=1: validation" in done.stdout  # and not all that is typed
     assert [path.parent for path in tmp_path.rglob("relstore")] == [tmp_path]
     assert len([*tmp_path.glob("relstore/*/stage.json")]) == 3  # the teacher, once, and two students
     assert {path.name for path in (tmp_path / "sweep").glob("*/result.json")} == {"result.json"}

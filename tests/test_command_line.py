@@ -15,6 +15,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+import kd
 from kd.app.command_line import read_command
 from kd.app.config import Config, plan
 from kd.app.effects import remarks
@@ -508,3 +509,60 @@ def test_every_key_is_in_the_help(options: list[str]) -> None:
         for key in (f"{name}.{each}" for each in value) if isinstance(value, DictConfig) and value else [str(name)]:
             inside = any(each.startswith(f"{key}.") for each in shown)
             assert key in shown or inside or key.endswith((".name", ".train")), key
+
+
+# options of one's own ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Path:
+    """A folder with an experiment and a sweep, outside of conf/."""
+    for name, keys in (("experiment/mine/first", "method: {T: 9}"), ("sweep/mine", "method: {T: 8}")):
+        file = tmp_path / "own" / f"{name}.yaml"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"# @package _global_\n{keys}\n")
+    return tmp_path / "own"
+
+
+@pytest.mark.parametrize("way", ["--config-dir={}", "hydra.searchpath=[{}]"])
+def test_options_of_a_folder_of_ones_own(options: Path, way: str) -> None:
+    where = way.format(options)
+    for choice in ("experiment=mine/first", "sweep=mine"):
+        assert read(where, choice) == [where, choice]
+    (line,) = told(where, "experiment=mine/frist")
+    assert line.startswith("experiment=mine/frist: there is no such option; ")
+    assert "mine/first" in line
+
+
+def test_a_folder_of_options_that_is_not_there() -> None:
+    assert told("--config-dir=/nope", "seed=1") == ["--config-dir: /nope is not a folder"]
+
+
+# references ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_with_references_keeps_them(
+    job: Job,
+    command: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What they refer to has a value in a job alone, and may be a secret: no file and no line has it."""
+    monkeypatch.setenv("KD_TEST_PLACE", str(tmp_path / "hidden-place"))
+    own = ("method=scratch", "train.epochs=1", "seed=${hydra:job.num}", "runtime.data=${oc.env:KD_TEST_PLACE}")
+    first, second = job("train.lr=0.01,0.02", *own, multirun=True)
+    assert [each["chain"][-1]["seed"] for each in (first, second)] == [0, 1]
+    out = capsys.readouterr().out
+    assert "again: python run.py " in out
+    written = [
+        path.read_text() for path in (tmp_path / "out").rglob("*") if path.suffix in (".md", ".csv", ".sh", ".yaml")
+    ]
+    assert any("oc.env" in text for text in written)
+    assert not any("hidden-place" in text for text in [out, *written])
+    assert [row["seed"] for row in kd.results(tmp_path / "out")] == [0, 1]
+
+
+def test_a_sweep_with_a_reference_to_nothing_fails(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job("method=scratch", "seed=${oc.env:KD_NOPE}", "train.lr=0.01,0.02", multirun=True, code=1)
+    assert "seed: has no value" in capsys.readouterr().out

@@ -10,12 +10,13 @@ import re
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,6 +28,7 @@ from pydantic import BaseModel
 from kd.app.config import Config
 from kd.app.experiments import CONF
 from kd.app.parsing import SECTIONS, option_has, with_one_why
+from kd.app.ranges import exact, length_of
 from kd.core.spec import KnownError, Text, nearest, nearest_keys, printable
 from kd.reporting.console import without_comment
 
@@ -63,9 +65,19 @@ class Reader:
         self._loader = GlobalHydra.instance().config_loader()
         self._parser = OverridesParser.create(self._loader)
         self._config_name = args.config_name or "config"
-        self._places = [] if args.config_dir is None else [f"hydra.searchpath=[{Path(args.config_dir).absolute()}]"]
+        if args.config_dir is not None:
+            self._look_into(Path(args.config_dir).absolute())
+        self._places: list[str] = []  # the overrides of hydra.searchpath
         self._multirun, self._call = args.multirun, call
         self._words: dict[str, str] = {}  # what was typed, by how Hydra's parser got it
+
+    def _look_into(self, folder: Path) -> None:
+        """Find options in `--config-dir`, too, as Hydra will."""
+        if not folder.is_dir():
+            raise KnownError(f"--config-dir: {folder} is not a folder")
+        path = self._loader.get_search_path()
+        path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+        self._loader.repository = ConfigRepository(path)  # type: ignore[attr-defined]
 
     def read(self, words: Sequence[str]) -> list[str]:
         """The overrides as Hydra should get them. Raises KnownError."""
@@ -78,6 +90,7 @@ class Reader:
                 self._words[str(overrides[-1].input_line)] = word
             except (HydraException, ValueError, TypeError, RecursionError):
                 problems.append(_unreadable(word))
+        self._places = [str(each.input_line) for each in overrides if each.key_or_group == "hydra.searchpath"]
         sound = list[Override]()
         for override in overrides:
             found = list(self._problems(override))
@@ -96,7 +109,7 @@ class Reader:
         ]
         if problems:
             raise KnownError("\n".join(_shortened(problems)))
-        return [_exact(override) if grid else str(override.input_line) for override in sound]
+        return [exact(override) if grid else str(override.input_line) for override in sound]
 
     # texts ---------------------------------------------------------------------------------------------------------
 
@@ -156,8 +169,8 @@ class Reader:
             hint = "" if options or _TEXTS.get(key) is None else f"; one text: \"{key}='{text}'\""
             needed = "kd.sweep" if self._call else "-m"
             yield f"{key}: several values need {needed}: {self._sweep(str(override.input_line))}{hint}"
-        elif isinstance(span := override.value(), RangeSweep) and not 0 < _length(span) <= _MOST:
-            yield f"{key}: {_value(override)} has {_length(span):,} values; 1 to {_MOST:,} are possible"
+        elif isinstance(span := override.value(), RangeSweep) and not 0 < length_of(span) <= _MOST:
+            yield f"{key}: {_value(override)} has {length_of(span):,} values; 1 to {_MOST:,} are possible"
         elif override.is_discrete_sweep() and not self._texts_of(override):
             yield f"{key}: there is no value in {_value(override)}"
 
@@ -168,9 +181,16 @@ class Reader:
     def _options(self, group: str, folder: str = "") -> list[str]:
         """The options of a group, those of its folders too; empty for a key."""
         place = f"{group}/{folder}".rstrip("/")
-        names = [f"{folder}{name}" for name in self._loader.get_group_options(place, ObjectType.CONFIG)]
-        folders = [*self._loader.get_group_options(place, ObjectType.GROUP)] if names or group == "experiment" else []
+        names = [f"{folder}{name}" for name in self._listed(place, ObjectType.CONFIG)]
+        folders = [*self._listed(place, ObjectType.GROUP)] if names or group == "experiment" else []
         return [*names, *(each for name in folders for each in self._options(group, f"{folder}{name}/"))]
+
+    def _listed(self, place: str, kind: ObjectType) -> list[str]:
+        """The options, or the folders, in a place of the search path."""
+        try:
+            return self._loader.get_group_options(place, kind, self._config_name, self._places)
+        except Exception:  # the primary configuration, or a place, is wrong: composing says it
+            return self._loader.get_group_options(place, kind)
 
     def _values(self, override: Override) -> Iterator[Any]:
         if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP:
@@ -198,7 +218,7 @@ class Reader:
     def _composed(self, lines: Iterable[str]) -> Any:
         """The configuration as a dict, or the exception that composing it ends in."""
         try:
-            cfg = compose(self._config_name, [*self._places, *lines], return_hydra_config=True)
+            cfg = compose(self._config_name, [*lines], return_hydra_config=True)
         except Exception as error:  # Hydra raises ValueError, TypeError and AssertionError, too
             return error
         return OmegaConf.to_container(cfg)
@@ -371,25 +391,3 @@ def _short(error: BaseException) -> str:
 def _means(text: str, value: float) -> bool:
     """Whether a number is what its text says: 1e-400 is not 0."""
     return value != 0 or not re.search("[1-9]", re.split("[eE]", text)[0])
-
-
-def _exact(override: Override) -> str:
-    """An override of a grid; a range becomes its values, because Hydra adds rounding errors up."""
-    span = override.value()
-    if not isinstance(span, RangeSweep) or isinstance(span.range(), range):
-        return str(override.input_line)
-    values = ",".join(map(str, _decimals(span)))
-    return f"{override.get_key_element()}={'shuffle' if span.shuffle else 'choice'}({values})"
-
-
-def _decimals(span: RangeSweep) -> Iterator[float]:
-    """The values of a range, by decimal arithmetic on what is typed."""
-    start, step = Decimal(str(span.start)), Decimal(str(span.step))
-    yield from (float(start + step * number) for number in range(_length(span)))
-
-
-def _length(span: RangeSweep) -> int:
-    start, stop, step = (Decimal(str(each)) for each in (span.start, span.stop, span.step))
-    if not step or not all(each.is_finite() for each in (start, stop, step)):
-        return 0
-    return max(0, int(((stop - start) / step).to_integral_value(ROUND_CEILING)))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from kd.app.config import Config, initial_files, plan, plan_alone
 from kd.app.effects import remarks
-from kd.app.parsing import by_key, parse, recorded
+from kd.app.parsing import as_typed, by_key, parse, recorded
 from kd.core.hardware import bind_threads, cpu_count, resolve_device
 from kd.core.spec import KnownError, tilde
 from kd.core.stage import Stage
@@ -174,9 +174,10 @@ def _say(line: str, folder: str | Path) -> None:
 
 def _swept() -> list[str]:
     """This job's overrides that differ within its multirun; all of them where Hydra keeps no record of the sweep's."""
-    path = Path(HydraConfig.get().sweep.dir) / "multirun.yaml"
-    shared = OmegaConf.select(OmegaConf.load(path), "hydra.overrides.task") if path.exists() else ()
-    same = {override.lower() for override in shared or ()}  # a job's true is True
+    hydra = HydraConfig.get()
+    path = Path(hydra.runtime.cwd, hydra.sweep.dir, "multirun.yaml")  # a job may work in its own folder
+    shared = OmegaConf.select(OmegaConf.load(path), "hydra.overrides.task") if path.exists() else None
+    same = {override.lower() for override in as_typed(shared or OmegaConf.create([]))}  # a job's true is True
     return [override for override in typed() if override.lower() not in same]
 
 
@@ -237,8 +238,7 @@ def why_ended(error: Exception) -> str | None:
 
 def typed() -> list[str]:
     """This job's overrides, as they were typed: their interpolations may have no value."""
-    overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)
-    return list(overrides)
+    return as_typed(HydraConfig.get().overrides.task)
 
 
 def home() -> Path | None:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd.app.jobs import SEARCH, is_dry
 from kd.app.parallel import choose_number, fixed_of, jobs_of, searched_of
+from kd.app.parsing import as_typed
 from kd.core import files
 from kd.core.spec import KnownError, tilde
 from kd.reporting import summary
@@ -53,30 +54,13 @@ class Multirun(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Prepare a search, and keep the multirun's folder. Errors exit here: Hydra only warns about exceptions."""
-        if world().size > 1:
-            _check_plugins(config)
-        _check_slurm(config)
-        _check_direction(config)
-        if config.hydra.sweeper.get("custom_search_space") != SEARCH:
-            folder = Path(config.hydra.sweep.dir)
-            _check_folder("hydra.sweep.dir", folder)
-            jobs = jobs_of(config)
-            Multirun.begin(folder, len(jobs))
-            batch = config.hydra.sweeper.get("max_batch_size") or len(jobs)
-            limit = (batch, "hydra.sweeper.max_batch_size") if batch < len(jobs) else (len(jobs), "jobs")
-            choose_number(config, kwargs["config_name"], jobs, limit)
-            _show_table(config)
-            return
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # optuna 2 needs sqlalchemy 1.4, which warns
-        from kd.app.search import ready_study
-
         try:
-            search = ready_study(config, kwargs["config_name"])
-            Multirun.begin(search.folder, search.expected, search)
-            files.write(search.folder / "multirun.yaml", OmegaConf.to_yaml(config))  # as Hydra's own sweeper does
-            limit = int(config.hydra.sweeper.n_jobs), "hydra.sweeper.n_jobs"
-            choose_number(config, kwargs["config_name"], searched_of(config), limit)
+            if world().size > 1:
+                _check_plugins(config)
+            _check_slurm(config)
+            _check_direction(config)
+            searches = config.hydra.sweeper.get("custom_search_space") == SEARCH
+            (_begin_search if searches else _begin_grid)(config, kwargs["config_name"])
             _show_table(config)
         except (KnownError, OSError) as error:
             print(error, file=sys.stderr, flush=True)
@@ -84,6 +68,28 @@ class Multirun(Callback):
         except Exception:
             traceback.print_exc()
             sys.exit(1)
+
+
+def _begin_grid(config: DictConfig, config_name: str) -> None:
+    folder = Path(config.hydra.sweep.dir)
+    _check_folder("hydra.sweep.dir", folder)
+    jobs = jobs_of(config)
+    Multirun.begin(folder, len(jobs))
+    batch = config.hydra.sweeper.get("max_batch_size") or len(jobs)
+    limit = (batch, "hydra.sweeper.max_batch_size") if batch < len(jobs) else (len(jobs), "jobs")
+    choose_number(config, config_name, jobs, limit)
+
+
+def _begin_search(config: DictConfig, config_name: str) -> None:
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # optuna 2 needs sqlalchemy 1.4, which warns
+    from kd.app.search import ready_study
+
+    search = ready_study(config, config_name)
+    Multirun.begin(search.folder, search.expected, search)
+    files.write(search.folder / "multirun.yaml", OmegaConf.to_yaml(config))  # as Hydra's own sweeper does
+    limit = int(config.hydra.sweeper.n_jobs), "hydra.sweeper.n_jobs"
+    choose_number(config, config_name, searched_of(config), limit)
 
 
 def _show_table(config: DictConfig) -> None:
@@ -98,7 +104,7 @@ def _show_table(config: DictConfig) -> None:
         Multirun.table = LiveTable(sweep, since=0 if Multirun.search else Multirun.began)
         Multirun.table.start()
         return
-    if not possible and "runtime.live=true" in config.hydra.overrides.task:
+    if not possible and "runtime.live=true" in as_typed(config.hydra.overrides.task):
         why = "no terminal" if world().size == 1 else "of several processes"
         print(f"runtime.live=true has no effect: the output is {why}", flush=True)
     if not config.hydra.launcher["_target_"].endswith(".BasicLauncher"):
@@ -133,8 +139,7 @@ _MAXIMISES = {  # how sweepers that search are told to maximise; all of them min
 
 def _check_direction(config: DictConfig) -> None:
     """Let a search maximise, because jobs return accuracies. Exit if the command line says the opposite."""
-    overrides: Any = OmegaConf.to_container(config.hydra.overrides.hydra)  # may refer to a job's number
-    typed_keys = {str(each).lstrip("+").partition("=")[0] for each in overrides}
+    typed_keys = {each.lstrip("+").partition("=")[0] for each in as_typed(config.hydra.overrides.hydra)}
     for name, wanted in _MAXIMISES.items():
         given, key = OmegaConf.select(config.hydra.sweeper, name), f"hydra.sweeper.{name}"
         if given is None or getattr(given, "name", given) == wanted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from kd.app.config import plan
-from kd.app.parsing import by_key, parse
+from kd.app.parsing import as_typed, by_key, parse
 from kd.core.hardware import cpu_count, gpu_count
 from kd.core.spec import KnownError
 from kd.core.stage import Stage
@@ -63,10 +64,11 @@ def fixed_of(config: DictConfig) -> list[str]:
 
 def _parsed(config: DictConfig) -> dict[str, Override]:
     """The overrides of a multirun, by their keys; those of the command line take the place of the sweeper's."""
-    told = [f"{name}={values}" for name, values in (config.hydra.sweeper.get("params") or {}).items()]
+    params: Any = OmegaConf.to_container(OmegaConf.create(config.hydra.sweeper.get("params") or {}))
+    told = [f"{name}={values}" for name, values in params.items()]
     hydra = GlobalHydra.instance()  # absent where a sweep is watched; only glob() needs it
     parser = OverridesParser.create(hydra.config_loader() if hydra.is_initialized() else None)
-    overrides = parser.parse_overrides([*map(str, told), *config.hydra.overrides.task])
+    overrides = parser.parse_overrides([*told, *as_typed(config.hydra.overrides.task)])
     return {each.get_key_element().lstrip("+"): each for each in overrides}
 
 
@@ -81,7 +83,7 @@ def choose_number(config: DictConfig, config_name: str, jobs: Sequence[Sequence[
     how many there are at a time, and what says so.
     """
     key, launcher = "hydra.launcher.n_jobs", config.hydra.launcher
-    if launcher.get("n_jobs") != -1 or key in by_key(config.hydra.overrides.hydra) or not jobs:
+    if launcher.get("n_jobs") != -1 or key in by_key(as_typed(config.hydra.overrides.hydra)) or not jobs:
         return
     plans = [*_plans(config, config_name, jobs)]
     processes = max((runtime.processes or 1 for runtime, _ in plans), default=1)
@@ -127,7 +129,7 @@ def _plans(
             continue
         seen.add(needs)
         try:
-            told = [*config.hydra.overrides.hydra, *job]
+            told = [*as_typed(config.hydra.overrides.hydra), *job]
             composed = loader.load_configuration(config_name, told, RunMode.RUN)
             with open_dict(composed):
                 del composed["hydra"]

@@ -80,6 +80,12 @@ def parse(cfg: DictConfig, overrides: Iterable[str] = (), home: Path | None = No
     return Config(**sections)
 
 
+def as_typed(kept: Any) -> list[str]:
+    """Overrides that Hydra keeps, as they were typed. What they refer to may have no value here, or be a secret."""
+    texts: Any = OmegaConf.to_container(kept)
+    return [*map(str, texts)]
+
+
 def by_key(overrides: Iterable[str]) -> dict[str, str]:
     """The keys of overrides, with the text of their values."""
     return {name.lstrip("+"): value for name, _, value in (override.partition("=") for override in overrides)}

@@ -294,8 +294,10 @@ def find_jobs(folder: Path, since: float = 0.0, known: Known | None = None) -> l
 
 
 def _read_job(place: Path, number: str) -> Job:
-    # The command line adds ++ where other jobs of the sweep do not have the key.
-    overrides = [tilde(str(override)).removeprefix("++") for override in _load_yaml(place, "overrides") or ()]
+    # The command line adds ++ where other jobs of the sweep do not have the key. What an override refers to may have no
+    # value here, or be a secret, so nothing is resolved.
+    kept: Any = OmegaConf.to_container(_load_yaml(place, "overrides") or OmegaConf.create([]))
+    overrides = [tilde(str(override)).removeprefix("++") for override in kept]
     if (place / "result.json").exists():
         try:
             return Job(number, overrides, read_result(place / "result.json"), "")

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from kd.app.config import Config, plan, plan_alone
 from kd.app.parallel import fixed_of, tell
-from kd.app.parsing import parse
+from kd.app.parsing import as_typed, parse
 from kd.app.search.processes import Locks
 from kd.app.search.sampler import LOST, NO_BEST, WANTED, ordinal
 from kd.core import files
@@ -72,7 +72,7 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
     dataset = resolve(base.dataset, base.data_root, base.workers, base.image_size)
     students = plan(base, dataset)
     name = study_name(base, students, space, OmegaConf.to_container(sweeper.sampler))
-    told = any(str(each).startswith("hydra.sweep.dir=") for each in config.hydra.overrides.hydra)
+    told = any(each.startswith("hydra.sweep.dir=") for each in as_typed(config.hydra.overrides.hydra))
     place = base.store_root / "search" / name
     folder = Path(config.hydra.sweep.dir).absolute() if told else _folder(place, name)
     if base.dry_run:
@@ -101,7 +101,7 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
 def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]:
     """The configuration that all trials share, and the search space: the values of each parameter."""
     loader = GlobalHydra.instance().config_loader()
-    overrides = OverridesParser.create(loader).parse_overrides(list(config.hydra.overrides.task))
+    overrides = OverridesParser.create(loader).parse_overrides(as_typed(config.hydra.overrides.task))
     fixed = fixed_of(config)
     composed = loader.load_configuration(config_name, fixed, run_mode=RunMode.RUN)
     with open_dict(composed):
