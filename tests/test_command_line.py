@@ -534,6 +534,23 @@ def test_options_of_a_folder_of_ones_own(options: Path, way: str) -> None:
     assert "mine/first" in line
 
 
+def test_again_has_what_a_sweep_began_with(
+    options: Path, command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (options / "mine.yaml").write_text("defaults: [config, _self_]\ntrain: {epochs: 1}\n")
+    (options / "sweep" / "mine.yaml").write_text(
+        "# @package _global_\nmethod: {lambda: 0.9}\nhydra: {sweeper: {params: {method.T: '1,2'}}}\n"
+    )
+    flags = (f"--config-dir={options}", "--config-name=mine")
+    common = ("model=plane2", "teacher=plane4", "tracking=none", f"runtime.store={tmp_path / 'store'}")
+    assert command(*flags, "-m", "sweep=mine", *common, f"hydra.sweep.dir={tmp_path / 'out'}") == 0
+    (again,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("again: ")]
+    words = shlex.split(again)[3:]
+    assert words[:3] == [*flags, "sweep=mine"]
+    assert command(*words, "dry_run=true", f"hydra.run.dir={tmp_path / 'again'}") == 0
+    assert "0 of 2 stages to train" in capsys.readouterr().out
+
+
 def test_a_folder_of_options_that_is_not_there() -> None:
     assert told("--config-dir=/nope", "seed=1") == ["--config-dir: /nope is not a folder"]
 

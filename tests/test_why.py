@@ -133,3 +133,18 @@ def test_a_sweep_prints_equal_lines_once(
         "mode=paper: conf/mode/paper.yaml",
         "method.T=4: conf/method/ta.yaml, chosen by method=ta",
     ]
+
+
+@pytest.mark.parametrize("way", ["--config-dir={}", "hydra.searchpath=[{}]"])
+def test_a_file_of_another_folder_is_named(
+    way: str, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "own" / "experiment" / "mine" / "first.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# @package _global_\nmethod: {T: 9}\n")
+    own = ("experiment=mine/first", "why=[method.T,method.lambda]", f"hydra.run.dir={tmp_path / 'out'}")
+    assert command(way.format(tmp_path / "own"), *own) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"method.T=9: {file}, chosen by experiment=mine/first",
+        "method.lambda=0.5: conf/method/kd.yaml",
+    ]

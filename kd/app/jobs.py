@@ -129,7 +129,8 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
     if config.why:
         from kd.app.provenance import reasons
 
-        for line in reasons(cfg, config, students[0], typed()):
+        own = hydra.job.config_name, as_typed(hydra.overrides.hydra)
+        for line in reasons(cfg, config, students[0], typed(), *own):
             _say(line, whole)
         if not config.dry_run:
             return None

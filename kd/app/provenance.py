@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from kd.app.config import Config, beginning, for_photos, recipe_name, train_spec
 from kd.app.experiments import CONF
 from kd.core.hardware import cpu_count, resolve_device
 from kd.core.settings import TrainOverrides
-from kd.core.spec import KnownError, nearest_keys
+from kd.core.spec import KnownError, nearest_keys, tilde
 from kd.core.stage import Stage
 
 _SECTIONS = {"student": "model.train", "teacher": "teacher.train"}  # whose training settings win over `train`
 _SETTINGS = [*TrainOverrides.model_fields]
 
 
-def reasons(cfg: DictConfig, config: Config, student: Stage, overrides: Sequence[str]) -> Iterator[str]:
+def reasons(
+    cfg: DictConfig,
+    config: Config,
+    student: Stage,
+    overrides: Sequence[str],
+    primary: str | None = "config",
+    of_hydra: Sequence[str] = (),
+) -> Iterator[str]:
     """A line for each key that `why` names; a group's name stands for all its keys.
 
-    `overrides` are the command line's. Raises KnownError, with the nearest names, for a key that does not exist.
+    `overrides` are the command line's, and `of_hydra` those of Hydra's own keys. `primary` is the configuration that
+    Hydra begins with. Raises KnownError, with the nearest names, for a key that does not exist.
     """
     tree = dict(_leaves(OmegaConf.to_container(cfg)))
-    origins = _Origins(overrides)
+    origins = _Origins(overrides, primary, of_hydra)
     unknown = [asked for asked in config.why if not _below(tree, asked)]
     if unknown:
         raise KnownError(
@@ -63,10 +70,11 @@ def _shown(value: Any) -> str:
 class _Origins:
     """Where the values of the composed configuration come from: the command line, or a file or table of an option."""
 
-    def __init__(self, overrides: Sequence[str]) -> None:
-        self._overrides = overrides
-        loader = GlobalHydra.instance().config_loader()
-        self._defaults = loader.compute_defaults_list("config", [*overrides], RunMode.RUN).defaults
+    def __init__(self, overrides: Sequence[str], primary: str | None, of_hydra: Sequence[str]) -> None:
+        self._overrides, every = overrides, [*of_hydra, *overrides]
+        loader: Any = GlobalHydra.instance().config_loader()
+        self._defaults = loader.compute_defaults_list(primary, every, RunMode.RUN).defaults
+        _, self._files = loader._parse_overrides_and_create_caching_repo(primary, every)  # with hydra.searchpath
 
     def of(self, name: str) -> str:
         """The last place that sets a key."""
@@ -77,9 +85,19 @@ class _Origins:
         for default in reversed(self._defaults):
             package, path = default.package or "", str(default.config_path)
             inside = name[len(package) :].lstrip(".") if f"{name}.".startswith(f"{package}.") or not package else None
-            if inside and (where := _place(path, inside)) is not None:
+            if inside and (where := self._place(path, inside)) is not None:
                 return where + self._choice(path)
         return "the default"
+
+    def _place(self, path: str, name: str) -> str | None:
+        """The file or table of an option, if it sets the key."""
+        found = self._files.load_config(path)
+        if found is None or name not in dict(_leaves(OmegaConf.to_container(found.config))):
+            return None
+        if found.path.startswith("file://"):
+            file = Path(found.path.removeprefix("file://"), f"{path}.yaml")
+            return str(file.relative_to(CONF.parent)) if file.is_relative_to(CONF) else tilde(str(file))
+        return "conf/paper" if path.startswith("experiment/") else "the default" if path == "settings" else path
 
     def _choice(self, path: str) -> str:
         """The override of the command line that chose an option."""
@@ -88,20 +106,6 @@ class _Origins:
             if path == f"{key.lstrip('+').partition('@')[0]}/{value}":
                 return f", chosen by {override}"
         return ""
-
-
-def _place(path: str, name: str) -> str | None:
-    """The file or table of an option, if it sets the key."""
-    file = CONF / f"{path}.yaml"
-    if file.is_file():
-        content, where = OmegaConf.to_container(OmegaConf.load(file)), f"conf/{path}.yaml"
-    else:
-        try:
-            content = OmegaConf.to_container(OmegaConf.create(ConfigStore.instance().load(f"{path}.yaml").node))
-        except (OSError, OmegaConfBaseException):  # an option of another search path
-            return None
-        where = "conf/paper" if path.startswith("experiment/") else "the default" if path == "settings" else path
-    return where if name in dict(_leaves(content)) else None
 
 
 def _training(

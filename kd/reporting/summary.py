@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.markup import escape
 
 from kd.core.statistics import spread, told
@@ -217,9 +218,30 @@ def best_of(pool: Sequence[Setting], objective: str) -> Setting | None:
     return min(pool, key=lambda setting: (-setting.score(objective), setting.overrides))
 
 
-def command(setting: Setting) -> str:
+def begun_with(place: Path) -> list[str]:
+    """What a job was started with besides its overrides, for `command`: its primary configuration, folders of options.
+
+    A grid's file of one's own is among it, because it may fix keys. A search's is not: a single run refuses searches.
+    `place` is the job's folder.
+    """
+    file = place / ".hydra" / "hydra.yaml"
+    if not file.exists():  # a job of Python
+        return []
+    hydra: Any = OmegaConf.to_container(OmegaConf.load(file).hydra)
+    primary, searches = hydra["job"]["config_name"], "custom_search_space" in hydra["sweeper"]
+    choice = None if searches else hydra["runtime"]["choices"].get("sweep")
+    folders = [each["path"] for each in hydra["runtime"]["config_sources"] if each["provider"] == "command-line"]
+    return [
+        *(f"--config-dir={folder}" for folder in folders),
+        *([] if primary in (None, "config") else [f"--config-name={primary}"]),
+        *(each for each in hydra["overrides"]["hydra"] if each.startswith("hydra.searchpath=")),
+        *([] if choice is None else [f"sweep={choice}"]),
+    ]
+
+
+def command(setting: Setting, begun: Sequence[str] = ()) -> str:
     """The command that trains the setting's students again, or loads them from the store."""
-    overrides = list(setting.overrides)
+    overrides = [*begun, *setting.overrides]
     shared = set.intersection(*(set(job.overrides) for job in setting.jobs))
     overrides += [each for each in setting.jobs[0].overrides if each in shared and each.startswith(_MACHINE)]
     mode = setting.results[0].mode
@@ -261,7 +283,8 @@ def write_summary(folder: Path, jobs: Sequence[Job], objective: str, missing: in
     # By test_acc the best is a single job, as in the papers. By val_acc the seeds are pooled.
     alone = [Setting(setting.overrides, (job,)) for setting in pool for job in setting.jobs]
     best = best_of(alone if objective == "test_acc" else pool, objective)
-    added, lines = differences(pool), _best_lines(pool, best, objective)
+    again = "" if best is None else command(best, begun_with(folder / best.jobs[0].number))
+    added, lines = differences(pool), _best_lines(pool, best, objective, again)
     if missing:
         lines.append(f"{missing} of {count(len(jobs) + missing)} left no result: killed, or never started")
     for stale in ("best.sh", "summary.png"):
@@ -274,12 +297,12 @@ def write_summary(folder: Path, jobs: Sequence[Job], objective: str, missing: in
         by = "test" if objective == "test_acc" else "validation"
         draw_summary(folder / "summary.png", pool, _shared(pool), circle, by)
     if best is not None:
-        told = f"# the best setting of {folder.name}: `make best` runs it\n{command(best)}\n"
+        told = f"# the best setting of {folder.name}: `make best` runs it\n{again}\n"
         (folder / "best.sh").write_text(told, encoding="utf-8")
     return [*([_PAIRED] if added else []), *(f"  {line}" for line in added), *lines]
 
 
-def _best_lines(pool: Sequence[Setting], best: Setting | None, objective: str) -> list[str]:
+def _best_lines(pool: Sequence[Setting], best: Setting | None, objective: str, again: str) -> list[str]:
     if len(pool) < 2:
         return []
     if best is None:
@@ -289,7 +312,7 @@ def _best_lines(pool: Sequence[Setting], best: Setting | None, objective: str) -
     equals = sum(setting.score(objective) == best.score(objective) for setting in pool)
     tie = f"; {equals} settings are equal, and this is the first by name" if equals > 1 else ""
     name = difference(best.overrides, _shared(pool))
-    return [f"best setting, {chosen}: {name}: {text}{tie}", f"again: {command(best)}"]
+    return [f"best setting, {chosen}: {name}: {text}{tie}", f"again: {again}"]
 
 
 def _whose(pool: Sequence[Setting]) -> list[str]:
