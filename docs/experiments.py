@@ -31,14 +31,15 @@ python run.py -m experiment=tt/cifar10/normal_resnet18_net,tt/cifar10/nasty_resn
 Everything else stays yours: `mode=reference` for the released code's numerics, `train.epochs=15` for a short look,
 `method.T=…`, `seed=…`, another copy of the images by `dataset=folder dataset.root=…` (the recipe stays the
 experiment's). A chain begins with the network that is trained first. The brackets behind a network say how it is
-trained. No brackets: by cross-entropy alone. T and lambda: it learns from the network before it. T and weight: it is a teacher
-that learns to teach, with the frozen network before it as its reference. With a weight below 0 it becomes a nasty teacher.
-Networks that chains share are trained once. A nasty or trained teacher by itself is the second stage of its chains,
-and is printed with them.
+trained. No brackets: by cross-entropy alone. T and lambda: it learns from the network before it. T and weight: it is
+a teacher that learns to teach, with the frozen network before it as its reference. With a weight below 0 it becomes a
+nasty teacher. Networks that chains share are trained once. A nasty or trained teacher by itself is the second stage
+of its chains, and is printed with them.
 
-These options are declared in `conf/paper/`: `takd.yaml`, `trained_teacher.yaml` and `ours.yaml`. The tables of
-`make reproduce-paper` use them too. An experiment of your own is a file: `experiment=mine/first` reads
-`conf/experiment/mine/first.yaml`. It needs a name that is not in the tables below. It can start from one of them:
+These options are declared in `conf/paper/`: `takd.yaml`, `trained_teacher.yaml` and `ours.yaml`. The tables of `make
+reproduce-paper` use them too. An experiment of your own is a file: `experiment=mine/first` reads
+`conf/experiment/mine/first.yaml`, and with `--config-dir=own` also `own/experiment/mine/first.yaml`. It needs a name
+that is not in the tables below. It can start from one of them:
 
 ```yaml
 # @package _global_
