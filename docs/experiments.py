@@ -36,8 +36,8 @@ a teacher that learns to teach, with the frozen network before it as its referen
 nasty teacher. Networks that chains share are trained once. A nasty or trained teacher by itself is the second stage
 of its chains, and is printed with them.
 
-These options are declared in `conf/paper/`: `takd.yaml`, `trained_teacher.yaml` and `ours.yaml`. The tables of `make
-reproduce-paper` use them too. An experiment of your own is a file: `experiment=mine/first` reads
+These options are declared in `conf/paper/`: `takd.yaml`, `trained_teacher.yaml` and `ours.yaml`. The tables of
+`make reproduce-paper` use them too. An experiment of your own is a file: `experiment=mine/first` reads
 `conf/experiment/mine/first.yaml`, and with `--config-dir=own` also `own/experiment/mine/first.yaml`. It needs a name
 that is not in the tables below. It can start from one of them:
 
