@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from kd.app.config import plan
 from kd.app.parsing import parse
 from kd.app.search import ORDINAL, Locks, hand_over, ordinal, study_name
+from kd.app.search.space import as_overrides
 from kd.datasets import resolve
 from tests.conftest import QUICK, ROOT, composed, run_py
 
@@ -171,6 +172,18 @@ def test_a_study_is_named_by_what_makes_it_this_search() -> None:
         ),
         (("method=scratch",), "method.T: cannot be searched, method=scratch has no such key"),
         (("method=kd", "method.lambda=7"), "method.lambda: should be at most 1 (got 7)"),
+        (("loss.beta=interval(1,8)",), "loss.beta: cannot be searched, loss=kd has no such key"),
+        (
+            ("loss=kd,dkd", "loss.gamma=interval(1,8)"),
+            "loss.gamma: cannot be searched, loss=kd and loss=dkd have no such key",
+        ),
+        (
+            ("dry_run=true", "method.T=interval(5,1)", "method.lambda=tag(log,interval(0,1))"),
+            "method.T: interval(5,1) cannot be searched; the smaller end is first: interval(1,5)\n"
+            "method.lambda: tag(log,interval(0,1)) cannot be searched; a log scale begins above 0\n",
+        ),
+        (("train.batch_size=range(64,16,-16)",), "the smaller end is first: range(16,64,16)"),
+        (("train.lr=interval(0.1,inf)",), "train.lr: interval(0.1,inf) cannot be searched; both ends should be finite"),
     ],
 )
 def test_searches_that_cannot_be(
@@ -178,6 +191,26 @@ def test_searches_that_cannot_be(
 ) -> None:
     job("sweep=tpe", *overrides, multirun=True, code=2)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_search_over_options_searches_their_keys(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("sweep=tpe", "hydra.sweeper.n_trials=2", "hydra.sweeper.sampler.seed=1", "train.epochs=1")
+    found = job(*common, "loss=kd,dkd", "loss.beta=interval(1,8)", "loss.warmup=0", multirun=True)
+    assert ["beta" in result["chain"][-1]["loss"] for result in found] == [False, True]
+    assert capsys.readouterr().out.count("loss.beta has no effect: loss=kd does not read it") == 1
+    shutil.rmtree(tmp_path / "out")
+    found = job(*common, "method=scratch,kd", "method.lambda=0.3", multirun=True)  # T is the search's own
+    assert [result["method"] for result in found] == ["scratch", "kd"]
+    assert {name for _, params, _ in trials(tmp_path / "out") for name in params} == {"method", "++method.T"}
+
+
+def test_a_name_is_forced_only_where_a_trial_lacks_the_key() -> None:
+    space = {"method": "kd,ta", "method.assistant.T": "interval(1,8)", "method.T": "1,2", "model.args.drop": "0,0.5"}
+    names = as_overrides(space, {"model.args.drop"}, composed)
+    assert [*names.values()] == ["method", "++method.assistant.T", "method.T", "++model.args.drop"]
 
 
 def test_a_dry_run_tells_what_would_be_searched(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

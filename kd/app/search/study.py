@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from optuna.exceptions import ExperimentalWarning
@@ -27,6 +28,7 @@ from kd.app.parallel import fixed_of, tell
 from kd.app.parsing import as_typed, parse
 from kd.app.search.processes import Locks
 from kd.app.search.sampler import LOST, NO_BEST, WANTED, ordinal
+from kd.app.search.space import as_overrides
 from kd.core import files
 from kd.core.spec import KnownError
 from kd.core.stage import Stage
@@ -64,8 +66,8 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
     """Prepare the study that Hydra's sweeper opens next.
 
     `config` is the multirun's. The sweeper's name, storage and number of trials are set in it. A dry run prints what
-    would be searched, and exits. Raises KnownError if a searched key does not exist or is the seed, or if another
-    process leads the study.
+    would be searched, and exits. Raises KnownError if a searched key does not exist or is the seed, if its values are
+    none, or if another process leads the study.
     """
     base, space = _read(config, config_name)
     sweeper = config.hydra.sweeper
@@ -103,16 +105,41 @@ def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]
     loader = GlobalHydra.instance().config_loader()
     overrides = OverridesParser.create(loader).parse_overrides(as_typed(config.hydra.overrides.task))
     fixed = fixed_of(config)
-    composed = loader.load_configuration(config_name, fixed, run_mode=RunMode.RUN)
+
+    def compose(*more: str) -> DictConfig:
+        composed: DictConfig = loader.load_configuration(config_name, [*fixed, *more], run_mode=RunMode.RUN)
+        return composed
+
+    composed = compose()
     with open_dict(composed):
         del composed["hydra"]
     base = parse(composed, fixed)
-    swept = dict(str(each.input_line).split("=", 1) for each in overrides if each.is_sweep_override())
-    given = {each.get_key_element() for each in overrides if not each.is_sweep_override()}
-    space = {**{str(name): str(values) for name, values in (config.hydra.sweeper.params or {}).items()}, **swept}
-    space = {parameter: values for parameter, values in space.items() if parameter not in given}
-    _check(space, composed, base)
+    swept = [each for each in overrides if each.is_sweep_override()]
+    typed = [*(config.hydra.sweeper.params or {}).items(), *(str(each.input_line).split("=", 1) for each in swept)]
+    given = {each.get_key_element().lstrip("+") for each in overrides if not each.is_sweep_override()}
+    space = {_bare(name): str(values) for name, values in typed if _bare(name) not in given}
+    _check_seed(space, base)
+    names = as_overrides(space, {_bare(name) for name, _ in typed if str(name).startswith("+")}, compose)
+    _rename(config, overrides, names)
     return base, space
+
+
+def _bare(name: Any) -> str:
+    return str(name).lstrip("+")
+
+
+def _rename(config: DictConfig, overrides: Sequence[Override], names: Mapping[str, str]) -> None:
+    """Let the sweeper search parameters by these names, and no others."""
+    params = (config.hydra.sweeper.params or {}).items()
+    if params:
+        kept = {names[_bare(name)]: values for name, values in params if _bare(name) in names}
+        OmegaConf.update(config, "hydra.sweeper.params", kept, merge=False)
+    config.hydra.overrides.task = [
+        f"{names[_bare(each.get_key_element())]}={str(each.input_line).partition('=')[2]}"
+        if each.is_sweep_override() and _bare(each.get_key_element()) in names
+        else str(each.input_line)
+        for each in overrides
+    ]
 
 
 def _open(name: str, storage: str, direction: str) -> Study:
@@ -152,12 +179,7 @@ def study_name(base: Config, students: Sequence[Stage], space: Mapping[str, str]
     return f"{base.method.name}-{chain}-{base.dataset.name}-{digest}"
 
 
-def _check(space: Mapping[str, str], composed: DictConfig, base: Config) -> None:
-    missing = [name for name in space if "." in name and OmegaConf.select(composed, name, default=base) is base]
-    if missing:
-        raise KnownError(
-            "\n".join(f"{name}: cannot be searched, method={base.method.name} has no such key" for name in missing)
-        )
+def _check_seed(space: Mapping[str, str], base: Config) -> None:
     if "seed" in space and base.sweep.objective != "test_acc":
         raise KnownError(
             "seed: cannot be searched, because the luckiest seed would win; with replicates=3 each trial trains three "
