@@ -196,6 +196,7 @@ def test_what_exceeds_the_budget_is_not_cached(data: Data, tmp_path: Path, capsy
     assert "exceed runtime.bank_budget (4.66 MB); python -m kd.store gc --banks" in capsys.readouterr().out
     assert open_bank(tmp_path, KEY, "w", data, "bf16", "cpu", budget=2 * size) is not None
     assert open_bank(tmp_path, KEY, "w", data, "bf16", "cpu", budget=1) is not None  # it is there already
+    assert open_bank(tmp_path, KEY, "other", data, "bf16", "cpu", budget=2 * size) is None  # both may be filled
 
 
 @pytest.mark.parametrize("features", [None, 512])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import kd
-from kd.core.stage import Batch, LossSpec, Outputs, Stage
+from kd.core.stage import Batch, Learner, LossSpec, Outputs, Stage
 from kd.datasets.data import Data
 from kd.losses import LOSSES, Distill, TeachableTeacher, kl
 from kd.models.normalization import Normalized
@@ -22,7 +22,7 @@ from kd.reporting import results
 from kd.reporting.results import Outcome, Replicate, ReplicatedResult, read_result, student_rows
 from kd.reporting.tracking import Page, Tracker
 from kd.store import Metrics, TrainedStage, alarms_in
-from kd.training.evidence import alarms, guide_share
+from kd.training.evidence import alarms, guide_share, hits
 from kd.training.guide import Guide
 from kd.training.loop import train_stage
 from kd.training.step import make_network
@@ -209,6 +209,21 @@ def test_a_term_that_does_not_change(data: Data, teacher: tuple[Stage, Normalize
     del rows[1]["guide_share"]
     rows[1]["loss"] = 1.3
     assert not [*alarms(stage, rows)]
+
+
+def test_a_stage_without_guides_has_no_alarm_about_one(data: Data) -> None:
+    loss = LOSSES["label_smoothing"].model_validate({"name": "label_smoothing", "smoothing": 0})
+    stage = Stage(**{**vars(a_stage(data)), "loss": loss})
+    rows: list[Metrics] = [{"epoch": 1, "loss": 1.0, "ce": 1.0}, {"epoch": 2, "loss": 0.5, "ce": 0.5}]
+    assert not [*alarms(stage, rows)]
+
+
+def test_what_a_guide_knew_is_computed_where_the_labels_are() -> None:
+    """Its classifier stays where it is: the device `meta` stands for a GPU."""
+    head, said = torch.nn.Linear(4, 3), Outputs({"pooled": torch.zeros(2, 4, device="meta")})
+    found = hits(Learner(head, said, head), said, torch.zeros(2, dtype=torch.int64, device="meta"))
+    assert found is not None
+    assert (found.device.type, head.weight.device.type) == ("meta", "cpu")
 
 
 def test_a_guide_that_is_worse_than_its_student(data: Data, teacher: tuple[Stage, Normalized]) -> None:

@@ -641,6 +641,15 @@ def test_simkd_without_a_linear_layer_at_the_end() -> None:
         SimKD().build(LossContext(learner, world.context.guide, world.labels, world.train))
 
 
+def test_simkd_with_a_classifier_on_maps() -> None:
+    """SqueezeNet's: a 1×1 convolution before pooling, whose flattened input has a feature for each pixel."""
+    world = World()
+    last = nn.Conv2d(64, CLASSES, 1)
+    guide = Learner(nn.Sequential(last, nn.Flatten()), Outputs({"pooled": torch.zeros(1, 64 * 9)}), last)
+    with pytest.raises(KnownError, match="pool its maps before its classifier: that takes 64 of 576 features"):
+        SimKD().build(LossContext(world.context.net, guide, world.labels, world.train))
+
+
 def test_the_base_of_these_losses_is_not_a_loss() -> None:
     assert FeatureSpec not in [LOSSES[name] for name in NAMES]
     assert all(issubclass(LOSSES[name], FeatureSpec) for name in NAMES)

@@ -477,7 +477,8 @@ def test_folding_changes_no_logits_of_a_librarys_network(name: str) -> None:
             for tensor in (state["running_var"], state["weight"]):
                 nn.init.uniform_(tensor, 0.5, 1.5)
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    folded, images = fold(network), torch.randn(2, 3, size, size, dtype=torch.float64)
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+    folded = fold(network, images)
     assert network.training
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
     with torch.inference_mode():
@@ -494,7 +495,8 @@ def test_folding_changes_no_logits_of_a_librarys_network(name: str) -> None:
 def test_a_network_that_cannot_be_traced_is_copied() -> None:
     for name, size in (("timm/mobilevitv2_050", 64), ("timm/swin_tiny_patch4_window7_224", 224)):
         network = build(name, num_classes=5, image_size=size).eval()
-        folded, images = fold(network), torch.randn(1, 3, size, size)
+        images = torch.randn(1, 3, size, size)
+        folded = fold(network, images)
         assert type(folded) is type(network)
         assert folded is not network
         with torch.inference_mode():

@@ -21,6 +21,7 @@ from kd.app.parsing import parse
 from kd.core.spec import KnownError
 from kd.core.stage import Batch, Formula, Outputs
 from kd.losses import LOSSES, CrossEntropy, Distill, TeachableTeacher, kl
+from kd.losses.dist import DIST, correlation
 from kd.losses.distillation import standardized
 from kd.losses.dkd import DKD, others
 from kd.losses.nkd import NKD
@@ -336,6 +337,34 @@ def test_standardised_logits_have_a_deviation_of_one() -> None:
     rows = standardized(drawn(6, 5, 7)[0])
     torch.testing.assert_close(rows.mean(1), torch.zeros(5, dtype=torch.float64))
     torch.testing.assert_close(rows.square().sum(1) / 6, torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [Distill(T=2, lam=0.9, weight=10, standardize=True), DIST(T=4)])
+def test_a_classifier_that_begins_at_zero_learns(loss: Formula) -> None:
+    """Equal logits have no deviation to divide by."""
+    noise, guide, _ = drawn(3, 60, 5)
+    rows, labels = torch.cat([noise, guide], 1) / 3, guide.argmax(1)
+    weight = torch.zeros(10, 5, dtype=torch.float64)
+    for step in range(60):
+        slope = gradient(loss, rows @ weight, labels, guide)
+        assert step or slope.norm() < 1000  # and not a million
+        weight -= 0.05 * rows.T @ slope
+    assert ((rows @ weight).argmax(1) == labels).float().mean() > 0.9
+
+
+def test_deviations_and_norms_of_usual_size_keep_every_bit() -> None:
+    net, guide, _ = drawn(4, 6, 5)
+    net = net.requires_grad_()
+    (q, p), sums = ((each / 4).softmax(1) for each in (net, guide)), []
+    for dim in (0, 1):
+        a, b = q - q.mean(dim, keepdim=True), p - p.mean(dim, keepdim=True)
+        usual = (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)
+        sums.append([usual, correlation(q, p, dim)])
+    rows = (net - net.mean(1, keepdim=True)) / (net.std(1, keepdim=True) + 1e-7)
+    sums.append([rows.pow(3), standardized(net).pow(3)])
+    for usual, found in sums:
+        assert torch.equal(usual, found)
+        assert torch.equal(*(torch.autograd.grad(each.sum(), net, retain_graph=True)[0] for each in (usual, found)))
 
 
 def test_dkd_grows_to_its_weight() -> None:

@@ -378,12 +378,52 @@ def test_folding_changes_no_logits(name: str) -> None:
                 nn.init.normal_(tensor, 0, 0.1)
             for tensor in (module.running_var, module.weight):
                 nn.init.uniform_(tensor, 0.5, 1.5)
-    folded, images = fold(network), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    folded = fold(network, images)
     with torch.inference_mode():
         torch.testing.assert_close(folded(images), network(images))
     left, before = (sum(isinstance(m, nn.BatchNorm2d) for m in n.modules()) for n in (folded, network))
     assert left < before
     assert left == 0 or name.startswith(("preresnet", "densenet"))  # those have some in front of a convolution
+
+
+class _Twice(nn.Module):
+    """One convolution, called twice, each time with a BatchNorm of its own: torch.fx folds both into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one, self.two = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.conv(self.one(self.conv(x)))).mean((2, 3))
+
+
+class _Scaled(_Twice):
+    """The stand-in for `scale` is not None: torch.fx takes the other branch."""
+
+    def forward(self, x: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        return self.one(self.conv(x if scale is None else x + 1)).mean((2, 3))
+
+
+class _Masked(_Twice):
+    """The traced copy multiplies by None."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.one(self.conv(x if mask is None else x * mask)).mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", [_Twice, _Scaled, _Masked])
+def test_a_network_that_is_folded_wrongly_is_copied(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    network = kind()
+    network(torch.randn(8, 3, 4, 4))  # statistics of its own, so that folding them matters
+    before, images = deepcopy(network.state_dict()), torch.randn(2, 3, 4, 4)
+    drawn = torch.get_rng_state()
+    folded = fold(network, images)
+    assert type(folded) is kind
+    torch.testing.assert_close(folded(images), network.eval()(images))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_normalized_takes_both_kinds_of_images() -> None:

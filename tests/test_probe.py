@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from kd.models import build
 from kd.models.normalization import Normalized
 from kd.training.guide import Guide
 from kd.training.loop import Loop
-from kd.training.probe import Probe
+from kd.training.probe import Probe, ProbedGuide
 from tests.test_photos import photographs, root, stage_files
 
 __all__ = ["root"]  # the fixture
@@ -129,6 +130,14 @@ def test_an_interrupted_probe_goes_on_to_the_same_bits(
     monkeypatch.setenv("KD_STORE", str(tmp_path / "unbroken"))
     assert job(*run, folder="unbroken")["chain"][0]["key"] == resumed
     assert stage_files(tmp_path / "store", resumed) == stage_files(tmp_path / "unbroken", resumed)
+
+
+def test_a_probe_that_teaches_leaves_its_backbones_network_where_it_is() -> None:
+    """The device `meta` stands for a GPU."""
+    whole = Normalized(build("resnet8", num_classes=3, image_size=32), (0.5,) * 3, (0.2,) * 3)
+    guide = ProbedGuide(SimpleNamespace(network=whole), "fp32", "meta")  # type: ignore[arg-type]
+    assert guide._classifier.weight.device.type == "meta"
+    assert {each.device.type for each in whole.parameters()} == {"cpu"}
 
 
 class Convolutional(torch.nn.Sequential):

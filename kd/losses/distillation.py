@@ -12,6 +12,8 @@ from kd.core.stage import Batch, Formula, Reduction, Temperature
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LEAST_DEVIATION = 0.03  # of a row of logits
+
 
 def kl(target: Tensor, logits: Tensor, T: float, reduction: Reduction = "batchmean") -> Tensor:
     """KL(softmax(target/T) ‖ softmax(logits/T)), a scalar, without the usual factor T².
@@ -30,9 +32,11 @@ def kl(target: Tensor, logits: Tensor, T: float, reduction: Reduction = "batchme
 def standardized(logits: Tensor) -> Tensor:
     """Each row minus its mean, divided by its standard deviation (n − 1): Sun et al. (CVPR 2024).
 
-    Logits [batch, class]. Gradients flow through mean and deviation.
+    Logits [batch, class]. Gradients flow through mean and deviation. A deviation below 0.03 counts as 0.03, which is
+    ours: the paper has no such bound. A classifier that begins at zero gives equal logits. Divided by their deviation
+    they had a gradient of 10⁶, and the training collapsed. Other rows keep every bit.
     """
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7).clamp(min=_LEAST_DEVIATION)
 
 
 class Distill(Formula):

@@ -43,10 +43,14 @@ class SimKD(FeatureSpec):
 
 
 def _classifier(learner: Learner) -> nn.Linear | nn.Conv2d:
-    """The last layer, which has to be linear."""
+    """The last layer, which has to be linear, and to take the pooled features."""
     layer = learner.head
     if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.weight[0, 0].numel() != 1:
         raise KnownError(f"{type(learner.network).__name__} should end in a linear layer or a 1×1 convolution")
+    width, taken = learner.outputs.pooled.shape[1], layer.weight.shape[1]
+    if width != taken:
+        kind = type(learner.network).__name__
+        raise KnownError(f"{kind} should pool its maps before its classifier: that takes {taken} of {width} features")
     return layer
 
 

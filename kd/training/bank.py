@@ -109,11 +109,14 @@ class Bank:
     def _make(self, header: str, budget: float) -> None:
         """Write the files under a temporary name first. If two processes make a bank, both use the first one's."""
         samples, views, width = self.shape
-        size = samples * views * width * self.dtype.itemsize
+        marks = samples * views
+        size = marks * width * self.dtype.itemsize
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder.parent).free < size + _SPARE:
             raise OSError(f"the disk has no room for {size / 1e9:.2f} GB and 1 GB to spare")
-        if (held := files.size_of(self.folder.parent)) + size > budget:
+        # Not the blocks on the disk: banks are sparse, and those there may still be filled.
+        held = sum(path.lstat().st_size for path in self.folder.parent.rglob("*.bin"))
+        if held + size + marks > budget:
             raise OSError(
                 f"{in_bytes(size)} more than the {in_bytes(held)} of other caches exceed runtime.bank_budget "
                 f"({in_bytes(budget)}); python -m kd.store gc --banks removes all caches"
@@ -122,7 +125,7 @@ class Bank:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir()
-            for name, length in ((self.file, size), ("filled.bin", samples * views)):
+            for name, length in ((self.file, size), ("filled.bin", marks)):
                 with (partial / name).open("wb") as file:
                     file.truncate(length)  # sparse: blocks are allocated when rows are written
             (partial / "header.json").write_text(header, encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.linalg import vector_norm
 
 from kd.core.stage import Learner, Outputs, Stage
@@ -51,7 +52,9 @@ def hits(guide: Learner, said: Outputs, labels: Tensor) -> Tensor | None:
     if "pooled" not in said.tensors or not isinstance(guide.head, torch.nn.Linear):
         return None
     with torch.no_grad():
-        logits: Tensor = guide.head.to(labels.device)(said.pooled.to(guide.head.weight.dtype))
+        # Its weights are moved, not the module: to() would do that in place, and the module is the guide's.
+        weights = {name: each.to(labels.device) for name, each in guide.head.state_dict().items()}
+        logits: Tensor = functional_call(guide.head, weights, said.pooled.to(guide.head.weight.dtype))
     return logits.argmax(1) == labels
 
 
@@ -63,7 +66,9 @@ class Alarm(NamedTuple):
 
 
 def alarms(stage: Stage, history: Sequence[Metrics]) -> Iterator[Alarm]:
-    """What looks wrong after the last epoch of a history."""
+    """What looks wrong after the last epoch of a history; nothing for a stage without guides."""
+    if not stage.guides:
+        return
     row, who, guides = history[-1], f"{stage.role} {stage.model}", _called(stage)
     share, accuracy, own = row.get("guide_share"), row.get("guide_acc"), row.get("train_acc")
     taught = not stage.loss.smaller_guide

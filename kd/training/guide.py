@@ -168,7 +168,8 @@ class Guide:
         exact = self._precision == "fp64"
         module = deepcopy(self.network.network).double() if exact else self.network.network
         own = self.network
-        folded = Normalized(fold(module), *own.statistics, size=own.size, interpolation=own.interpolation)
+        example = _example(own, self._data.spec.image_size)
+        folded = Normalized(fold(module, example), *own.statistics, size=own.size, interpolation=own.interpolation)
         dtype = torch.float64 if exact else torch.float32
         folded = folded.to(memory_format=torch.channels_last).to(self._device, dtype).eval()
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._precision)
@@ -222,6 +223,12 @@ def _rounded(name: str, values: Tensor, to: torch.dtype) -> Tensor:
         values = values - values.amax(1, keepdim=True)
     limit = torch.finfo(to)
     return values.clamp(limit.min, limit.max)
+
+
+def _example(network: Normalized, image_size: int) -> Tensor:
+    """A random image [1, channel, size, size] as the network inside gets it. No other draw of torch changes."""
+    size, draws = network.size or image_size, torch.Generator().manual_seed(0)
+    return torch.randn(1, network.mean.shape[1], size, size, generator=draws)
 
 
 def rounded_logits(logits: Tensor, precision: str) -> Tensor:

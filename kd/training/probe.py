@@ -7,6 +7,7 @@ every seed of the classifier, and every student of the finished network.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -101,7 +102,8 @@ class ProbedGuide:
 
     def __init__(self, backbone: Guide, precision: str, device: str) -> None:
         network = backbone.network
-        last = network.network.get_submodule(head(network.network)).to(device).eval()
+        # A copy, since to() moves a module in place: the backbone keeps its network where it is.
+        last = deepcopy(network.network.get_submodule(head(network.network))).to(device).eval()
         assert isinstance(last, nn.Linear)  # it was trained as a Probe
         self._classifier = last
         self._backbone, self._precision, self._device = backbone, precision, device
