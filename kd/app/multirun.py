@@ -39,6 +39,7 @@ class Multirun(Callback):
     folder: ClassVar[Path | None] = None
     began: ClassVar[float] = 0.0
     expected: ClassVar[int] = 0  # the number of jobs; 0 if it is unknown
+    begun: ClassVar[Sequence[str]] = ()  # what it was started with besides the overrides of its jobs
     search: ClassVar[Search | None] = None
     table: ClassVar[LiveTable | None] = None
 
@@ -59,6 +60,7 @@ class Multirun(Callback):
                 _check_plugins(config)
             _check_slurm(config)
             _check_direction(config)
+            Multirun.begun = _begun_with(config)
             searches = config.hydra.sweeper.get("custom_search_space") == SEARCH
             (_begin_search if searches else _begin_grid)(config, kwargs["config_name"])
             _show_table(config)
@@ -68,6 +70,23 @@ class Multirun(Callback):
         except Exception:
             traceback.print_exc()
             sys.exit(1)
+
+
+def _begun_with(config: DictConfig) -> list[str]:
+    """Words of a command besides the overrides of jobs: the primary configuration and the folders of options.
+
+    A grid's file of one's own is among them, because it may fix keys. A search's is not: a single run refuses searches.
+    """
+    hydra: Any = OmegaConf.to_container(config.hydra)
+    primary, searches = hydra["job"]["config_name"], "custom_search_space" in hydra["sweeper"]
+    choice = None if searches else hydra["runtime"]["choices"].get("sweep")
+    folders = [each["path"] for each in hydra["runtime"]["config_sources"] if each["provider"] == "command-line"]
+    return [
+        *(f"--config-dir={folder}" for folder in folders),
+        *([] if primary in (None, "config") else [f"--config-name={primary}"]),
+        *(each for each in hydra["overrides"]["hydra"] if each.startswith("hydra.searchpath=")),
+        *([] if choice is None else [f"sweep={choice}"]),
+    ]
 
 
 def _begin_grid(config: DictConfig, config_name: str) -> None:
@@ -191,7 +210,7 @@ def _summarize(folder: Path, done: Sequence[Job], missing: int) -> None:
     path = folder / newest.number / ".hydra" / "config.yaml"
     config = OmegaConf.load(path) if path.exists() else OmegaConf.create()
     objective, out = OmegaConf.select(config, "sweep.objective", default="val_acc"), console()
-    for line in summary.write_summary(folder, done, objective, missing):
+    for line in summary.write_summary(folder, done, objective, missing, Multirun.begun):
         whole = line.startswith("again:") or not out.is_terminal  # a command that is broken cannot be copied
         out.print(line, highlight=False, markup=False, soft_wrap=whole)
     # Only if this process ran a job, and a job succeeded: otherwise the tracking settings may be wrong.

@@ -10,13 +10,13 @@ from torch.nn.functional import cross_entropy
 
 from kd.core.stage import Batch, Formula, Temperature
 
-_LEAST_CHANGE = 0.01  # of a vector along its elements: its norm without its mean, as a part of its norm
+_LEAST_CHANGE = 0.004  # of a vector along its elements: its norm without its mean, as a part of its norm
 
 
 def correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """Pearson's correlation of two matrices along a dimension; 0 where either is constant.
 
-    Where a vector hardly changes, its norm without its mean counts as 0.01 of its whole norm, so its correlation is
+    Where a vector hardly changes, its norm without its mean counts as 0.004 of its whole norm, so its correlation is
     nearer to 0. This is ours: the paper has no such bound. A classifier that begins at zero says nearly the same
     probability for each class. Divided by so small a norm it had a gradient of 10⁶, and the training collapsed. Other
     vectors keep every bit.

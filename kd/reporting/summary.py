@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.markup import escape
 
 from kd.core.statistics import spread, told
@@ -218,29 +217,11 @@ def best_of(pool: Sequence[Setting], objective: str) -> Setting | None:
     return min(pool, key=lambda setting: (-setting.score(objective), setting.overrides))
 
 
-def begun_with(place: Path) -> list[str]:
-    """What a job was started with besides its overrides, for `command`: its primary configuration, folders of options.
-
-    A grid's file of one's own is among it, because it may fix keys. A search's is not: a single run refuses searches.
-    `place` is the job's folder.
-    """
-    file = place / ".hydra" / "hydra.yaml"
-    if not file.exists():  # a job of Python
-        return []
-    hydra: Any = OmegaConf.to_container(OmegaConf.load(file).hydra)
-    primary, searches = hydra["job"]["config_name"], "custom_search_space" in hydra["sweeper"]
-    choice = None if searches else hydra["runtime"]["choices"].get("sweep")
-    folders = [each["path"] for each in hydra["runtime"]["config_sources"] if each["provider"] == "command-line"]
-    return [
-        *(f"--config-dir={folder}" for folder in folders),
-        *([] if primary in (None, "config") else [f"--config-name={primary}"]),
-        *(each for each in hydra["overrides"]["hydra"] if each.startswith("hydra.searchpath=")),
-        *([] if choice is None else [f"sweep={choice}"]),
-    ]
-
-
 def command(setting: Setting, begun: Sequence[str] = ()) -> str:
-    """The command that trains the setting's students again, or loads them from the store."""
+    """The command that trains the setting's students again, or loads them from the store.
+
+    `begun` is what the sweep was started with besides the overrides of its jobs.
+    """
     overrides = [*begun, *setting.overrides]
     shared = set.intersection(*(set(job.overrides) for job in setting.jobs))
     overrides += [each for each in setting.jobs[0].overrides if each in shared and each.startswith(_MACHINE)]
@@ -273,17 +254,20 @@ def differences(pool: Sequence[Setting]) -> list[str]:
     return lines
 
 
-def write_summary(folder: Path, jobs: Sequence[Job], objective: str, missing: int = 0) -> list[str]:
+def write_summary(
+    folder: Path, jobs: Sequence[Job], objective: str, missing: int = 0, begun: Sequence[str] = ()
+) -> list[str]:
     """Write the summary into the multirun's folder. Returns lines to print: differences, and the best setting.
 
     `objective` is val_acc, or test_acc if the search maximised it. `missing` jobs left no folder.
+    `begun` is for `command`.
     """
     # With hydra.output_subdir=null the overrides of a job are unknown.
     pool = settings(jobs) if len(jobs) == 1 or all(job.overrides for job in jobs) else []
     # By test_acc the best is a single job, as in the papers. By val_acc the seeds are pooled.
     alone = [Setting(setting.overrides, (job,)) for setting in pool for job in setting.jobs]
     best = best_of(alone if objective == "test_acc" else pool, objective)
-    again = "" if best is None else command(best, begun_with(folder / best.jobs[0].number))
+    again = "" if best is None else command(best, begun)
     added, lines = differences(pool), _best_lines(pool, best, objective, again)
     if missing:
         lines.append(f"{missing} of {count(len(jobs) + missing)} left no result: killed, or never started")
