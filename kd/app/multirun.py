@@ -213,6 +213,7 @@ def _summarize(folder: Path, done: Sequence[Job], missing: int) -> None:
     for line in summary.write_summary(folder, done, objective, missing, Multirun.begun):
         whole = line.startswith("again:") or not out.is_terminal  # a command that is broken cannot be copied
         out.print(line, highlight=False, markup=False, soft_wrap=whole)
+    out.print(tilde(f"this sweep: {folder}"), highlight=False, markup=False, soft_wrap=True)
     # Only if this process ran a job, and a job succeeded: otherwise the tracking settings may be wrong.
     news = path.exists() and path.stat().st_mtime >= Multirun.began
     if news and "tracking" in config and any(job.result for job in done):

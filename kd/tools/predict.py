@@ -118,7 +118,7 @@ def _pictures(given: Sequence[Path]) -> Iterator[Path]:
         for line in passed.lines(path):
             _note(line)
         if not found:
-            raise KnownError(f"{path} has no pictures")
+            yield path  # said in its turn, as a picture that cannot be read
         yield from (path / name for name in found)
 
 
@@ -138,6 +138,8 @@ def _image_of(contract: Contract, file: Path) -> Tensor:
     """A picture as the network takes it. Raises PictureError, also where the system cannot read the file."""
     if not file.exists():
         raise PictureError("does not exist")
+    if file.is_dir():
+        raise PictureError("has no pictures")
     try:
         return contract.image_of(file)
     except OSError as error:
