@@ -138,7 +138,7 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as lacking:
         lacking.delitem(sys.modules, "kd.tools.export.onnx", raising=False)
         lacking.setitem(sys.modules, "onnxruntime", None)
-        with pytest.raises(KnownError, match=r"onnxruntime.*pip install '\.\[export\]'"):
+        with pytest.raises(KnownError, match=r"onnxruntime.*pip install -e '\.\[export\]'"):
             main([stage().key, "--format", "onnx"])
     (store.root / stage().key / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(KnownError, match="is damaged"):

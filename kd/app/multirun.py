@@ -77,14 +77,15 @@ def _begun_with(config: DictConfig) -> list[str]:
 
     A grid's file of one's own is among them, because it may fix keys. A search's is not: a single run refuses searches.
     """
-    hydra: Any = OmegaConf.to_container(config.hydra)
-    primary, searches = hydra["job"]["config_name"], "custom_search_space" in hydra["sweeper"]
-    choice = None if searches else hydra["runtime"]["choices"].get("sweep")
-    folders = [each["path"] for each in hydra["runtime"]["config_sources"] if each["provider"] == "command-line"]
+    searches = "custom_search_space" in config.hydra.sweeper
+    primary = OmegaConf.select(config, "hydra.job.config_name")
+    choice = None if searches else OmegaConf.select(config, "hydra.runtime.choices.sweep")
+    sources = OmegaConf.select(config, "hydra.runtime.config_sources") or ()
+    folders = [each.path for each in sources if each.provider == "command-line"]
     return [
         *(f"--config-dir={folder}" for folder in folders),
         *([] if primary in (None, "config") else [f"--config-name={primary}"]),
-        *(each for each in hydra["overrides"]["hydra"] if each.startswith("hydra.searchpath=")),
+        *(each for each in as_typed(config.hydra.overrides.hydra) if each.startswith("hydra.searchpath=")),
         *([] if choice is None else [f"sweep={choice}"]),
     ]
 
