@@ -109,7 +109,7 @@ class Reader:
         ]
         if problems:
             raise KnownError("\n".join(_shortened(problems)))
-        return [exact(override) if grid else str(override.input_line) for override in sound]
+        return [exact(each) if grid and _is_range(each) else str(each.input_line) for each in sound]
 
     # texts ---------------------------------------------------------------------------------------------------------
 
@@ -283,6 +283,10 @@ def _shortened(problems: Iterable[str]) -> Iterator[str]:
     """Each problem on one line, with long values cut."""
     for problem in dict.fromkeys(problems):
         yield printable(re.sub(r"\S{150,}", lambda word: f"{word[0][:100]}…", problem))
+
+
+def _is_range(override: Override) -> bool:
+    return isinstance(override.value(), RangeSweep)
 
 
 def _value(override: Override) -> str:

@@ -39,7 +39,7 @@ class Multirun(Callback):
     folder: ClassVar[Path | None] = None
     began: ClassVar[float] = 0.0
     expected: ClassVar[int] = 0  # the number of jobs; 0 if it is unknown
-    begun: ClassVar[Sequence[str]] = ()  # what it was started with besides the overrides of its jobs
+    start: ClassVar[Sequence[str]] = ()  # words of its command besides the overrides of its jobs
     search: ClassVar[Search | None] = None
     table: ClassVar[LiveTable | None] = None
 
@@ -60,7 +60,7 @@ class Multirun(Callback):
                 _check_plugins(config)
             _check_slurm(config)
             _check_direction(config)
-            Multirun.begun = _begun_with(config)
+            Multirun.start = _start_of(config)
             searches = config.hydra.sweeper.get("custom_search_space") == SEARCH
             (_begin_search if searches else _begin_grid)(config, kwargs["config_name"])
             _show_table(config)
@@ -72,7 +72,7 @@ class Multirun(Callback):
             sys.exit(1)
 
 
-def _begun_with(config: DictConfig) -> list[str]:
+def _start_of(config: DictConfig) -> list[str]:
     """Words of a command besides the overrides of jobs: the primary configuration and the folders of options.
 
     A grid's file of one's own is among them, because it may fix keys. A search's is not: a single run refuses searches.
@@ -211,7 +211,7 @@ def _summarize(folder: Path, done: Sequence[Job], missing: int) -> None:
     path = folder / newest.number / ".hydra" / "config.yaml"
     config = OmegaConf.load(path) if path.exists() else OmegaConf.create()
     objective, out = OmegaConf.select(config, "sweep.objective", default="val_acc"), console()
-    for line in summary.write_summary(folder, done, objective, missing, Multirun.begun):
+    for line in summary.write_summary(folder, done, objective, missing, Multirun.start):
         whole = line.startswith("again:") or not out.is_terminal  # a command that is broken cannot be copied
         out.print(line, highlight=False, markup=False, soft_wrap=whole)
     out.print(tilde(f"this sweep: {folder}"), highlight=False, markup=False, soft_wrap=True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from decimal import ROUND_CEILING, Decimal
+from typing import Any
 
 from hydra.core.override_parser.types import Override, RangeSweep
 
 
 def exact(override: Override) -> str:
-    """An override of a grid; a range becomes its values, because Hydra adds rounding errors up."""
-    span = override.value()
-    if not isinstance(span, RangeSweep) or isinstance(span.range(), range):
+    """An override whose value is a range, with the range's values in its place if they are no whole numbers."""
+    span: Any = override.value()
+    if isinstance(span.range(), range):
         return str(override.input_line)
     values = ",".join(map(str, _decimals(span)))
     return f"{override.get_key_element()}={'shuffle' if span.shuffle else 'choice'}({values})"

@@ -217,12 +217,12 @@ def best_of(pool: Sequence[Setting], objective: str) -> Setting | None:
     return min(pool, key=lambda setting: (-setting.score(objective), setting.overrides))
 
 
-def command(setting: Setting, begun: Sequence[str] = ()) -> str:
+def command(setting: Setting, start: Sequence[str] = ()) -> str:
     """The command that trains the setting's students again, or loads them from the store.
 
-    `begun` is what the sweep was started with besides the overrides of its jobs.
+    `start` are words of the sweep's command besides the overrides of its jobs.
     """
-    overrides = [*begun, *setting.overrides]
+    overrides = [*start, *setting.overrides]
     shared = set.intersection(*(set(job.overrides) for job in setting.jobs))
     overrides += [each for each in setting.jobs[0].overrides if each in shared and each.startswith(_MACHINE)]
     mode = setting.results[0].mode
@@ -255,19 +255,19 @@ def differences(pool: Sequence[Setting]) -> list[str]:
 
 
 def write_summary(
-    folder: Path, jobs: Sequence[Job], objective: str, missing: int = 0, begun: Sequence[str] = ()
+    folder: Path, jobs: Sequence[Job], objective: str, missing: int = 0, start: Sequence[str] = ()
 ) -> list[str]:
     """Write the summary into the multirun's folder. Returns lines to print: differences, and the best setting.
 
     `objective` is val_acc, or test_acc if the search maximised it. `missing` jobs left no folder.
-    `begun` is for `command`.
+    `start` is for `command`.
     """
     # With hydra.output_subdir=null the overrides of a job are unknown.
     pool = settings(jobs) if len(jobs) == 1 or all(job.overrides for job in jobs) else []
     # By test_acc the best is a single job, as in the papers. By val_acc the seeds are pooled.
     alone = [Setting(setting.overrides, (job,)) for setting in pool for job in setting.jobs]
     best = best_of(alone if objective == "test_acc" else pool, objective)
-    again = "" if best is None else command(best, begun)
+    again = "" if best is None else command(best, start)
     added, lines = differences(pool), _best_lines(pool, best, objective, again)
     if missing:
         lines.append(f"{missing} of {count(len(jobs) + missing)} left no result: killed, or never started")

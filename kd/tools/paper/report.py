@@ -35,7 +35,7 @@ class StageReport(Frozen):
     fidelity: Fidelity | None  # to its guide, on the test images
     calibration: Calibration
     confusion: Confusion | None  # with its guide; null if there are too many classes to show
-    alarms: tuple[str, ...]  # what looked wrong while it was trained
+    alarms: tuple[str, ...] = ()  # what looked wrong while it was trained; none in reports of earlier versions
 
     @property
     def last(self) -> float | None:
