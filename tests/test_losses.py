@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pydantic import ValidationError
@@ -324,7 +324,6 @@ def test_a_guide_pulls_by_the_same_strength_at_every_temperature() -> None:
 def test_standardising_forgets_shift_and_scale(seed: int, samples: int, classes: int, T: float) -> None:
     net, guide, labels = drawn(seed, samples, classes)
     scales = 0.5 + torch.rand(2, samples, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    assume(min(each.std(1).min() for each in (net, guide)) > 0.06)  # below 0.03 a deviation counts as 0.03
     torch.testing.assert_close(standardized(net * scales[0] + 3), standardized(net), rtol=1e-5, atol=1e-5)
     for loss in (Distill(T=T, lam=1, standardize=True), loss_of("dkd", T=T, ce=0, standardize=True)):
         before = loss(batch(net, labels, guide))["loss"]

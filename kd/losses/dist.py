@@ -9,21 +9,25 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kd.core.stage import Batch, Formula, Temperature
+from kd.losses.distillation import with_gradient
 
-_LEAST_CHANGE = 0.004  # of a vector along its elements: its norm without its mean, as a part of its norm
+_LEAST_CHANGE = 0.004  # of a vector, for its whole gradient: its norm without its mean, as a part of its norm
 
 
 def correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """Pearson's correlation of two matrices along a dimension; 0 where either is constant.
 
-    Where a vector hardly changes, its norm without its mean counts as 0.004 of its whole norm, so its correlation is
-    nearer to 0. This is ours: the paper has no such bound. A classifier that begins at zero says nearly the same
-    probability for each class. Divided by so small a norm it had a gradient of 10⁶, and the training collapsed. Other
-    vectors keep every bit.
+    Where a vector changes by less than 0.004 of its norm, its gradient is no larger than at 0.004. This is ours: the
+    paper has no such bound. A classifier that begins at zero says nearly the same probability for each class. Without
+    the bound it has a gradient of 10⁶, and the training collapses. No value is changed.
     """
-    of_a, of_b = (_LEAST_CHANGE * each.detach().norm(dim=dim) for each in (a, b))
+    least = [_LEAST_CHANGE * each.detach().norm(dim=dim) for each in (a, b)]
     a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
-    found: Tensor = (a * b).sum(dim) / (a.norm(dim=dim).clamp(min=of_a) * b.norm(dim=dim).clamp(min=of_b) + 1e-8)
+    of_a, of_b = a.detach().norm(dim=dim), b.detach().norm(dim=dim)
+    product = of_a * of_b + 1e-8
+    shares = [(product / (bound * other + 1e-8)).clamp(max=1) for bound, other in zip(least, (of_b, of_a), strict=True)]
+    a, b = (with_gradient(each, share.unsqueeze(dim)) for each, share in zip((a, b), shares, strict=True))
+    found: Tensor = (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)
     return found
 
 
@@ -34,7 +38,7 @@ class DIST(Formula):
     `intra` is 1 − their correlation over the samples, a mean over the classes. So it depends on which samples share a
     batch: two samples give 1 or −1, and one sample has no correlation (intra 1, no gradient). Under torchrun each
     rank takes its own share of the batch. Equal logits leave a small loss, because of the 1e-8.
-    Samples or classes whose probabilities hardly change count less: see `correlation`.
+    Where probabilities hardly change, the gradient is bounded: see `correlation`.
     At a high T a correlation no longer depends on T, so T² makes this loss grow with T: a β fits one T only.
     """
 

@@ -12,7 +12,7 @@ from kd.core.stage import Batch, Formula, Reduction, Temperature
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LEAST_DEVIATION = 0.03  # of a row of logits
+_LEAST_DEVIATION = 0.03  # of a row of logits, for its whole gradient
 
 
 def kl(target: Tensor, logits: Tensor, T: float, reduction: Reduction = "batchmean") -> Tensor:
@@ -32,11 +32,19 @@ def kl(target: Tensor, logits: Tensor, T: float, reduction: Reduction = "batchme
 def standardized(logits: Tensor) -> Tensor:
     """Each row minus its mean, divided by its standard deviation (n − 1): Sun et al. (CVPR 2024).
 
-    Logits [batch, class]. Gradients flow through mean and deviation. A deviation below 0.03 counts as 0.03, which is
-    ours: the paper has no such bound. A classifier that begins at zero gives equal logits. Divided by their deviation
-    they had a gradient of 10⁶, and the training collapsed. Other rows keep every bit.
+    Logits [batch, class]. Gradients flow through mean and deviation. Where the deviation is below 0.03, the gradient is
+    no larger than at 0.03. This is ours: the paper has no such bound. A classifier that begins at zero gives equal
+    logits. Without the bound they have a gradient of 10⁶, and the training collapses. No value is changed.
     """
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7).clamp(min=_LEAST_DEVIATION)
+    deviation = logits.detach().std(1, keepdim=True) + 1e-7
+    logits = with_gradient(logits, (deviation / _LEAST_DEVIATION).clamp(max=1))
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+
+
+def with_gradient(values: Tensor, share: Tensor) -> Tensor:
+    """The same values, with a share of their gradient, between 0 and 1. A share of 1 changes no bit."""
+    kept = values.detach()
+    return kept + share * (values - kept)
 
 
 class Distill(Formula):
