@@ -122,7 +122,7 @@ def test_a_teacher_without_trained_weights_is_said(job: Job, root: Path, weights
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["teacher=timm"], "teacher: timm needs arch=<network>, e.g. arch=resnet18"),
+        (["teacher=timm"], "teacher: timm needs teacher.arch=<network>, e.g. teacher.arch=resnet18"),
         (["teacher=timm", "teacher.arch=lcnet_036"], "did you mean timm/lcnet_035"),
         (["teacher.arch=lcnet_035"], "teacher: arch and args are for timm and torchvision (got plane4)"),
         (["teacher.freeze=backbone"], "teacher plane4: freeze=backbone needs initial weights: init=<file>"),
@@ -177,7 +177,9 @@ def test_photographs_have_their_own_recipe(job: Job, root: Path, tmp_path: Path,
     assert "recipe train=photos, because the images are larger than 64 pixels; train=<name> takes another" in shown
     assert re.search("adamw, lr 0.001 cosine, weight decay 0.05", shown)
     job(*photos(root, "dry_run=true"), multirun=True)
-    assert "train=photos" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "train=photos" not in shown
+    assert "recipe train=cifar10, because the images are not larger than 64 pixels; train=<name> takes another" in shown
     assert not (tmp_path / "store").exists()
 
 

@@ -182,8 +182,10 @@ def choices(config: Config, dataset: DatasetSpec) -> Iterator[str]:
     for key, named in (("init", config.init), ("freeze", config.freeze)):
         for other in sorted({*named} - networks):
             yield f"{key}={other} has no effect: no network of the chain has this name"
-    if (name := for_photos(config.train.recipe, dataset.image_size)) is not None:
-        yield f"recipe train={name}, because the images are larger than {LARGE} pixels; train=<name> takes another"
+    if config.train.recipe == "folder":
+        photos = for_photos("folder", dataset.image_size)
+        name, why = (photos, "are larger than") if photos else ("cifar10", "are not larger than")
+        yield f"recipe train={name}, because the images {why} {LARGE} pixels; train=<name> takes another"
 
 
 def _is_set(key: str, given: Collection[str]) -> bool:

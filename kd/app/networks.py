@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
@@ -33,6 +33,8 @@ InitText = Annotated[FileName, AfterValidator(_initial)]  # a file of weights, o
 class NetworkConfig(Frozen):
     """A network: of our table, or `name=timm` or `torchvision` with its `arch`."""
 
+    section: ClassVar[str]  # of the configuration, as in model.arch
+
     name: NetworkName
     train: TrainOverrides
     init: InitText | None = None  # null: drawn by the seed
@@ -49,7 +51,7 @@ class NetworkConfig(Frozen):
         name, arch, args = tree.get("name"), tree.get("arch"), tree.get("args") or {}
         if isinstance(name, str) and name in LIBRARIES:
             if not isinstance(arch, str):
-                raise ValueError(f"{name} needs arch=<network>, e.g. arch=resnet18")
+                raise ValueError(f"{name} needs {cls.section}.arch=<network>, e.g. {cls.section}.arch=resnet18")
             return {**rest, "name": str(LibraryName(name, arch, args))}
         if arch is not None or args:
             raise ValueError(f"arch and args are for {' and '.join(LIBRARIES)} (got {name})")
@@ -58,6 +60,8 @@ class NetworkConfig(Frozen):
 
 class ModelConfig(NetworkConfig):
     """The `model` section: the student's network, and overrides of its training settings."""
+
+    section = "model"
 
 
 def normalizations() -> dict[str, Normalization]:
@@ -81,6 +85,8 @@ def _named(value: Any) -> Any:
 
 class TeacherConfig(NetworkConfig):
     """The `teacher` section. The seed is also the reference's."""
+
+    section = "teacher"
 
     seed: Seed
     checkpoint: PathText | None = None  # a file of trained weights: then no teacher is trained
