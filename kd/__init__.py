@@ -5,7 +5,6 @@ In Python: `kd.run`, `kd.sweep`, `kd.results` and `kd.load`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -78,9 +77,9 @@ def load(
     `store` is the path of the store, by default the one in the repository (or $KD_STORE). Raises
     kd.core.spec.KnownError if there is no such stage, if it is damaged, or if a picture cannot be read.
     """
-    from kd.store import Store, place
+    from kd.store import Store
 
-    known = Store(place(str(store) if store else os.environ.get("KD_STORE"), "store"))
+    known = Store.at(store)
     network = known.network(whole := known.complete(key))
     if images is None:
         return network

@@ -258,7 +258,7 @@ def test_tables_fit_80_columns(job: Job, monkeypatch: pytest.MonkeyPatch) -> Non
     screen = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
     monkeypatch.setattr(console, "console", lambda: screen)
     chain = [{**result["chain"][0], "model": "resnet20", "params": 272_474, "val_acc": 100.0, "seconds": 4321.0}]
-    console.print_run(RunResult.model_validate({**result, "chain": chain}))
+    console.print_run(RunResult.model_validate({**result, "chain": chain}), "kd.load(…)")
     planned = [stage(role="assistant", model="resnet110"), distilled()]
     console.print_plan("digits, mode paper", planned, Store(Path("nowhere")), False)
     shown = screen.file.getvalue()  # type: ignore[attr-defined]

@@ -46,6 +46,13 @@ def test_a_stage_comes_back_as_it_was_saved(tmp_path: Path) -> None:
         torch.testing.assert_close(network(images / 255), expected)
 
 
+def test_the_line_that_loads_a_network_names_a_store_that_is_not_the_usual_one(tmp_path: Path) -> None:
+    assert Store.at().loading("0123") == 'kd.load("0123")'
+    other = Store(tmp_path / 'a "b"')
+    other.save(stage(), trained(), {})
+    assert list(eval(other.loading(stage().key), {"kd": kd}).parameters())  # as it would be pasted
+
+
 def test_load_finds_the_store_of_the_environment(tmp_path: Path) -> None:
     Store(tmp_path / "store").save(stage(), trained(), {})  # $KD_STORE, set for every test
     assert sum(p.numel() for p in kd.load(stage().key).parameters()) == 78_042

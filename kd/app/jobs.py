@@ -156,7 +156,7 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
     if multirun and not runtime.tables:
         print(tilde(summary.job_line(hydra.job.num, _swept(), found)), flush=True)
     else:
-        print_run(found)
+        print_run(found, store.loading(found.chain[-1].key))
         print(tilde(f"this run: {folder}"))
     return found
 

@@ -56,8 +56,8 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def print_run(result: RunResult) -> None:
-    """Print one run as a table, and the line that loads its student."""
+def print_run(result: RunResult, loading: str) -> None:
+    """Print one run as a table, and what loads its student in Python."""
     out, student = console(), result.chain[-1]
     out.print(headline(f"{result.method} on {result.dataset}, mode {result.mode}: {SELECTED[student.select]}"))
     table = narrow_table("role", "network", "parameters>", "stage", "val %>", "test %>", "epochs>", "s>", "")
@@ -79,7 +79,7 @@ def print_run(result: RunResult) -> None:
             out.print(line, highlight=False)
     for line in baseline_lines(result) if result.baseline else ():
         out.print(line, highlight=False)
-    out.print(f'the student: kd.load("{student.key}")', highlight=False)
+    out.print(f"the student: {loading}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _lessons(chain: Sequence[Outcome]) -> list[str]:

@@ -142,6 +142,11 @@ class Store:
         self.root = root
         self._whole: set[str] = set()
 
+    @classmethod
+    def at(cls, path: str | Path | None = None) -> Store:
+        """The store at a path; by default $KD_STORE, or the one in the repository."""
+        return cls(place(str(path) if path else os.environ.get("KD_STORE"), "store"))
+
     def has(self, key: str) -> bool:
         """Whether the stage is finished. Its checksums are not compared."""
         return (self.root / key / "result.json").is_file()
@@ -175,6 +180,12 @@ class Store:
             which = several if found else f"no key begins with it in {self.root}"
             raise KnownError(f"{beginning}: should be the key of one finished stage ({which})")
         return found[0]
+
+    def loading(self, key: str) -> str:
+        """What loads a stage's network in Python: `kd.load("0123…")`, with the store if it is not the usual one."""
+        here = self.root.absolute()
+        other = "" if here == Store.at().root.absolute() else f", {json.dumps(str(here), ensure_ascii=False)}"
+        return f'kd.load("{key}"{other})'
 
     def result(self, key: str) -> StageResult:
         """The result of a finished stage. Raises KnownError if there is no such stage, or it is damaged."""

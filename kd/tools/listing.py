@@ -98,7 +98,7 @@ def print_stage(store: Store, key: str) -> None:
     print(f"network and guides: {row(store, key).chain}")
     print(f"stages that depend on it: {', '.join(needed) or 'none'}")
     print(f"path: {store.root / key}")
-    print(f'kd.load("{key}")')
+    print(store.loading(key))
 
 
 def _ago(seconds: float) -> str:

@@ -25,7 +25,7 @@ from kd.core.stage import Source
 from kd.datasets.layouts import PassedOver, pictures_below
 from kd.datasets.pictures import PictureError
 from kd.datasets.resized import in_order
-from kd.store import Store, place
+from kd.store import Store
 from kd.tools.export.contract import Contract
 from kd.tools.export.formats import Run, run_of
 from kd.tools.export.reader import open_export
@@ -66,7 +66,7 @@ def main(given: Sequence[str]) -> int:
     """Do what the command line says. Returns 1 if a picture cannot be read, or a folder has none; otherwise 0."""
     arguments = _arguments(given)
     hardware.make_deterministic(hardware.cpu_count())
-    contract, run = _network(arguments.network, Store(place(arguments.store or os.environ.get("KD_STORE"), "store")))
+    contract, run = _network(arguments.network, Store.at(arguments.store))
     if contract.resize is None:
         how = contract.preprocessing
         _note(f"{contract.dataset} has squares of {contract.image_size} pixels, other pictures are made so: {how}")

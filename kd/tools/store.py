@@ -52,7 +52,7 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
 def main(given: Sequence[str]) -> int:
     """Do what the command line says. Returns the exit code."""
     arguments = _arguments(given)
-    store = Store(place(arguments.store or os.environ.get("KD_STORE"), "store"))
+    store = Store.at(arguments.store)
     beginning = getattr(arguments, "key", None)
     key = None if beginning is None else store.complete(beginning)
     match arguments.command:

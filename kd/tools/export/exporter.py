@@ -32,7 +32,7 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
 def main(given: Sequence[str]) -> int:
     """Do what the command line says. Returns the exit code."""
     arguments = _arguments(given)
-    store = Store(place(arguments.store or os.environ.get("KD_STORE"), "store"))
+    store = Store.at(arguments.store)
     source = store.source(store.complete(arguments.key))
     folder = f"exports/{folder_name(source.model)}-{source.key}-{arguments.format}"
     out = Path(arguments.out or folder).expanduser()

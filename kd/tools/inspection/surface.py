@@ -111,7 +111,7 @@ def main(given: Sequence[str]) -> int:
         grid = Grid(**{name: getattr(arguments, name) for name in Grid.model_fields})
     except ValidationError as error:
         raise KnownError("\n".join(f"--{problem}" for problem in explain(error))) from error
-    store = Store(place(arguments.store or os.environ.get("KD_STORE"), "store"))
+    store = Store.at(arguments.store)
     sources = [store.source(key) for key in dict.fromkeys(map(store.complete, arguments.keys))]
     _check_data(sources)
     out = Path(arguments.out).expanduser()
