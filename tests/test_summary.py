@@ -91,8 +91,8 @@ def test_seeds_are_pooled_and_the_luckiest_one_does_not_win(tmp_path: Path) -> N
         a_job(3, "method.T=5", "seed=1", val=92.0, test=77.0),
     ]
     lines = summary.write_summary(tmp_path, jobs, "val_acc")
-    assert lines[0] == "best setting, chosen on validation: method.T=5: validation 91.50 %, test 76.00 %, 2 students"
-    assert lines[1] == "again: python run.py -m method.T=5 seed=0,1"
+    assert lines[-2] == "best setting, chosen on validation: method.T=5: validation 91.50 %, test 76.00 %, 2 students"
+    assert lines[-1] == "again: python run.py -m method.T=5 seed=0,1"
     assert (tmp_path / "best.sh").read_text().splitlines()[-1] == "python run.py -m method.T=5 seed=0,1"
     text = (tmp_path / "summary.md").read_text()
     chain = "plane4 → plane2 (T=4 lambda=0.5)"
@@ -262,7 +262,7 @@ SCRATCH = [a_job(seed, "method=scratch", f"seed={seed}", test=test) for seed, te
 
 
 def differences(*jobs: Job) -> list[str]:
-    return summary.differences(summary.settings(jobs))
+    return summary.differences(summary.settings(jobs))[1]
 
 
 def test_a_setting_is_compared_to_its_student_from_scratch(tmp_path: Path) -> None:
@@ -314,6 +314,36 @@ def test_of_several_baselines_each_setting_has_its_own() -> None:
         "method=kd train.epochs=1: +5.00, one seed",
         "method=kd train.epochs=2: +1.00, one seed",
     ]
+
+
+def test_without_a_student_from_scratch_settings_are_compared_to_the_first(tmp_path: Path) -> None:
+    """Over common seeds, if there are two or more."""
+    rows = [("kd", (90.0, 91.0, 92.0)), ("dkd", (91.0, 93.0, 92.5)), ("pkt", (95.0,))]
+    jobs = [
+        a_job(3 * number + seed, "method=kd", f"loss={loss}", f"seed={seed}", test=test)
+        for number, (loss, tests) in enumerate(rows)
+        for seed, test in enumerate(tests)
+    ]
+    assert summary.write_summary(tmp_path, jobs, "val_acc")[:2] == [
+        "difference to loss=kd in test accuracy, paired by the student's seed, 95 % interval:",
+        "  loss=dkd: +1.17 (-0.73 to +3.06) over 3 seeds",
+    ]
+    assert "\nDifference to loss=kd in test accuracy" in (tmp_path / "summary.md").read_text()
+    others = [a_job(9 + seed, "loss=kd", "model=plane4", f"seed={seed}") for seed in range(3)]
+    assert differences(*jobs[:3], *others) == []  # another student
+    trials = [job._replace(overrides=[*job.overrides, f"runtime.trial={job.number}"]) for job in jobs[:6]]
+    assert differences(*trials) == []  # a search's first setting is drawn at random
+
+
+def test_of_many_differences_the_terminal_has_ten(tmp_path: Path) -> None:
+    jobs = [
+        a_job(2 * T + seed, "method=kd", f"method.T={T}", f"seed={seed}", test=90.0 + seed)
+        for T in range(1, 14)
+        for seed in range(2)
+    ]
+    lines = summary.write_summary(tmp_path, jobs, "val_acc")
+    assert lines[10:12] == ["  method.T=11: +0.00 at every seed, 2 seeds", "  and 2 more differences, in summary.md"]
+    assert "- method.T=13: +0.00 at every seed, 2 seeds\n" in (tmp_path / "summary.md").read_text()
 
 
 def test_a_multirun_says_what_distillation_adds(

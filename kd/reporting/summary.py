@@ -1,4 +1,4 @@
-"""The summary of a multirun: summary.csv, .md and .png, its best setting, and the differences to method=scratch."""
+"""The summary of a multirun: summary.csv, .md and .png, its best setting, and the differences between settings."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _SEED = "seed="
 _MACHINE = ("tracking", "runtime.store", "runtime.data", "runtime.device", "runtime.threads", "runtime.compile")
 # Overrides for how a student is taught. A student and its baseline may differ only in these.
 _TEACHING = ("method", "teacher", "loss", "experiment")
-_ALARMS = 10  # lines in the terminal; summary.md has all
-_PAIRED = "difference to method=scratch in test accuracy, paired by the student's seed, 95 % interval:"
+_LINES = 10  # of alarms, and of differences, in the terminal; summary.md has all
+_PAIRED = "difference to {} in test accuracy, paired by the student's seed, 95 % interval:"
 
 
 def print_jobs(jobs: Sequence[Job]) -> None:
@@ -55,14 +55,18 @@ def print_jobs(jobs: Sequence[Job]) -> None:
         out.print(table)
     for mark, numbers in marks.items():
         out.print(f"jobs {', '.join(numbers)}: {mark}", highlight=False)
-    said = alarm_lines(jobs)
-    more = [f"and {count(len(said) - _ALARMS, 'more alarm')}, in summary.md"] if len(said) > _ALARMS else []
-    for line in (*said[:_ALARMS], *more):
+    for line in _first(alarm_lines(jobs), "more alarm"):
         out.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for job in sorted(jobs, key=lambda job: job.failed):
         if job.result is None:
             line = f"{called(job, shared)}: {job.reason}"
             out.print(line, style="red" if job.failed else "dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def _first(lines: Sequence[str], more: str) -> list[str]:
+    """The lines that the terminal shows."""
+    left = len(lines) - _LINES
+    return [*lines[:_LINES], *([f"and {count(left, more)}, in summary.md"] if left > 0 else [])]
 
 
 def alarm_lines(jobs: Sequence[Job]) -> list[str]:
@@ -156,11 +160,17 @@ class Setting:
         return sum(self.test) / len(self.test)
 
     @property
+    def task(self) -> tuple[str, str, str]:
+        """What settings have in common that can be compared: the mode, the data set, and the student's network."""
+        result = self.results[0]
+        return result.mode, result.dataset, result.chain[-1].model
+
+    @property
     def traits(self) -> tuple[Any, ...]:
         """What a setting and its baseline have in common: all that decides the students, without seeds and teaching."""
-        result, student = self.results[0], self.results[0].chain[-1]
+        student = self.results[0].chain[-1]
         overrides = frozenset(each for each in self.overrides if not each.startswith(_TEACHING))
-        return result.mode, result.dataset, student.model, student.epochs, student.select, overrides
+        return *self.task, student.epochs, student.select, overrides
 
     def score(self, objective: str) -> float:
         """The number by which settings are compared: mean accuracy on validation, or on test, in percent."""
@@ -236,11 +246,35 @@ def command(setting: Setting, start: Sequence[str] = ()) -> str:
     return " ".join(["python", "run.py", *map(shlex.quote, overrides)])
 
 
-def differences(pool: Sequence[Setting]) -> list[str]:
-    """The difference in test accuracy between students and the same students of method=scratch, one line per setting.
+def differences(pool: Sequence[Setting]) -> tuple[str, list[str]]:
+    """The differences in test accuracy between students of equal seeds: what they are to, and one line per setting.
 
-    A setting without such a baseline, of its own (baseline=true) or in the multirun, has no line.
+    They are to the same students of method=scratch. A setting without such a baseline, of its own (baseline=true) or in
+    the multirun, has no line. If none has a baseline, they are to the first setting.
     """
+    if lines := _to_scratch(pool):
+        return "method=scratch", lines
+    return (pool[0].label(_shared(pool)), _to_first(pool)) if pool else ("", [])
+
+
+def _to_first(pool: Sequence[Setting]) -> list[str]:
+    """The differences to the first setting, for students of the same network and data. One seed alone tells nothing.
+
+    A search has none: its first setting is drawn at random.
+    """
+    shared, first, lines = _shared(pool), pool[0], []
+    if any(each.startswith("runtime.trial=") for each in first.jobs[0].overrides):
+        return []
+    for setting in pool[1:]:
+        seeds = [seed for seed in setting.by_seed if seed in first.by_seed]
+        if setting.task == first.task and len(seeds) > 1:
+            values, others = ([each.by_seed[seed] for seed in seeds] for each in (setting, first))
+            lines.append(f"{setting.label(shared)}: {told(values, others, setting.whose)}")
+    return lines
+
+
+def _to_scratch(pool: Sequence[Setting]) -> list[str]:
+    """The differences to the students of method=scratch."""
     shared, lines = _shared(pool), []
     scratch = {setting.traits: setting for setting in reversed(pool) if setting.results[0].method == "scratch"}
     for setting in pool:
@@ -268,13 +302,14 @@ def write_summary(
     alone = [Setting(setting.overrides, (job,)) for setting in pool for job in setting.jobs]
     best = best_of(alone if objective == "test_acc" else pool, objective)
     again = "" if best is None else command(best, start)
-    added, lines = differences(pool), _best_lines(pool, best, objective, again)
+    (other, added), lines = differences(pool), _best_lines(pool, best, objective, again)
+    head = _PAIRED.format(other)
     if missing:
         lines.append(f"{missing} of {count(len(jobs) + missing)} left no result: killed, or never started")
     for stale in ("best.sh", "summary.png"):
         (folder / stale).unlink(missing_ok=True)
     _write_csv(folder / "summary.csv", student_rows(jobs))
-    (folder / "summary.md").write_text(_markdown(pool, jobs, added, lines), encoding="utf-8")
+    (folder / "summary.md").write_text(_markdown(pool, jobs, [head, *added] if added else [], lines), encoding="utf-8")
     if pool:
         named = {setting.overrides: index for index, setting in enumerate(pool)}
         circle = (named[best.overrides], best.score(objective)) if best else None
@@ -283,7 +318,7 @@ def write_summary(
     if best is not None:
         told = f"# the best setting of {folder.name}: `make best` runs it\n{again}\n"
         (folder / "best.sh").write_text(told, encoding="utf-8")
-    return [*([_PAIRED] if added else []), *(f"  {line}" for line in added), *lines]
+    return [*([head] if added else []), *(f"  {line}" for line in _first(added, "more difference")), *lines]
 
 
 def _best_lines(pool: Sequence[Setting], best: Setting | None, objective: str, again: str) -> list[str]:
@@ -334,7 +369,7 @@ def _markdown(pool: Sequence[Setting], jobs: Sequence[Job], added: Sequence[str]
             "",
         ]
     if added:
-        lines += [_PAIRED.capitalize(), "", *(f"- {line}" for line in added), ""]
+        lines += [added[0][0].upper() + added[0][1:], "", *(f"- {line}" for line in added[1:]), ""]
     if said := alarm_lines(jobs):
         lines += [*(f"- {line}" for line in said), ""]
     lines += [f"{line}\n" for line in best]
