@@ -381,7 +381,10 @@ def test_the_released_code_has_one_loss() -> None:
     [
         (("loss=fitnet", "model=mlp"), "student mlp: loss=fitnet: "),
         (("loss=fitnet", "loss.stage=9"), "student plane2: loss=fitnet: stage: should be at most 2, "),
-        (("loss=ofd",), "student plane2: loss=ofd: Plane has no BatchNorm at the end of its stage 1"),
+        (
+            ("loss=ofd",),
+            "student plane2: loss=ofd: Plane has no BatchNorm of all channels directly before the activation of",
+        ),
         (
             ("method=multi_teacher", "method.teachers=[plane4,plane6]", "loss=simkd"),
             "student plane2: loss=simkd: a network keeps one classifier, so it can have one guide only",

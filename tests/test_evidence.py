@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import kd
-from kd.core.stage import Batch, Learner, LossSpec, Outputs, Stage
+from kd.core.stage import Batch, LossSpec, Outputs, Stage
 from kd.datasets.data import Data
 from kd.losses import LOSSES, Distill, TeachableTeacher, kl
 from kd.models.normalization import Normalized
@@ -219,11 +219,34 @@ def test_a_stage_without_guides_has_no_alarm_about_one(data: Data) -> None:
 
 
 def test_what_a_guide_knew_is_computed_where_the_labels_are() -> None:
-    """Its classifier stays where it is: the device `meta` stands for a GPU."""
-    head, said = torch.nn.Linear(4, 3), Outputs({"pooled": torch.zeros(2, 4, device="meta")})
-    found = hits(Learner(head, said, head), said, torch.zeros(2, dtype=torch.int64, device="meta"))
+    """The device `meta` stands for a GPU."""
+    said, labels = Outputs({"pooled": torch.zeros(2, 4, device="meta")}), torch.zeros(2, dtype=torch.int64)
+    found = hits(said, labels.to("meta"), lambda: torch.nn.Linear(4, 3, device="meta"))
     assert found is not None
-    assert (found.device.type, head.weight.device.type) == ("meta", "cpu")
+    assert found.device.type == "meta"
+
+
+def test_what_a_guide_knew_by_its_features() -> None:
+    """By a linear layer and by a 1×1 convolution alike, and not at all by a layer that takes something else."""
+    linear, convolution = torch.nn.Linear(4, 3), torch.nn.Conv2d(4, 3, 1)
+    convolution.load_state_dict({"weight": linear.weight[:, :, None, None], "bias": linear.bias})
+    said = Outputs({"pooled": torch.randn(64, 4)})
+    labels = linear(said.pooled).argmax(1)
+    labels[0] = (labels[0] + 1) % 3
+    for layer in (linear, convolution):
+        found = hits(said, labels, lambda layer=layer: layer)
+        assert found is not None
+        assert found.tolist() == [False] + 63 * [True]
+    assert hits(said, labels, lambda: torch.nn.Conv2d(16, 3, 1)) is None
+    assert hits(said, labels, lambda: None) is None
+
+
+def test_of_a_guide_that_says_logits_no_classifier_is_asked_for() -> None:
+    """It may have two, as networks that were distilled by a token."""
+    said = Outputs({"logits": torch.tensor([[1.0, 0.0], [1.0, 0.0]])})
+    found = hits(said, torch.tensor([0, 1]), lambda: pytest.fail("its classifier was asked for"))
+    assert found is not None
+    assert found.tolist() == [True, False]
 
 
 def test_a_guide_that_is_worse_than_its_student(data: Data, teacher: tuple[Stage, Normalized]) -> None:

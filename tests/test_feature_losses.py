@@ -434,7 +434,9 @@ def test_ofd_finds_the_guides_norms(name: str, paths: list[str]) -> None:
 
 @pytest.mark.parametrize(("name", "stage"), [("net", 1), ("shufflenetv2", 1)])
 def test_ofd_says_where_a_guide_has_no_norm(name: str, stage: int) -> None:
-    with pytest.raises(KnownError, match=f"has no BatchNorm at the end of its stage {stage}$"):
+    with pytest.raises(
+        KnownError, match=f"has no BatchNorm of all channels directly before the activation of stage {stage}$"
+    ):
         World(guide=name, dtype=torch.float32).loss(OFD())
 
 

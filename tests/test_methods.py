@@ -53,6 +53,13 @@ def test_ta_of_any_length() -> None:
     assert [s.loss.T for s in student.chain if isinstance(s.loss, Distill)] == [3, 3, 4]
 
 
+@pytest.mark.parametrize("assistants", [["resnet14", "resnet14"], ["resnet26", "resnet14", "resnet26"]])
+def test_an_assistant_may_come_twice(assistants: list[str]) -> None:
+    student = planned("method=ta", f"method.assistants=[{','.join(assistants)}]")
+    assert [model for _, model, _, _ in shape(student)] == ["resnet20", *assistants, "resnet8"]
+    assert len({stage.key for stage in student.chain}) == len(assistants) + 2
+
+
 def test_trained_teacher_and_its_nasty_sign() -> None:
     student = planned(
         "method=trained_teacher", "method.assistants=[resnet14]", "method.teacher.weight=-0.04", "teacher.seed=1"

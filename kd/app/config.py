@@ -160,7 +160,8 @@ def _student(config: Config, dataset: DatasetSpec, given: Given | None) -> Stage
     links, made = chain(config), list[Source]()
     for i, link in enumerate(links):
         above = links[max(i - 1, 0) : i] if link.guides is None else link.guides
-        guides = [made[links.index(guide)] for guide in above] if link.loss.guided else []
+        # By identity: two assistants of a chain may be equal.
+        guides = [made[j] for guide in above for j in range(i) if links[j] is guide] if link.loss.guided else []
         if given is not None and link.replaceable:
             made.append(given)
             continue

@@ -28,7 +28,7 @@ class AT(FeatureSpec, Formula):
     """ce·CE + weight·Σ over the stages of mean((Q(net) − Q(guide))²), with Q = attention().
 
     The mean is over samples and places, as in RepDistiller and mdistiller, so stages with large maps count less. The
-    paper has the length of the difference in its place, which is not squared: its weight is another one.
+    paper takes the length of the difference and not its mean square, so its weight does not fit here.
     """
 
     name: Literal["at"] = "at"

@@ -21,7 +21,7 @@ class FeatureSpec(LossSpec):
         ce, loss = cross_entropy(batch.net.logits, batch.labels), self.weight * ramp * distance
         # With ce=0 the classifier may be anything, and 0·inf would be NaN. Its gradient is 0 and not absent: under
         # torchrun every parameter has to have one.
-        part = self.ce * ce if self.ce else 0 * batch.net.logits.nan_to_num().sum()
+        part = self.ce * ce if self.ce else (0 * batch.net.logits.nan_to_num()).sum()
         return {"loss": loss + part, "ce": ce, self.name: distance}
 
     @property

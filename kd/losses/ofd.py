@@ -61,7 +61,9 @@ def _norm(network: nn.Module, stage: int, channels: int) -> nn.BatchNorm2d:
         norms = [each for each in branch if isinstance(each, nn.BatchNorm2d)]
         if norms and norms[-1].num_features == channels:
             return norms[-1]
-    raise KnownError(f"{type(network).__name__} has no BatchNorm at the end of its stage {stage}")
+    raise KnownError(
+        f"{type(network).__name__} has no BatchNorm of all channels directly before the activation of stage {stage}"
+    )
 
 
 class _Overhaul(nn.Module):

@@ -21,7 +21,7 @@ def neighbourhood(rows: Tensor) -> Tensor:
 
 
 def neighbourhood_distance(net: Tensor, guide: Tensor) -> Tensor:
-    """The KL of the guide's neighbourhoods from the net's. A mean over all pairs, so it is small: hence the weight."""
+    """KL(guide's neighbourhoods ‖ net's), divided by the number of pairs and not of samples: hence the large weight."""
     p, q = neighbourhood(guide), neighbourhood(net)
     return (p * ((p + _EPS) / (q + _EPS)).log()).mean()
 

@@ -32,8 +32,8 @@ class RKD(FeatureSpec, Formula):
 
     l_d and l_a are the mean Huber losses of the relations of the net and of the guide: distances of two samples, and
     angles of three. Their means are over all entries, with those of a sample and itself. It depends on which samples
-    share a batch; under torchrun each rank relates the samples of its own share. Memory grows with the cube of the
-    batch size.
+    share a batch; under torchrun each rank relates the samples of its own share. Memory grows with
+    batch² · (features + batch).
     """
 
     name: Literal["rkd"] = "rkd"

@@ -181,9 +181,12 @@ class Torchvision(Library):
 
         if in_channels != 3:
             raise ValueError(f"networks of torchvision take images of 3 channels (got {in_channels})")
+        # vit_h_14 is made for 224 pixels unless it is told the 518 of its published weights.
+        own = {"image_size": self.own_size(name)} if name.arch.startswith("vit_") else {}
+        options = {"num_classes": num_classes, **own, **name.options}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of another initialisation in some later version
-            network: nn.Module = torchvision.models.get_model(name.arch, num_classes=num_classes, **name.options)
+            network: nn.Module = torchvision.models.get_model(name.arch, **options)
         return network
 
     def preprocessing(self, name: LibraryName) -> Normalization:

@@ -13,7 +13,7 @@ from kd.models.libraries import classifiers, stage_ends
 
 
 class Tap(NamedTuple):
-    """The output of the submodule at a dotted path, or its first input. If it is called more than once, the last.
+    """The output of the submodule at a dotted path, or its first input: that of its last call.
 
     A map is [sample, channel, height, width] there, or with `channels_last` [sample, height, width, channel].
     """
@@ -132,7 +132,7 @@ def head(network: nn.Module) -> str:
     paths = last_layers(network)
     if len(paths) > 1:
         raise KnownError(
-            f"losses on pooled features need one last layer: {type(network).__name__} has {' and '.join(paths)}"
+            f"{type(network).__name__} has {len(paths)} last layers ({' and '.join(paths)}): one is needed"
         )
     return paths[0]
 
@@ -150,8 +150,7 @@ def last_layers(network: nn.Module) -> tuple[str, ...]:
     layers: list[str] = [name for name, module in network.named_modules() if _is_linear(module)]
     if not layers:
         raise KnownError(
-            f"losses on pooled features need a last layer: {type(network).__name__} has no nn.Linear and declares none "
-            "(class attribute head)"
+            f"{type(network).__name__} has no last layer: it has no nn.Linear, and declares none (class attribute head)"
         )
     return (layers[-1],)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from kd.core.stage import Learner, Outputs, Stage
+from kd.core.stage import Outputs, Stage
 from kd.core.statistics import near_chance, trim
 from kd.store import Metrics
 
@@ -45,17 +44,24 @@ def _gradient(part: Tensor, read: Sequence[Tensor]) -> Tensor:
     return torch.cat([(torch.zeros_like(each) if gradient is None else gradient).flatten() for gradient, each in pairs])
 
 
-def hits(guide: Learner, said: Outputs, labels: Tensor) -> Tensor | None:
-    """Whether a guide knew the label [sample]; None if it said neither logits nor what its classifier takes."""
+def hits(said: Outputs, labels: Tensor, classifier: Callable[[], nn.Module | None]) -> Tensor | None:
+    """Whether a guide knew the label [sample]; None if it said neither logits nor what its classifier takes.
+
+    `classifier` gives its last layer on the labels' device. It is asked only if the guide said no logits: a network may
+    have two last layers, and losses on logits do not need one.
+    """
     if "logits" in said.tensors:
         return said.logits.argmax(1) == labels
-    if "pooled" not in said.tensors or not isinstance(guide.head, torch.nn.Linear):
+    layer = classifier() if "pooled" in said.tensors else None
+    if isinstance(layer, nn.Linear):
+        rows = said.pooled
+    elif isinstance(layer, nn.Conv2d) and layer.in_channels == said.pooled.shape[1]:
+        rows = said.pooled[:, :, None, None]  # a 1×1 convolution behind the pooling
+    else:
         return None
     with torch.no_grad():
-        # Its weights are moved, not the module: to() would do that in place, and the module is the guide's.
-        weights = {name: each.to(labels.device) for name, each in guide.head.state_dict().items()}
-        logits: Tensor = functional_call(guide.head, weights, said.pooled.to(guide.head.weight.dtype))
-    return logits.argmax(1) == labels
+        logits: Tensor = layer(rows.to(layer.weight.dtype))
+    return logits.flatten(1).argmax(1) == labels
 
 
 class Alarm(NamedTuple):

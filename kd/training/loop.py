@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -158,6 +160,7 @@ class Loop:
     ) -> None:
         self.step, self.stage, self.train, self.team = step, step.stage, step.stage.train, step.team
         self.data, self.guides, self.watch, self.checkpoint = data, guides, watch, checkpoint
+        self._classifiers: dict[int, nn.Module | None] = {}
         self.device = data.labels.device
         self.kept, self.history, self.begun = _Kept(), list[Metrics](), _Begun()
         self.began = time.perf_counter()
@@ -201,8 +204,8 @@ class Loop:
                 for name, value in parts.items():
                     begun.add(name, value * share.batch)
                 begun.add("train_acc", 100 * (logits.argmax(1) == right).sum())
-                for number, (guide, said) in enumerate(zip(self.guides, guided, strict=True)):
-                    if (right_or_not := hits(guide.learner, said, right)) is not None:
+                for number, said in enumerate(guided):
+                    if (right_or_not := hits(said, right, partial(self._classifier, number))) is not None:
                         begun.add(f"{_GUIDE}{number}", 100 * right_or_not.sum())
                 begun.steps, begun.samples = begun.steps + 1, begun.samples + share.batch
                 self.watch.stepped(share.batch)
@@ -212,6 +215,13 @@ class Loop:
                 begun.sums[name] = self.team.total(begun.sums[name])
         self.begun = _Begun()
         return begun.means()
+
+    def _classifier(self, number: int) -> nn.Module | None:
+        """The last layer of a guide, on the device: a copy, because to() moves a module in place."""
+        if number not in self._classifiers:
+            last = self.guides[number].learner.head
+            self._classifiers[number] = None if last is None else deepcopy(last).to(self.device)
+        return self._classifiers[number]
 
     def _end_epoch(self, epoch: int, means: dict[str, float]) -> None:
         """After the steps of an epoch: compute accuracies, choose weights, record metrics, write a checkpoint."""
@@ -295,10 +305,10 @@ class Loop:
 
     @contextmanager
     def _dropout(self, seed: int) -> Iterator[None]:
-        """Random numbers for dropout, continued if the epoch is resumed. The global generators do not change."""
+        """Random numbers for dropout, continued if the epoch is resumed. Its global generators do not change."""
         kind = self.device.type
         with torch.random.fork_rng(devices=[] if kind == "cpu" else [self.device], device_type=kind):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed) if kind == "cpu" else torch.manual_seed(seed)
             for number, state in enumerate(self.begun.generators):
                 getattr(torch, kind).set_rng_state(state, self.device) if number else torch.set_rng_state(state)
             yield

@@ -31,7 +31,10 @@ class Probe(nn.Module):
     def __init__(self, whole: Normalized, model: str) -> None:
         """Raises KnownError if the network does not end in one linear layer."""
         super().__init__()
-        self.path = head(whole.network)
+        try:
+            self.path = head(whole.network)
+        except KnownError as error:
+            raise KnownError(f"{model}: freeze=backbone: {error}") from error
         last = whole.network.get_submodule(self.path)
         if not isinstance(last, nn.Linear):
             kind = type(last).__name__

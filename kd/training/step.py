@@ -147,11 +147,11 @@ def evaluate(
 def make_network(stage: Stage, device: str, initial: Path | None = None) -> Normalized:
     """The stage's network, initialised by its seed; or with the weights of its file of initial weights.
 
-    The global generator is not changed. Raises KnownError if the file does not fit.
+    No global generator is changed. Raises KnownError if the file does not fit.
     """
     data = stage.dataset
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(random_stream(stage.seed, 0, INIT).integers(2**63)))
+    with torch.random.fork_rng(devices=[]):  # torch.manual_seed would change the generators of GPUs, too
+        torch.default_generator.manual_seed(int(random_stream(stage.seed, 0, INIT).integers(2**63)))
         if stage.init is None:
             network = build(stage.model, num_classes=data.num_classes, image_size=stage.input_size)
         else:
@@ -190,7 +190,7 @@ def make_losses(
     net = network.learner if isinstance(network, Probe) else learner(network, spec.needs, size)
     train, dtype = torch.from_numpy(data.train).to(data.labels.device), network.mean.dtype
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(random_stream(stage.seed, 0, LOSS).integers(2**63)))
+        torch.default_generator.manual_seed(int(random_stream(stage.seed, 0, LOSS).integers(2**63)))
         contexts = [LossContext(net, guide.learner, data.labels, train) for guide in guides]
         losses = [spec.build(context) for context in contexts or [LossContext(net, net, data.labels, train)]]
     order = torch.channels_last  # as the maps are
