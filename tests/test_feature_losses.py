@@ -100,7 +100,7 @@ def leaves(outputs: Outputs, change: Callable[[Tensor], Tensor] = lambda tensor:
 def read(spec: LossSpec, outputs: Outputs) -> list[Tensor]:
     """The tensors that a loss reads of a network, the logits aside."""
     kinds = {"stages": lambda: outputs.stages, "pre": lambda: outputs.pre, "pooled": lambda: [outputs.pooled]}
-    return [tensor for need in spec.needs - {"guide"} for tensor in kinds[need]()]
+    return [tensor for need in spec.needs - {"logits"} for tensor in kinds[need]()]
 
 
 # Golden values: numbers of other implementations, in fp64.

@@ -30,7 +30,7 @@ from kd.methods.method import LossChoice
 from tests.conftest import ROOT, composed
 
 OURS = ["dkd", "dist", "nkd", "wsld", "label_smoothing", "tf_kd"]
-LOGIT = [name for name in LOSSES if LOSSES[name].needs <= {"guide"}]
+LOGIT = [name for name in LOSSES if LOSSES[name].needs <= {"logits"}]
 GUIDED = [name for name in LOGIT if LOSSES[name].needs]
 
 

@@ -255,7 +255,7 @@ def test_a_loss_on_features_has_a_time_of_its_own(benchmark: dict[str, Cost]) ->
     assert benchmark["at"].seconds - plain == pytest.approx(45_000 * 240 * (1 + 1 / 3) / 1000)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].needs - {"guide"}])
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].needs - {"logits"}])
 def test_the_time_of_every_loss_on_features(name: str, few: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kd.training.forecast._TIMED", 0.0)
     stage = stage_of(name, few)

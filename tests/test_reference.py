@@ -308,7 +308,7 @@ def test_three_steps(overrides: tuple[str, ...], role: str, loss: Callable[..., 
 def test_a_guide_of_fp32_sees_exact_images_where_its_student_computes_in_float64(kind: Any) -> None:
     stage = planned("dataset=cifar10", "model=resnet8", "method=scratch")[-1]
     data, network = few_images(stage), make_network(stage, "cpu").eval()
-    guide = kind(network, data, "fp64", "cpu", needs=frozenset({"guide"}))
+    guide = kind(network, data, "fp64", "cpu", needs=frozenset({"logits"}))
     samples, views = np.arange(5), np.zeros(5, np.int64)
     guide.begin(samples, views, lambda images: None)
     images = data.show(torch.from_numpy(samples), torch.from_numpy(views))

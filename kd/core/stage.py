@@ -27,9 +27,9 @@ Augment = Literal["none", "crop_flip", "rotate_flip", "resized_crop_flip"]
 Resize = Literal["short_side", "squash", "pad"]
 Interpolation = Literal["bilinear", "bicubic"]
 Background = Literal["white", "black"]
-# What a loss can read: the guide's logits; of network and guide: the classifier's input, the maps at the end of each
-# stage, and these maps before their activation.
-Need = Literal["guide", "pooled", "stages", "pre"]
+# What a loss can read of its guide, and of the network: logits, the classifier's input, the maps at the end of each
+# stage, and these maps before their activation. The network's logits are always there.
+Need = Literal["logits", "pooled", "stages", "pre"]
 # The number of views of an image under each augmentation (kd/datasets/data.py).
 # A random resized crop is drawn from its number, so it has as many as there are numbers.
 VIEWS: dict[Augment, int] = {"none": 1, "crop_flip": 9 * 9 * 2, "rotate_flip": 41 * 2, "resized_crop_flip": 1 << 31}
@@ -128,7 +128,7 @@ class Outputs:
     @property
     def logits(self) -> "Tensor":
         """[sample, class]."""
-        return self._named("logits", "guide")
+        return self._named("logits", "logits")
 
     @property
     def pooled(self) -> "Tensor":
@@ -188,9 +188,9 @@ class LossSpec(Frozen, ABC):
     """The loss of a stage. Its fields are hyperparameters and are hashed; `name` is its entry in kd.losses.LOSSES."""
 
     name: str
-    needs: ClassVar[frozenset[Need]] = frozenset({"guide"})  # empty: the loss needs no guide
+    needs: ClassVar[frozenset[Need]] = frozenset({"logits"})  # empty: the loss needs no guide
     option: ClassVar[str] = ""  # its option of `loss`; empty: called like the loss
-    growth: ClassVar[str] = ""  # the field that says in how many epochs its weight grows
+    growth: ClassVar[str] = ""  # the field that says in how many epochs its weight grows; 0: it does not
     usual: ClassVar[bool] = False  # a loss of the two papers: tables and names of runs do without its name
     smaller_guide: ClassVar[bool] = False  # whether its guide is to be smaller than the network, and has little weight
 
@@ -209,8 +209,16 @@ class LossSpec(Frozen, ABC):
 
     @property
     def label_weight(self) -> float:
-        """The weight in the loss of the part `ce`, the labels' cross-entropy: the field `ce`, if there is one."""
+        """The weight in the loss of the part `ce`, the labels' cross-entropy: the field `ce`, or 1 without it.
+
+        A guided loss that weights its `ce` otherwise overrides this. The guide's share of the gradient depends on it.
+        """
         return float(getattr(self, "ce", 1.0))
+
+    def ramp(self, epoch: int) -> float:
+        """The factor of the guide's term in an epoch, from 0: min((epoch + 1)/n, 1), with n the field `growth`."""
+        epochs = getattr(self, self.growth) if self.growth else 0
+        return min((epoch + 1) / epochs, 1.0) if epochs else 1.0
 
     @property
     def live(self) -> bool:
@@ -276,7 +284,7 @@ class Stage(Frozen):
             raise ValueError(f"{who}: {problem}")
         if (self.guide is not None) != self.loss.guided:
             raise ValueError(f"{who}: {self.loss.name} {'reads no' if self.guide else 'needs a'} guide")
-        if self.freeze and self.loss.needs - {"guide"}:
+        if self.freeze and self.loss.needs - {"logits"}:
             raise ValueError(
                 f"{who}: freeze={self.freeze} needs a loss on logits (loss={self.loss.name} reads features)"
             )

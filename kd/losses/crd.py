@@ -58,12 +58,14 @@ class _Contrast(nn.Module):
         spread = (3 / spec.dim) ** 0.5  # the rows of validation samples are never read
         self.register_buffer("memories", torch.empty(2, len(context.labels), spec.dim).uniform_(-spread, spread))
         self.register_buffer("z", torch.zeros(2))
+        self._has_z = False  # whether z is known; also after a checkpoint
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         rows = [unit(self.embed[i](each.pooled)) for i, each in enumerate((batch.net, batch.guide))]
         drawn, classes = self.among[:, torch.randperm(self.among.shape[1], device=self.z.device)[: self.drawn]]
         other = batch.labels[:, None] != classes
         negative = other & (other.cumsum(1, dtype=torch.int32) <= self.negatives)
+        self._has_z = self._has_z or bool((self.z > 0).all())
         contrasts = [self._contrast(i, rows[i], batch, drawn, negative) for i in (0, 1)]
         self._remember(batch, rows)
         return self.spec.total(batch, contrasts[0] + contrasts[1])
@@ -74,9 +76,9 @@ class _Contrast(nn.Module):
         # Indexing copies. The gradient needs these rows, and the memory changes before it is computed.
         hits = (anchors * memory[batch.samples]).sum(1) / self.spec.temperature
         misses = anchors @ memory[drawn].T / self.spec.temperature
-        with torch.no_grad():
-            mean = batch.gather((hits.exp() + (misses.exp() * negative).sum(1)) / (k + 1)).mean()
-            self.z[i] = torch.where(self.z[i] > 0, self.z[i], n * mean)
+        if not self._has_z:
+            with torch.no_grad():
+                self.z[i] = n * batch.gather((hits.exp() + (misses.exp() * negative).sum(1)) / (k + 1)).mean()
         # S/(S + c + ε) is the sigmoid of log S − log(c + ε).
         middle = log(k / n + _EPS) + self.z[i].log()
         constant = k * log1p(_EPS * n / k) if k else 0.0

@@ -49,9 +49,8 @@ class DKD(Formula):
             net, guide = standardized(net), standardized(guide)
         target = kl(_target_or_not(guide / self.T, labels), _target_or_not(net / self.T, labels), 1)
         non_target = kl(others(guide, labels), others(net, labels), self.T)
-        ramp = min((batch.epoch + 1) / self.warmup, 1) if self.warmup else 1
         decoupled = self.T**2 * (self.alpha * target + self.beta * non_target)
-        return {"loss": self.ce * ce + ramp * decoupled, "ce": ce, "tckd": target, "nckd": non_target}
+        return {"loss": self.ce * ce + self.ramp(batch.epoch) * decoupled, "ce": ce, "tckd": target, "nckd": non_target}
 
     @property
     def label(self) -> str:

@@ -65,8 +65,7 @@ class _Review(nn.Module):
         for fusion, (net, guide) in zip(self.levels, _levels(batch.net, batch.guide), strict=True):
             compared, left = fusion(net, left, guide.shape[2:])
             distances.append(hcl(compared, guide))
-        ramp = min((batch.epoch + 1) / self.spec.warmup, 1) if self.spec.warmup else 1
-        return self.spec.total(batch, torch.stack(distances).sum(), ramp)
+        return self.spec.total(batch, torch.stack(distances).sum(), self.spec.ramp(batch.epoch))
 
 
 class _Fusion(nn.Module):

@@ -12,6 +12,9 @@ from kd.models import NetworkName
 class MultiTeacher(DistillingMethod):
     """teacher₁, …, teacherₙ → student. The student's loss is the weighted mean of its losses with each teacher.
 
+    With KD its gradient is that of the paper's averaged softened outputs. The paper's term on triplets of intermediate
+    features is left out.
+
     A network that is listed several times is trained from several seeds: teacher.seed, teacher.seed + 1, …
     A given checkpoint takes the place of the first teacher that is `teacher`'s network.
     """

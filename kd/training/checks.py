@@ -33,7 +33,7 @@ def check_students(
     if networks and missing:
         _check_networks(chain)
     for stage in _alike(stages):
-        if stage.loss.needs - {"guide"}:
+        if stage.loss.needs - {"logits"}:
             _check_loss(stage)
     _check_cost(stages, place)
 

@@ -114,7 +114,7 @@ def _about_share(stage: Stage, row: Metrics, taught: bool) -> Iterator[Alarm]:
 
 def _grows(stage: Stage, row: Metrics) -> bool:
     """Whether the weight of the guide's term is still below its full value in this epoch, because the loss warms up."""
-    return bool(stage.loss.growth) and row["epoch"] < getattr(stage.loss, stage.loss.growth)
+    return stage.loss.ramp(int(row["epoch"]) - 1) < 1
 
 
 def _term(stage: Stage, row: Metrics) -> float | None:

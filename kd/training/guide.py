@@ -22,8 +22,8 @@ from kd.models.taps import Tapped, head
 from kd.training.bank import SAID, Bank, chunk_of, rounded_type
 
 _BLOCK = 16  # chunks computed between two writes to the bank: a killed process loses at most these
-LOGITS: frozenset[Need] = frozenset({"guide"})
-PLAIN: frozenset[Need] = frozenset({"guide", "pooled"})  # what can be cached
+LOGITS: frozenset[Need] = frozenset({"logits"})
+PLAIN: frozenset[Need] = frozenset({"logits", "pooled"})  # what can be cached
 
 
 class Guide:
@@ -46,7 +46,7 @@ class Guide:
     ) -> None:
         self.network, self._data = network.eval(), data
         self._precision, self._device = precision, device
-        self._names = [name for need, name in (("guide", "logits"), ("pooled", "pooled")) if need in needs]
+        self._names: list[str] = [name for name in SAID if name in needs]
         self._banks: dict[str, Bank | None] = {"logits": bank, "pooled": None}
         self._epoch: dict[str, Tensor] = {}
         self._chunk = chunk_of(data.spec.image_size)

@@ -137,7 +137,7 @@ class Workplace:
         guide = Guide(network, *seeing, needs=needs)
         if self.runtime.bank:
             place = self.store.banks, source.key, self.store.fingerprint(source.key)
-            if "guide" in needs:
+            if "logits" in needs:
                 guide.cache("logits", open_bank(*place, *seeing, budget=self._budget))
             if "pooled" in needs:
                 features = guide.learner.outputs.pooled.shape[1]

@@ -137,7 +137,7 @@ class Estimator:
 
     def _loss_seconds(self, stage: Stage) -> float:
         """Seconds of a loss on features per image, measured once per loss, networks and batch size."""
-        if not stage.loss.needs - {"guide"}:
+        if not stage.loss.needs - {"logits"}:
             return 0.0
         train, batch = stage.train, stage.train.batch_size
         networks = stage.model, *(guide.model for guide in stage.guides)
