@@ -32,7 +32,10 @@ class FeatureSpec(LossSpec):
 
 
 def stage_pairs(net: list[Tensor], guide: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The maps of both networks, stage by stage. If one has more stages, its first ones are left out."""
+    """The maps [sample, channel, height, width] of both networks, stage by stage.
+
+    If one has more stages, its first ones are left out.
+    """
     pairs = min(len(net), len(guide))
     return list(zip(net[-pairs:], guide[-pairs:], strict=True))
 

@@ -15,7 +15,7 @@ from kd.losses.maps import FeatureSpec, level, stage_pairs
 
 
 def margins(norm: nn.BatchNorm2d) -> Tensor:
-    """The mean of what is negative of a Gaussian (bias, |weight|), for each channel; −3·|weight| if that is rare."""
+    """[channel]: the mean of what is negative of a Gaussian (bias, |weight|); −3·|weight| if that is rare."""
     weight, mean = (each.detach().to(widest_float(each.device)) for each in (norm.weight, norm.bias))
     deviation = weight.abs().clamp(min=1e-12)
     ratio = mean / deviation

@@ -14,7 +14,7 @@ _EPS = 1e-7
 
 
 def neighbourhood(rows: Tensor) -> Tensor:
-    """The probability [i, j] of row j as a neighbour of row i: (cosine + 1)/2, each row divided by its sum."""
+    """The probability [i, j] that row j of [sample, feature] is a neighbour of row i: (cosine + 1)/2, over its sum."""
     directions = unit(rows, _EPS)
     similarities = (directions @ directions.T + 1) / 2
     return similarities / similarities.sum(1, keepdim=True)

@@ -16,8 +16,8 @@ from kd.losses.maps import FeatureSpec, resized, stage_pairs
 def hcl(net: Tensor, guide: Tensor) -> Tensor:
     """The hierarchical context loss: a weighted mean of the MSEs of two maps, as they are and pooled.
 
-    The weights are 1 and, at 4×4, 2×2 and 1×1, 1/2, 1/4 and 1/8. A size that is not smaller than the
-    map is skipped, and the next size takes its weight.
+    Both are [sample, channel, height, width]. The weights are 1 and, at 4×4, 2×2 and 1×1, 1/2, 1/4 and 1/8. A size that
+    is not smaller than the map is skipped, and the next size takes its weight.
     """
     distance, weight, weights = mse_loss(net, guide), 1.0, 1.0
     for size in (4, 2, 1):

@@ -14,9 +14,10 @@ from kd.losses.maps import FeatureSpec
 
 
 def relations(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances [i, j] of rows, divided by the mean of the positive ones; and cosines [i, j, k] of the angles at row i.
+    """Of rows [sample, feature] the distances [i, j], and the cosines [i, j, k] of the angles at row i.
 
-    The cosine at i is that of row j − row i and row k − row i. It is 0 if one of these has no direction.
+    Distances are divided by the mean of the positive ones. The cosine at i is that of row j − row i and row k − row i.
+    It is 0 if one of these has no direction.
     """
     differences = rows[None] - rows[:, None]
     lengths = vector_norm(differences, dim=2)

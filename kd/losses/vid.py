@@ -17,7 +17,10 @@ _LEAST = 1e-5  # variance
 
 
 def gaussian_distance(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
-    """−log N(target; mean, variance) without its constant, a mean over all elements. Variances are per channel."""
+    """−log N(target; mean, variance) without its constant, a mean over all elements.
+
+    Target and mean are [sample, channel, height, width], the variance is [channel].
+    """
     wide = variance[:, None, None]
     return 0.5 * ((target - mean).square() / wide + wide.log()).mean()
 

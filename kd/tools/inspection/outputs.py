@@ -18,8 +18,8 @@ from kd.training.workplace import Workplace
 def outputs(workplace: Workplace, source: Source) -> NDArray[np.float32]:
     """The logits [sample, class] of a finished stage, or of a given network, on all test images.
 
-    They are computed in the same way as the stage's test accuracy. Only with freeze=backbone the accuracy is that of the
-    rounded features from the bank, and may differ in a few images. They are cached as
+    They are computed in the same way as the stage's test accuracy. Only with freeze=backbone the accuracy is that of
+    the rounded features from the bank, and may differ in a few images. They are cached as
     `store/outputs/<key>-<hash of the weights>.npy` if that can be written. Raises KnownError if the stage or its images
     are missing, or if a logit is not finite.
     """
