@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,19 @@ def test_remembered_logits_are_the_computed_ones(data: Data, tmp_path: Path, pre
     assert torch.equal(warm.logits(samples[::-1].copy(), views[::-1].copy(), nobody), plain.flip(0))
     assert warm.computed == 0
     assert "_folded" not in vars(warm)  # nothing to compute, nothing to prepare
+
+
+def test_a_bank_that_is_deleted_is_left(data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """While a stage trains, too: its guide computes from then on."""
+    _, network = teacher_of(data)
+    samples, views = rows()
+    bank = opened(tmp_path, data)
+    guide = Counting(network, data, "bf16", "cpu", bank)
+    said = guide.logits(samples, views, nobody)
+    shutil.rmtree(bank.folder)
+    assert torch.equal(guide.logits(samples, views, nobody), said)
+    assert guide.computed == 1400
+    assert capsys.readouterr().out.startswith("the guide's logits are not cached from here on: ")
 
 
 def test_what_another_process_fills_meanwhile_is_not_computed(

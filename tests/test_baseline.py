@@ -202,6 +202,12 @@ def test_three_seeds_have_an_interval_and_say_how_many_they_need() -> None:
     assert RunResult.model_validate_json(result.model_dump_json(include={*RunResult.model_fields})).baseline
 
 
+def test_no_number_of_seeds_finds_a_difference_of_zero() -> None:
+    lines = "\n".join(baseline_lines(compared([71.0, 70.0, 72.0], [70.0, 71.0, 72.0])))
+    assert "+0.00 (-2.48 to +2.48) over 3 seeds" in lines
+    assert "paired t-test" not in lines
+
+
 def test_one_seed_has_no_interval() -> None:
     assert [*baseline_lines(compared([71.0], [72.5]))] == [
         "difference to the student alone in test accuracy: -1.50, one seed; replicates=3 gives an interval",
@@ -244,8 +250,7 @@ def test_a_sweep_takes_the_baselines_of_its_jobs() -> None:
     second = second.model_copy(update={"chain": chain, "baseline": beside})
     jobs = [Job(str(i), ["baseline=true", f"seed={i}"], result, "") for i, result in enumerate((first, second))]
     half = 12.706205  # times the deviation √2 of differences 1 and 3, by √2
-    assert summary.differences(summary.settings(jobs)) == [
-        f"method=kd: +2.00 ({2 - half:+.2f} to {2 + half:+.2f}) over 2 seeds"
-    ]
+    line = f"method=kd: +2.00 ({2 - half:+.2f} to {2 + half:+.2f}) over 2 seeds"
+    assert summary.differences(summary.settings(jobs)) == ("method=scratch", [line])
     rows = [(row["job"], row["seed"], row["test_acc"], row["difference to scratch"]) for row in student_rows(jobs)]
     assert rows == [("0", 0, 71.0, 1.0), ("1", 1, 74.0, 3.0)]

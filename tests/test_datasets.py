@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +270,19 @@ def test_a_copy_of_a_folder_is_the_same_data_and_a_change_is_not(tmp_path: Path)
     assert resolve(folder(other), tmp_path / "data") == spec
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(other / "train" / "cat" / "1.png")
     assert resolve(folder(other), tmp_path / "data").content != spec.content
+
+
+def test_a_folder_with_equal_names_sizes_and_times_is_another_one(tmp_path: Path) -> None:
+    """As tar --mtime and reproducible archives make them."""
+    contents = set()
+    for name, shade in (("a", 0), ("b", 255)):
+        for part, label, i in product(("train", "test"), ("cat", "dog"), range(4)):
+            path = tmp_path / name / part / label / f"{i}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8, 3), abs(shade - i), np.uint8)).save(path)
+            os.utime(path, (1e9, 1e9))
+        contents.add(resolve(folder(tmp_path / name), tmp_path / "data").content)
+    assert len(contents) == 2
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,10 @@ def test_a_csv_file_with_splits(tmp_path: Path, header: str, row: str) -> None:
             ["file,label,split", "i/0.png,a,test", "i/1.png,b,test"],
             "no images for training",
         ),
+        (
+            ["file,label", '"i/0.png,a', *9000 * ["i/0.png,a,and,more"]],
+            "is no CSV file .*; maybe a quote is not closed",
+        ),
     ],
 )
 def test_a_csv_file_that_is_wrong(tmp_path: Path, lines: list[str], message: str) -> None:

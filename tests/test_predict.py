@@ -325,7 +325,10 @@ def test_data_sets_in_memory_take_pictures(job: Job, tmp_path: Path, capsys: Sho
 
     Image.fromarray(arrays.test_images[0]).resize((64, 32)).save(tmp_path / "wide.png")
     assert main([student["key"], str(tmp_path / "wide.png")]) == 0
-    line = "digits has squares of 16 pixels, other pictures are made so: upright by its EXIF, white where it is transp"
+    line = (
+        "digits has squares of 16 pixels, made from scans of 8×8 with each pixel doubled. "
+        "Other pictures are made so: upright by its EXIF, white where it is transparent"
+    )
     shown = capsys.readouterr()
     assert shown.err.startswith(line)
     assert shown.err.count("\n") == 1

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional
 
 from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec
-from kd.datasets import pictures, streamed
+from kd.datasets import DatasetConfig, pictures, resolve, streamed
 from kd.datasets.layouts import Listing
 from kd.datasets.streamed import Streamed
 from kd.datasets.views import draw_crop, resized_crop
@@ -316,6 +316,53 @@ def test_two_ranks_that_stream_give_the_same_bits_again(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "store")
     assert finish(launch(*run, cwd=tmp_path))[0] == 0
     assert [stage_files(tmp_path / "store", key) for key in keys] == before
+
+
+LOSING = """
+import os, sys
+
+def listen(event, details):
+    if event == "open" and str(details[0]).endswith(".jpg") and os.path.exists(os.environ["LOST"]):
+        raise OSError("lost")
+
+if os.environ.get("RANK") == os.environ["LOSER"]:
+    sys.addaudithook(listen)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loser", ["0", "1"])
+def test_a_photograph_that_one_rank_loses_ends_the_run_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loser: str
+) -> None:
+    """The other rank knows nothing of it, and waits for the batch."""
+    root, flag = snapshots(tmp_path / "photographs"), tmp_path / "lost"
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(LOSING)
+    for name, value in {"PYTHONPATH": tmp_path / "hook", "LOST": flag, "LOSER": loser}.items():
+        monkeypatch.setenv(name, str(value))
+    process = launch(*photographs(root, "stream"), "method=scratch", "train.epochs=2000", cwd=tmp_path)
+    rows = tmp_path / "out" / "metrics.jsonl"
+    while not rows.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    flag.touch()
+    code, _, problems = finish(process)
+    assert code == 1
+    assert any("photographs has changed since it was listed" in line for line in problems)
+
+
+def test_a_damaged_list_of_streamed_files_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(snapshots(tmp_path / "pets"))
+    chosen = DatasetConfig(
+        name="folder", root=root, augment="none", decode="stream", image_size=32, val_fraction=0.1, split_seed=0
+    )
+    spec = resolve(chosen, tmp_path / "data")
+    (path,) = (tmp_path / "data").glob("**/*.files")
+    path.write_bytes(path.read_bytes()[:-9])
+    capsys.readouterr()
+    assert resolve(chosen, tmp_path / "data") == spec
+    assert "damaged" in capsys.readouterr().out
 
 
 # ImageNet ---------------------------------------------------------------------------------------------------------

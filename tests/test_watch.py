@@ -125,6 +125,9 @@ def test_the_end_is_the_summary_after_the_last_job(sweep: Path) -> None:
     assert not has_ended(sweep, lines_of(sweep))  # a job runs
     (sweep / "0" / "status.json").unlink()
     assert has_ended(sweep, lines_of(sweep))
+    for config in sweep.glob("*/.hydra/config.yaml"):  # hydra.output_subdir=null
+        config.unlink()
+    assert has_ended(sweep, lines_of(sweep))
 
 
 def test_a_status_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

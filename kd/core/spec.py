@@ -55,6 +55,10 @@ class KnownError(Exception):
         super().__init__("\n".join(map(printable, tilde(message).split("\n"))))
 
 
+class LostImageError(KnownError):
+    """An image that was there when the data set was read is not there any more. Of several ranks one may meet it."""
+
+
 class NonFiniteError(KnownError):
     """A training's loss or weights are NaN or infinite."""
 

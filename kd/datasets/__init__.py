@@ -91,6 +91,7 @@ class DatasetEntry:
     facts: Facts | None = None
     prepare: str | None = None
     home: str | None = None
+    made: str = ""  # what its images are made from, in words, where that is not pictures of their size
     recipe: str = "cifar10"  # the recipe that trains its networks in mode=paper, where none has its own name
 
 
@@ -127,10 +128,12 @@ def grey_to_rgb(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 _OWN: dict[str, DatasetEntry] = {
     "digits": DatasetEntry(
         read="kd.datasets.digits.read",
+        made="scans of 8×8 with each pixel doubled",
         facts=Facts(10, 16, (0.30543,) * 3, (0.37534,) * 3, images=(1_437, 360), classes=class_names.DIGITS),
     ),
     "fashion_mnist": DatasetEntry(
         read="kd.datasets.fashion_mnist.read",
+        made="pictures of 28×28 with a black border of 2 pixels",
         facts=Facts(10, 32, (0.219,) * 3, (0.3318,) * 3, images=(60_000, 10_000), classes=class_names.FASHION_MNIST),
     ),
     "cifar10": DatasetEntry(

@@ -103,7 +103,7 @@ def _hash(tree: object) -> str:
 
 
 def _fingerprint(listing: Listing) -> str:
-    """A hash of the files' paths, sizes, times and labels."""
+    """A hash of the folder's place, and of the files' paths, sizes, times and labels: copies may have equal times."""
 
     def row(name: str, label: int, part: str) -> str:
         try:
@@ -113,7 +113,7 @@ def _fingerprint(listing: Listing) -> str:
         return f"{part} {label} {name} {status.st_size} {status.st_mtime_ns}"
 
     rows = [row(*file, part) for part, listed in (("train", listing.train), ("test", listing.test)) for file in listed]
-    rows += [*listing.classes, str(listing.val_images)]
+    rows += [*listing.classes, str(listing.val_images), os.path.realpath(listing.root)]
     return hashlib.sha256("\n".join(rows).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
@@ -204,7 +204,8 @@ def _known(manifest: Path, geometry: Geometry) -> tuple[Facts, int] | None:
         ):
             raise ValueError("images of another size")
         if facts.streamed:
-            return (facts, skipped) if (manifest.parent / f"{facts.content}.files").is_file() else None
+            files_of = manifest.parent / f"{facts.content}.files"
+            return (facts, skipped) if files_of.is_file() and json.loads(files_of.read_bytes())["classes"] else None
         if (folder := manifest.parent / str(facts.content)).is_dir():
             arrays = read_arrays(folder)
             shape = (geometry.side, geometry.side, 3)

@@ -117,7 +117,11 @@ def _rows(path: Path) -> list[tuple[str, str, str | None]]:
     except UnicodeDecodeError as error:
         raise KnownError(f"dataset.root: {path} is no text in UTF-8: it should be a CSV file or a folder") from error
     header = text.partition("\n")[0].strip()
-    table = list(csv.reader(StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), skipinitialspace=True))
+    rows = csv.reader(StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), skipinitialspace=True)
+    try:
+        table = list(rows)
+    except csv.Error as error:
+        raise KnownError(f"dataset.root: {path} is no CSV file ({error}); maybe a quote is not closed") from error
     names = [name.strip().lower() for name in (table or [[]])[0]]
     file, label, split = (_column(names, known) for known in (_FILE, _LABEL, _SPLIT))
     if file is None or label is None:

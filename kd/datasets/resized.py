@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.core.hardware import unbind
-from kd.core.spec import KnownError, tilde
+from kd.core.spec import KnownError, LostImageError, tilde
 from kd.datasets import Arrays
 from kd.datasets.pictures import PictureError
 
@@ -55,7 +55,7 @@ class StoredArrays:
             for picture, index in zip(pictures, indices.tolist(), strict=True):
                 file.seek(self.offset + index * size)
                 if file.readinto(picture.data.cast("B")) != size:
-                    raise KnownError(f"{path} is cut off: remove {self.folder}, and start again to make it again")
+                    raise LostImageError(f"{path} is cut off: remove {self.folder}, and start again to make it again")
         return pictures
 
 
@@ -74,7 +74,9 @@ def read_arrays(folder: Path) -> Arrays:
         reason = "their shapes do not fit together"
     except (OSError, ValueError, EOFError) as error:
         reason = str(error)
-    raise KnownError(f"{folder}: decoded images are damaged or missing ({reason}); start again to decode them again")
+    raise KnownError(
+        f"{folder}: decoded images are damaged or missing ({reason}); a run with this data set decodes them again"
+    )
 
 
 def stored(place: Path, content: str) -> StoredArrays:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kd.core.hardware import bring, cpu_count, unbind
-from kd.core.spec import KnownError
+from kd.core.spec import LostImageError
 from kd.core.stage import DatasetSpec
 from kd.datasets.data import Images, Part, choose_views, split_of
 from kd.datasets.layouts import Listing
@@ -136,7 +136,7 @@ def _by_workers(files: _Files, workers: int) -> Generator[Tensor, None, None]:
     try:
         for part in decoded:
             if isinstance(part, str):
-                raise KnownError(part)
+                raise LostImageError(part)
             yield part
     finally:
         del decoded  # ends the workers

@@ -47,7 +47,7 @@ def baseline_lines(result: RunResult) -> Iterator[str]:
     interval = ", 95 % interval" if baseline.p is not None else ""
     more = "" if len(alone) > 1 else "; replicates=3 gives an interval"
     yield f"difference to the student alone in test accuracy{interval}: {told(taught, alone, whose)}{more}"
-    if baseline.p is not None:
+    if baseline.p is not None and baseline.difference:
         seeds = "more than 10,000" if baseline.seeds_needed is None else f"{baseline.seeds_needed:,}"
         yield f"a paired t-test at 5 % finds an effect of this size with {seeds} seeds (power 80 %)"
     yield f"training took {baseline.taught_seconds:.0f} s with the chain, {baseline.seconds:.0f} s alone"

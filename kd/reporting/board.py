@@ -107,7 +107,8 @@ def has_ended(folder: Path, lines: Sequence[Line]) -> bool:
     summary = folder / "summary.md"
     if not summary.exists() or any(line.runs for line in lines):
         return False
-    began = [(folder / line.job.number / ".hydra" / "config.yaml").stat().st_mtime for line in lines]
+    configs = [folder / line.job.number / ".hydra" / "config.yaml" for line in lines]
+    began = [path.stat().st_mtime for path in configs if path.exists()]  # hydra.output_subdir=null: there are none
     return not began or summary.stat().st_mtime >= max(began)
 
 

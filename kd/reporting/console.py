@@ -199,7 +199,8 @@ def _plan_lines(sources: Sequence[Source]) -> list[str]:
     lines += [f"{', '.join(networks)}: {settings}" for settings, networks in trainings.items()]
     data = sources[0].dataset
     images = f"images: augment {data.augment}, {Normalization(mean=data.mean, std=data.std)}"
-    split = f"{100 * data.val_fraction:g} % of them are for validation" if data.val_fraction else "all of them train"
+    own = f"{data.val_images:,} of them" if data.val_images else f"{100 * data.val_fraction:g} % of them"
+    split = f"{own} are for validation" if data.validated else "all of them train"
     return [*lines, f"{images}; {split}"]
 
 

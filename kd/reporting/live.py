@@ -79,6 +79,14 @@ class LiveTable:
 
     def _serve(self) -> None:
         """Until the last process closes the pipe, because a worker that outlives the sweep may print."""
+        try:
+            self._until_the_end()
+        finally:
+            os.close(self._reading)
+            with suppress(OSError):  # the terminal is gone
+                self._out.file.close()
+
+    def _until_the_end(self) -> None:
         if self._live is not None:
             self._live.start()
         while True:

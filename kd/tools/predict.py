@@ -1,7 +1,7 @@
 """`python -m kd.predict`: prints the classes of pictures and how sure a network is of them.
 
 The network is a finished stage of the store, or an exported one, which needs neither store nor data set. Pictures are
-prepared as the network's test images were.
+prepared as the network's test images were. Where these were squares of one size, other pictures become such squares.
 """
 
 from __future__ import annotations
@@ -68,8 +68,10 @@ def main(given: Sequence[str]) -> int:
     hardware.make_deterministic(hardware.cpu_count())
     contract, run = _network(arguments.network, Store.at(arguments.store))
     if contract.resize is None:
-        how = contract.preprocessing
-        _note(f"{contract.dataset} has squares of {contract.image_size} pixels, other pictures are made so: {how}")
+        _note(
+            f"{contract.dataset} has squares of {contract.image_size} pixels{contract.made}. "
+            f"Other pictures are made so: {contract.preprocessing}"
+        )
     failed = False
     files = list(_pictures(arguments.pictures))
     for found in predictions(contract, run, files, arguments.top):

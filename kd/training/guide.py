@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cached_property
 from random import Random
@@ -95,14 +96,17 @@ class Guide:
         views: NDArray[np.int64],
     ) -> NDArray[np.int64]:
         """Read those of the rows [row] that the banks have into `found`. Returns the others."""
-        banks = [(name, self._banks[name]) for name in self._names]
         filled = np.full(len(rows), True)
-        for _, bank in banks:
-            filled &= bank.filled(samples[rows], views[rows]) if bank is not None else False
+        for name in self._names:
+            with self._caching(name) as bank:
+                filled &= bank.filled(samples[rows], views[rows]) if bank is not None else False
         there = rows[filled]
-        for name, bank in banks:
-            if bank is not None and len(there):
-                found[name][torch.from_numpy(there)] = torch.from_numpy(bank.read(samples[there], views[there]))
+        for name in self._names:
+            with self._caching(name) as bank:
+                if bank is not None and len(there):
+                    found[name][torch.from_numpy(there)] = torch.from_numpy(bank.read(samples[there], views[there]))
+        if not all(self._banks[name] for name in self._names):
+            return rows
         others: NDArray[np.int64] = rows[~filled]
         return others
 
@@ -121,11 +125,15 @@ class Guide:
         return learner(self.network, PLAIN, self._data.spec.image_size)
 
     def _remember(self, name: str, samples: NDArray[np.int64], views: NDArray[np.int64], values: Tensor) -> None:
-        bank = self._banks[name]
-        if bank is None:
-            return
+        with self._caching(name) as bank:
+            if bank is not None:
+                bank.write(samples, views, values.numpy())
+
+    @contextmanager
+    def _caching(self, name: str) -> Iterator[Bank | None]:
+        """The bank, which is left if its files fail: a full disk, or somebody has deleted it."""
         try:
-            bank.write(samples, views, values.numpy())
+            yield self._banks[name]
         except OSError as error:
             print(f"the guide's {SAID[name]} are not cached from here on: {error}", flush=True)
             self._banks[name] = None

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from kd.core import hardware
 from kd.core.files import commit
 from kd.core.settings import OnNaN
-from kd.core.spec import KnownError, NonFiniteError
+from kd.core.spec import KnownError, LostImageError, NonFiniteError
 from kd.core.stage import Given, Source, Stage
 from kd.core.statistics import near_chance, spread, trim
 from kd.reporting.baseline import compare_alone
@@ -29,7 +29,7 @@ from kd.store import Metrics, StageResult, TrainedStage, alarms_in
 from kd.store.foreign import load_network
 from kd.training.checkpoint import Checkpoint, Deferred
 from kd.training.checks import check_students
-from kd.training.ranks import ALONE, Team, is_lost, team
+from kd.training.ranks import ALONE, Team, is_lost, leave, team
 from kd.training.workplace import Workplace
 
 RETRIED = "in fp32 after"  # a key of stage.json: the error in the stage's own precision
@@ -61,8 +61,13 @@ def _follow() -> None:
     for stage, place in (ranks := team()).errands():
         (data, network), guides = place.beginning(stage), place.guides(stage)
         common = {"guides": guides, "device": place.device, "watch": Unwatched(), "team": ranks}
-        with suppress(KnownError):  # rank 0 has the same error, and prints it
+        try:
             train_stage(stage, data=data, network=network, **common)
+        except LostImageError as error:  # of this rank's share alone
+            print(error, file=sys.stderr)
+            leave()
+        except KnownError:  # rank 0 has the same error, and prints it
+            pass
     ranks.dismiss()
 
 

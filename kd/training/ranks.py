@@ -14,7 +14,7 @@ from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
-from kd.core.spec import KnownError
+from kd.core.spec import KnownError, LostImageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -190,6 +190,8 @@ class Ranks(Team):
         self._busy = True
         try:
             yield
+        except LostImageError:  # the other ranks are still training
+            raise
         except KnownError:  # all ranks raise it: first() sends it, or all have the same loss
             self._busy = False
             raise
@@ -207,9 +209,7 @@ class Ranks(Team):
         import torch.distributed as dist
 
         if self._busy:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)  # a normal exit waits for the other ranks
+            leave()
         if self.rank == 0:
             with suppress(RuntimeError):  # the other ranks may have ended already
                 self._broadcast(None)
@@ -223,6 +223,13 @@ class Ranks(Team):
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+
+def leave() -> NoReturn:
+    """End this process while others wait for it. Their connections close, and they end, too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # a normal exit waits for the other ranks
 
 
 @cache

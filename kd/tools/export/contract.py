@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from kd.core.spec import Frozen, printable
 from kd.core.stage import Background, Normalization, Resize, Source
+from kd.datasets import DATASETS
 from kd.datasets.pictures import margin, read_square
 
 if TYPE_CHECKING:
@@ -114,6 +115,12 @@ class Contract(Frozen):
             "pad": f"the longer side resized to {self.side}, in the middle of a black square",
         }[self.resize or "short_side"]
         return f"upright by its EXIF, {self.background} where it is transparent, {how} (bicubic, antialiased)"
+
+    @property
+    def made(self) -> str:
+        """What the data set's own images were made from; "" for pictures of their size."""
+        made = DATASETS[self.dataset].made if self.resize is None and self.dataset in DATASETS else ""
+        return f", made from {made}" if made else ""
 
     @property
     def shown_classes(self) -> str:
