@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional
 
 from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec
-from kd.datasets import DatasetConfig, pictures, resolve, streamed
+from kd.datasets import DatasetConfig, pictures, resolve, stream_roots, streamed
 from kd.datasets.layouts import Listing
 from kd.datasets.streamed import Streamed
 from kd.datasets.views import draw_crop, resized_crop
@@ -350,6 +350,25 @@ def test_a_photograph_that_one_rank_loses_ends_the_run_in_a_line(
     code, _, problems = finish(process)
     assert code == 1
     assert any("photographs has changed since it was listed" in line for line in problems)
+
+
+def test_two_copies_of_streamed_photographs_are_used_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process keeps to its own copy. One that names none takes the newest that is there."""
+    file, one, other = tmp_path / "c.root", tmp_path / "1", tmp_path / "2"
+    stream_roots.keep_root(file, one)
+    own = dict(stream_roots._chosen)
+    monkeypatch.setattr(stream_roots, "_chosen", {})  # another process
+    stream_roots.keep_root(file, other)
+    monkeypatch.setattr(stream_roots, "_chosen", own)
+    assert stream_roots.root_of(file) == one
+    monkeypatch.setattr(stream_roots, "_chosen", {})
+    for place in (one, other):
+        place.mkdir()
+        assert stream_roots.root_of(file) == place
+    other.rmdir()
+    assert stream_roots.root_of(file) == one
+    file.write_text(json.dumps(str(other)))  # of an earlier version
+    assert stream_roots.root_of(file) == other
 
 
 def test_a_damaged_list_of_streamed_files_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from kd.datasets import Facts, Reading, statistics_of
 from kd.datasets.layouts import File, Listing, raise_for
 from kd.datasets.pictures import PictureError, margin, measure, open_picture, read_square
 from kd.datasets.resized import Colours, Failure, counted, in_order, pixels_of, read_arrays, write_pictures
+from kd.datasets.stream_roots import keep_root, root_of
 
 _READER = 2  # raise it when the same files become other pixels
 _SAMPLE = 2_000  # training pictures from which mean and deviation of a stream are computed
@@ -63,7 +64,7 @@ def decode(listing: Listing, place: Path, reading: Reading, *, one_size: bool = 
             known = _known(manifest, geometry) or _make(listing, manifest, geometry, reading)
     facts, skipped = known
     if facts.streamed:
-        _keep_root(place / f"{facts.content}.root", listing.root)
+        keep_root(place / f"{facts.content}.root", listing.root)
     if skipped:
         _say(f"{skipped:,} images of {listing.root} are left out: they cannot be read ({manifest.with_suffix('.txt')})")
     return replace(facts, counts=_counts(facts, place))
@@ -80,18 +81,11 @@ def listing(place: Path, content: str) -> Listing:
     """The files of streamed pictures, as decode() listed them. Raises KnownError if its file is missing or damaged."""
     path = place / f"{content}.files"
     try:
-        root, tree = (json.loads(each.read_text(encoding="utf-8")) for each in (path.with_suffix(".root"), path))
+        root, tree = root_of(path.with_suffix(".root")), json.loads(path.read_text(encoding="utf-8"))
         train, test = ([(name, label) for name, label in tree[part]] for part in ("train", "test"))
-        return Listing(Path(root), tree["classes"], train, test, tree["val_images"])
+        return Listing(root, tree["classes"], train, test, tree["val_images"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise KnownError(f"{path} is damaged or missing ({error}); start again to make it again") from error
-
-
-def _keep_root(path: Path, root: Path) -> None:
-    """Write where streamed pictures lie, if a copy of them was elsewhere before."""
-    told = json.dumps(str(root.absolute()))
-    if not path.is_file() or path.read_text(encoding="utf-8") != told:
-        files.write(path, told)
 
 
 def _say(line: str) -> None:
