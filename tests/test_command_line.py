@@ -258,6 +258,19 @@ def lines(*words: str, multirun: bool = False) -> list[str]:
             "model.train.label_smoothing has no effect: student resnet8 does not learn from labels alone",
         ),
         (
+            "method=trained_teacher model.train.label_smoothing=0.1",
+            "model.train.label_smoothing has no effect: student resnet8 does not learn from labels alone",
+        ),
+        (
+            "freeze=[resnet20]",
+            "freeze=resnet20 has no effect: no network between the ends of the chain has this name "
+            "(the ends have model.freeze and teacher.freeze)",
+        ),
+        (
+            "experiment=takd/cifar10/kd_resnet110_resnet8 dataset=digits",
+            "recipe train=cifar10, not that of dataset=digits, which is train=digits",
+        ),
+        (
             "method=scratch train.lr=0.2 model.train.lr=0.1",
             "train.lr has no effect: model.train.lr takes its place",
         ),

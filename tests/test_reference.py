@@ -132,6 +132,7 @@ def test_takds_teacher_is_trained_by_the_rule_of_the_students_family() -> None:
     [
         (("dataset.val_fraction=0.1",), "dataset.val_fraction: should be 0 in mode=reference"),
         (("dataset.augment=crop_flip",), "dataset.augment: should be null in mode=reference"),
+        (("teacher.image_size=64",), "teacher.image_size: should be null in mode=reference"),
         (("dataset.views=3",), "dataset.views: should be null"),
         (("train.batch_size=64",), r"student resnet8: mode=reference needs .* train.batch_size=128 \(got 64\)"),
         (("train.precision=bf16",), r"train.precision=fp32 \(got bf16\)"),

@@ -147,10 +147,10 @@ def test_trials_of_a_process_that_lives_are_left_alone(tmp_path: Path) -> None:
 
 
 def named(*overrides: str, space: dict[str, str] | None = None, sampler: Any = None) -> str:
-    config = parse(composed(*QUICK, "method=kd", *overrides))
+    config = parse(composed(*QUICK, "method=kd", *overrides), [*overrides])
     students = plan(config, resolve(config.dataset, config.data_root))
     sampler = {"_target_": "kd.app.search.ByTrial", **(sampler or {})}
-    return study_name(config, students, space or {"method.T": "interval(1,20)"}, sampler)
+    return study_name(config, students, space or {"method.T": "interval(1,20)"}, sampler, overrides)
 
 
 def test_a_study_is_named_by_what_makes_it_this_search() -> None:
@@ -163,12 +163,26 @@ def test_a_study_is_named_by_what_makes_it_this_search() -> None:
         assert named(same) == name
 
 
+def test_searches_that_differ_in_what_only_some_trials_read_are_two() -> None:
+    options = {"method": "kd,ta"}
+    assistants = "method.assistants=[resnet14]", "method.assistants=[resnet26]"
+    assert len({named(f"+{each}", space=options) for each in assistants}) == 2
+    assert named("runtime.threads=1", space=options) == named("runtime.threads=2", space=options)
+    assert named("seed=0") != named("seed=${replicates}")
+    assert named("seed=0") == named()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (
             ("method=kd", "seed=20,31,55"),
             "seed: cannot be searched, because the luckiest seed would win; with replicates=3",
+        ),
+        (("method=kd", "dataset.split_seed=0,1"), "dataset.split_seed: cannot be searched, because the luckiest seed"),
+        (
+            ("method=kd", "dataset.val_fraction=0", "train.select=last"),
+            "sweep.objective: val_acc needs a validation split, dataset.val_fraction above 0",
         ),
         (("method=scratch",), "method.T: cannot be searched, method=scratch has no such key"),
         (("method=kd", "method.lambda=7"), "method.lambda: should be at most 1 (got 7)"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, InstanceOf, ValidationError
+from pydantic import BeforeValidator, Field, InstanceOf, Strict, ValidationError
 
 from kd.app.networks import Freeze, InitText, ModelConfig, NetworkConfig, TeacherConfig, initial_file, preprocessing
 from kd.core.hardware import cpu_count, resolve_device, resolve_precision
@@ -73,7 +73,7 @@ class Config(Frozen):
     replicates: Annotated[int, Field(ge=1, le=1000)]  # limited, because all are planned at once
     vary: Vary  # what differs between them
     baseline: bool  # the same students alone, beside the run
-    dry_run: bool
+    dry_run: Annotated[bool, Strict()]
     why: Annotated[tuple[Text, ...], BeforeValidator(_listed)] = ()  # keys of which a run says where they come from
 
     @property
@@ -345,14 +345,15 @@ def check_system(config: Config, role: Role, model: str) -> None:
 
 
 def _given_teacher(teacher: TeacherConfig, dataset: DatasetSpec, sha256: str) -> Given:
+    known = preprocessing(teacher.name, teacher.image_size, dataset)
+    own, chosen = known or Normalization(mean=dataset.mean, std=dataset.std), teacher.normalize
+    sizes = {"size": own.size, "interpolation": own.interpolation}  # teacher.normalize names a mean and a deviation
     return Given(
         role="teacher",
         model=teacher.name,
         sha256=sha256,
         part=teacher.part,
         entry=teacher.key,
-        normalize=teacher.normalize
-        or preprocessing(teacher.name, teacher.image_size, dataset)
-        or Normalization(mean=dataset.mean, std=dataset.std),
+        normalize=own if chosen is None else chosen.model_copy(update={} if chosen.size else sizes),
         dataset=dataset,
     )

@@ -14,7 +14,7 @@ from kd.app.config import Config, chain, for_photos, idle, trained_networks
 from kd.app.parsing import foreign
 from kd.core.settings import TrainSpec
 from kd.core.stage import DatasetSpec, Stage
-from kd.datasets import LARGE
+from kd.datasets import DATASETS, LARGE
 from kd.losses import CrossEntropy
 from kd.methods.method import Link
 
@@ -23,7 +23,7 @@ def remarks(
     config: Config, dataset: DatasetSpec, student: Stage, given: Mapping[str, str], *, multirun: bool
 ) -> Iterator[str]:
     """All lines, each once. `given` has the keys that are typed, with the texts of their values."""
-    lines = (choices(config, dataset), Effects(config, student, given, multirun).lines(), still_growing(student))
+    lines = (choices(config, dataset, given), Effects(config, student, given, multirun).lines(), still_growing(student))
     yield from dict.fromkeys(line for each in lines for line in each)
 
 
@@ -159,7 +159,8 @@ class Effects:
         if shared and section and getattr(own[stage.role], name) is not None:
             return f"{section}.{name} takes its place"
         if name == "label_smoothing":
-            alone = any(link.loss == CrossEntropy() and link.model == stage.model for link in self._links)
+            own_links = [link for link in self._links if (link.role, link.model) == (stage.role, stage.model)]
+            alone = any(link.loss == CrossEntropy() for link in own_links)
             return None if alone else f"{stage.role} {stage.model} does not learn from labels alone"
         why = idle(stage.train.model_dump())
         return f"{why[name]} does not read it" if name in why else None
@@ -176,12 +177,19 @@ def still_growing(student: Stage) -> Iterator[str]:
                 yield f"{key}={called}: its weight grows until training ends: {values}"
 
 
-def choices(config: Config, dataset: DatasetSpec) -> Iterator[str]:
-    """A line for each choice that the images decide."""
-    networks = {link.model for link in chain(config)}
+def choices(config: Config, dataset: DatasetSpec, given: Collection[str]) -> Iterator[str]:
+    """A line for each choice that the images decide, and for what names no network or another data set."""
+    ends = ("student", config.model.name), ("teacher", config.teacher.name)
+    networks = {link.model for link in chain(config) if (link.role, link.model) not in ends}
     for key, named in (("init", config.init), ("freeze", config.freeze)):
         for other in sorted({*named} - networks):
-            yield f"{key}={other} has no effect: no network of the chain has this name"
+            yield (
+                f"{key}={other} has no effect: no network between the ends of the chain has this name "
+                f"(the ends have model.{key} and teacher.{key})"
+            )
+    recipe = config.train.recipe
+    if recipe in DATASETS and recipe != dataset.name and "train" not in given and "train.recipe" not in given:
+        yield f"recipe train={recipe}, not that of dataset={dataset.name}, which is train={dataset.name}"
     if config.train.recipe == "folder":
         photos = for_photos("folder", dataset.image_size)
         name, why = (photos, "are larger than") if photos else ("cifar10", "are not larger than")

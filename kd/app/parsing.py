@@ -332,6 +332,10 @@ def _reference(sections: dict[str, Any]) -> Iterator[str]:
         if "dataset" in sections and getattr(sections["dataset"], key) != value:
             shown = "null" if value is None else value
             yield f"dataset.{key}: should be {shown} in mode=reference, which follows the released code"
+    begun = [(part, key) for part in ("model", "teacher") for key in ("init", "freeze", "image_size")]
+    for part, key in begun:
+        if part in sections and getattr(sections[part], key) is not None:
+            yield f"{part}.{key}: should be null in mode=reference, which follows the released code"
     for key in sections.keys() & {"loss", "assistant_loss"}:
         if (choice := sections[key]).spec(T=1, **{"lambda": 1}) != DISTILL.spec(T=1, **{"lambda": 1}):
             yield f"{key}: should be {DISTILL.option} with its own values in mode=reference (got {choice.option!r})"

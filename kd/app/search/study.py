@@ -37,6 +37,8 @@ from kd.reporting.console import print_plan
 from kd.store import Store
 
 ORDINAL = "runtime.trial"  # the parameter that tells a job its trial
+_SEEDS = ("seed", "teacher.seed", "method.assistant.seed", "dataset.split_seed")
+_NO_RESULT = ("runtime.", "tracking", "hydra", "sweep", "dry_run")  # overrides that decide nothing of a trial's result
 _PROCESS = "process"  # a trial's attribute: the process that runs it
 
 
@@ -72,8 +74,13 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
     base, space = _read(config, config_name)
     sweeper = config.hydra.sweeper
     dataset = resolve(base.dataset, base.data_root, base.workers, base.image_size)
+    if base.sweep.objective == "val_acc" and not dataset.validated:
+        raise KnownError(
+            "sweep.objective: val_acc needs a validation split, dataset.val_fraction above 0; without one the papers "
+            "searched by sweep.objective=test_acc"
+        )
     students = plan(base, dataset)
-    name = study_name(base, students, space, OmegaConf.to_container(sweeper.sampler))
+    name = study_name(base, students, space, OmegaConf.to_container(sweeper.sampler), fixed_of(config))
     told = any(each.startswith("hydra.sweep.dir=") for each in as_typed(config.hydra.overrides.hydra))
     place = base.store_root / "search" / name
     folder = Path(config.hydra.sweep.dir).absolute() if told else _folder(place, name)
@@ -107,7 +114,8 @@ def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]
     fixed = fixed_of(config)
 
     def compose(*more: str) -> DictConfig:
-        composed: DictConfig = loader.load_configuration(config_name, [*fixed, *more], run_mode=RunMode.RUN)
+        words = [*as_typed(config.hydra.overrides.hydra), *fixed, *more]  # hydra.searchpath among them
+        composed: DictConfig = loader.load_configuration(config_name, words, run_mode=RunMode.RUN)
         return composed
 
     composed = compose()
@@ -161,10 +169,14 @@ def _folder(place: Path, name: str) -> Path:
     return known if known.is_absolute() and known.is_dir() else Path("multirun", name).absolute()
 
 
-def study_name(base: Config, students: Sequence[Stage], space: Mapping[str, str], sampler: Any) -> str:
+def study_name(
+    base: Config, students: Sequence[Stage], space: Mapping[str, str], sampler: Any, fixed: Sequence[str]
+) -> str:
     """A readable prefix, and a hash of search space, sampler, objective, pruning and the keys of the students.
 
-    The number of trials, the number of parallel jobs, the launcher and the tracking are not in it.
+    `fixed` are the overrides of all trials. They are hashed, too, where a trial may read what the students of the base
+    do not: if options are searched, or if a value is an interpolation. The number of trials, the number of parallel
+    jobs, the launcher and the tracking are not in it.
     """
     identity = {
         "space": dict(space),
@@ -174,16 +186,20 @@ def study_name(base: Config, students: Sequence[Stage], space: Mapping[str, str]
         "prune": base.sweep.prune,
         "students": [student.key for student in students],
     }
+    told = [each for each in fixed if not each.lstrip("+").startswith(_NO_RESULT)]
+    if any("." not in name and name != "seed" for name in space) or any("${" in each for each in told):
+        identity["fixed"] = sorted(told)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     chain = "-".join(source.model for source in students[0].chain)
     return f"{base.method.name}-{chain}-{base.dataset.name}-{digest}"
 
 
 def _check_seed(space: Mapping[str, str], base: Config) -> None:
-    if "seed" in space and base.sweep.objective != "test_acc":
+    seeds = [name for name in space if name in _SEEDS]
+    if seeds and base.sweep.objective != "test_acc":
         raise KnownError(
-            "seed: cannot be searched, because the luckiest seed would win; with replicates=3 each trial trains three "
-            "students, and the search maximises their mean"
+            f"{seeds[0]}: cannot be searched, because the luckiest seed would win; with replicates=3 each trial trains "
+            "three students, and the search maximises their mean"
         )
 
 
