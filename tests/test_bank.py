@@ -257,6 +257,7 @@ def test_on_off_cold_and_warm(job: Job, tmp_path: Path, monkeypatch: pytest.Monk
     assert (bank / "logits.bin").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_sweep_over_temperatures_sees_each_view_once(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

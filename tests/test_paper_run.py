@@ -60,6 +60,7 @@ def test_a_plan_trains_nothing(tmp_path: Path, trainings: list[str], capsys: pyt
     assert (trainings, out.exists(), (tmp_path / "store").exists()) == ([], False, False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("a_millisecond_an_image")
 def test_an_interrupted_reproduction_goes_on_and_ends_in_tables(
     tmp_path: Path, trainings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -112,6 +112,7 @@ def test_a_view_passes_the_backbone_once_for_all_seeds_and_students(
     assert sum(rows) > 0.9 * 27 * 4
 
 
+@pytest.mark.slow
 def test_an_interrupted_probe_goes_on_to_the_same_bits(
     job: Job, root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,7 @@ def test_images_are_spread_over_the_classes() -> None:
     assert sorted(spread_over_classes(labels, 100)) == list(range(60))
 
 
+@pytest.mark.slow
 def test_the_command(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher, student = (outcome["key"] for outcome in job("method=kd")["chain"])
     capsys.readouterr()

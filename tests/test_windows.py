@@ -44,6 +44,7 @@ os.open, os.fsync, os.kill = open_, fsync, kill
 """
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_its_store_is_whole(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(LACKS, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
