@@ -433,7 +433,7 @@ def test_a_network_that_declares_nothing() -> None:
     for stages, pre in ((True, False), (False, True)):
         with pytest.raises(KnownError, match=r"Undeclared declares no taps \(method taps\(\)\)$"):
             Tapped(network, stages, pre, False)
-    with pytest.raises(KnownError, match=r"Flatten has no nn\.Linear"):
+    with pytest.raises(KnownError, match=r"Flatten has no last layer: it has no nn\.Linear"):
         Tapped(nn.Flatten(), False, False, True)
     with pytest.raises(KnownError, match=r"MLP has none$"):
         Tapped(build("mlp", num_classes=10), True, False, True)

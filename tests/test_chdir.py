@@ -74,6 +74,7 @@ def test_without_it_paths_stay_as_they_are_typed() -> None:
     assert parse(composed("runtime.store=s")).runtime.store == "s"
 
 
+@pytest.mark.slow
 def test_a_relative_checkpoint_is_found(tmp_path: Path) -> None:
     torch.save(build("plane4", num_classes=10, image_size=16).state_dict(), tmp_path / "t.pt")
     done = run_py(*QUICK, CHDIR, "teacher.checkpoint=t.pt", "dry_run=true", "hydra.run.dir=out", cwd=tmp_path)

@@ -39,6 +39,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Panels]:
     return panels
 
 
+@pytest.mark.slow
 def test_a_run_draws_what_it_trains_and_nothing_else(
     job: Callable[..., Any], tmp_path: Path, drawn: Callable[[], Panels]
 ) -> None:

@@ -150,6 +150,7 @@ def test_a_full_disk_is_one_line_and_no_stage(tmp_path: Path) -> None:
     assert "No space left on device" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_file_too_large_is_one_line_and_no_stage(tmp_path: Path) -> None:
     """A file size limit of the process, which needs no rights."""
     chosen = (*QUICK, "model=resnet8", "method=scratch", f"hydra.run.dir={tmp_path}/out")

@@ -324,6 +324,7 @@ def test_a_plan_names_a_loss_as_it_is_chosen(job: Callable[..., Any], capsys: py
     assert "distill" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].growth])
 def test_a_weight_that_grows_until_training_ends_is_said(
     name: str, job: Callable[..., Any], capsys: pytest.CaptureFixture[str]

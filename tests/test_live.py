@@ -116,6 +116,7 @@ def test_a_look_reads_only_what_has_changed(tmp_path: Path, monkeypatch: pytest.
 SWEEP = (*QUICK, "method=scratch", "hydra.sweep.dir=sweep")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("live", [True, False])
 def test_the_table_is_there_until_the_summary(
     job: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: bool

@@ -124,6 +124,7 @@ def test_the_benchmarks_numbers_and_who_reported_which_epoch() -> None:
     assert sum(len(row.published) for row in rows.values()) == 9 * 13 + 11 + 1 + 10 + 10 + 6
 
 
+@pytest.mark.slow
 def test_the_benchmark_has_every_pair_and_every_loss() -> None:
     """Two rows are planned. All rows have the same cells."""
     rows = [row for (table, _), row in ROWS.items() if table == "benchmark"]

@@ -53,6 +53,7 @@ def stored(key: str, tmp_path: Path) -> tuple[Stage, dict[str, torch.Tensor]]:
     return source, load_file(tmp_path / "store" / key / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_probe_teaches(job: Job, root: Path, weights: Path, tmp_path: Path, capsys: Shown) -> None:
     asked = photos(root, *lcnet(weights), "teacher.freeze=backbone")
     result = job(*asked)

@@ -258,6 +258,7 @@ def test_a_network_comes_with_pictures_as_it_takes_them(tmp_path: Path) -> None:
         kd.load(key, images=["text.png", "red.png", "none.png"])
 
 
+@pytest.mark.slow
 def test_the_notebook(capsys: pytest.CaptureFixture[str]) -> None:
     """Its cells run one after another, and end as its text says."""
     book = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())

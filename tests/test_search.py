@@ -263,6 +263,7 @@ def test_the_numbers_of_a_loss_are_swept_and_searched(job: Job, tmp_path: Path) 
     assert "loss.beta=" in (tmp_path / "out" / "best.sh").read_text()
 
 
+@pytest.mark.slow
 def test_the_best_command_trains_the_best_student(job: Job, tmp_path: Path) -> None:
     results = job("sweep=tpe", "hydra.sweeper.n_trials=3", "train.epochs=1", "replicates=2", multirun=True)
     best = max(results, key=lambda result: result["objective"])

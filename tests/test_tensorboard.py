@@ -29,6 +29,7 @@ def text(reader: Any, tag: str) -> str:
     return str(event.tensor_proto.string_val[0].decode())
 
 
+@pytest.mark.slow
 def test_the_page_of_a_run(job: Callable[..., Any], tmp_path: Path) -> None:
     for _ in range(2):  # the second run in the same folder shows what it trained, and nothing twice
         result = job("tracking=tensorboard", "runtime.retrain=true")

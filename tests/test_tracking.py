@@ -493,6 +493,7 @@ def test_an_interrupted_run_goes_on_at_the_server(server: Server, tmp_path: Path
     )
 
 
+@pytest.mark.slow
 def test_a_failed_run_goes_on_under_its_id(job: Job, tmp_path: Path) -> None:
     """It failed before its student; what it trained is in the store."""
     job("tracking=wandb", "teacher.min_acc=100", multirun=True, folder="failed", code=1)
