@@ -95,7 +95,6 @@ def test_every_published_row_is_an_option() -> None:
         assert names <= listed(group)
 
 
-@pytest.mark.slow
 def test_the_page_lists_them_all_as_they_are() -> None:
     """This composes, parses and plans every experiment."""
     assert PAGE.read_text() == DOCS["page"](), "run `make docs`"

@@ -91,7 +91,6 @@ def test_a_run_tells_no_secret(start: Callable[..., bytes], home: Path, page: st
     assert {name: seen for name, seen in found(home).items() if not is_hydras(name)} == {}
 
 
-@pytest.mark.slow
 def test_nothing_secret_is_sent(start: Callable[..., bytes], home: Path) -> None:
     server = Listening()
     try:

@@ -212,7 +212,6 @@ raise ValueError("which keeps the generator alive, in its traceback")
 """
 
 
-@pytest.mark.slow
 def test_a_process_that_fails_does_not_wait_for_its_workers(stream: Streamed, tmp_path: Path) -> None:
     import pickle
 
