@@ -112,6 +112,7 @@ def test_experiments_and_sweeps_come_last() -> None:
         ("seed=0.5", "seed: should be a whole number (got 0.5)"),
         ("replicates=0", "replicates: should be at least 1 (got 0)"),
         ("dry_run=maybe", "dry_run: should be true or false (got 'maybe')"),
+        ("dry_run=1", "dry_run: should be true or false (got 1)"),
         ("runtime.compile=maybe", "runtime.compile: should be true or false, or 'auto' (got 'maybe')"),
         ("dataset.views=0", "dataset.views: should be at least 1, or 'auto' (got 0)"),
         ("model.name=resnet9", "model.name: did you mean resnet8? there are plane2, plane4"),

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import kd
+from kd.app.config import plan
 from kd.app.parsing import parse
 from kd.core.spec import KnownError
 from kd.core.stage import DatasetSpec, Given, Normalization
-from kd.datasets import digits
+from kd.datasets import digits, resolve
 from kd.models import build
 from kd.store.foreign import fingerprint, initial_weights, load_network
 from kd.store.weights_file import allowed_globals
@@ -648,6 +649,15 @@ def test_normalisations_have_names(name: str, mean: tuple[float, ...], std: tupl
     teacher = parse(composed(f"teacher.checkpoint={tmp_path}/t.pt", f"teacher.normalize={name}")).teacher
     assert teacher.normalize is not None
     assert (teacher.normalize.mean, teacher.normalize.std) == (mean, std)
+
+
+@pytest.mark.parametrize("normalize", ["null", "imagenet"])
+def test_a_named_normalisation_keeps_the_teachers_own_size(normalize: str, tmp_path: Path) -> None:
+    torch.save(network_of("plane4").state_dict(), tmp_path / "t.pt")
+    asked = f"teacher.checkpoint={tmp_path}/t.pt", f"teacher.normalize={normalize}", "teacher.image_size=32"
+    config = parse(composed("teacher=plane4", *asked))
+    student = plan(config, resolve(config.dataset, config.data_root))[0]
+    assert (student.guides[0].input_size, student.input_size) == (32, 16)
 
 
 def test_an_unknown_normalisation_lists_the_names(tmp_path: Path) -> None:

@@ -11,7 +11,10 @@ from PIL import Image
 
 from kd.core.spec import KnownError
 from kd.datasets import DatasetConfig, folder, layouts, resolve
+from kd.reporting.console import print_plan
+from kd.store import Store
 from tests.conftest import ROOT
+from tests.test_stage import stage
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -75,6 +78,8 @@ def test_with_both_val_validates_and_test_tests(tmp_path: Path, capsys: pytest.C
     spec = resolve(config(root), tmp_path / "data")
     assert (spec.val_images, spec.val_fraction, spec.validated) == (4, 0, True)
     assert "own 4 validation images validate, not dataset.val_fraction" in capsys.readouterr().out
+    print_plan("pets", [stage(dataset=spec)], Store(tmp_path / "store"), False)
+    assert "; 4 of them are for validation" in capsys.readouterr().out
 
 
 def test_test_images_without_labels_are_passed_over(tmp_path: Path) -> None:

@@ -227,6 +227,14 @@ def test_a_name_is_forced_only_where_a_trial_lacks_the_key() -> None:
     assert [*names.values()] == ["method", "++method.assistant.T", "method.T", "++model.args.drop"]
 
 
+def test_a_search_of_ones_own_folder(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = tmp_path / "own" / "sweep" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\ndefaults: [tpe]\nhydra: {sweeper: {n_trials: 5}}\n")
+    job("sweep=mine", f"hydra.searchpath=[file://{tmp_path}/own]", "dry_run=true", multirun=True)
+    assert "5 trials in all" in capsys.readouterr().out
+
+
 def test_a_dry_run_tells_what_would_be_searched(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job("sweep=tpe", "dry_run=true", multirun=True)
     printed = capsys.readouterr().out
