@@ -151,3 +151,21 @@ def test_a_network_that_does_not_end_in_a_linear_layer_is_no_probe() -> None:
     whole = Normalized(Convolutional(torch.nn.Conv2d(3, 4, 1)), (0.5,) * 3, (0.2,) * 3)
     with pytest.raises(KnownError, match=r"own: freeze=backbone needs a network that ends in nn.Linear .*: Conv2d"):
         Probe(whole, "own")
+
+
+def test_a_teacher_that_needed_fp32_teaches_in_fp32(
+    job: Job, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its features overflow in the precision that the stage asks for, also when its student reads them."""
+    state = load_file(weights)
+    state["fc.weight"] = torch.randn(10, *state["fc.weight"].shape[1:])
+    state["fc.bias"] = torch.zeros(10)
+    last = [name for name in state if name.endswith("weight") and state[name].dim() == 1][-1]
+    state[last] = torch.full_like(state[last], 1e6)
+    save_file(state, weights)
+    run = [*probed("teacher", weights), "model=resnet8", "train.precision=fp16", "train.on_nan=retry_fp32"]
+    chain = job(*run, "method=kd", "train.epochs=1", "model.train.lr=1e-6")[
+        "chain"
+    ]  # ends with 1 without such features
+    assert [stage["role"] for stage in chain] == ["teacher", "student"]
+    assert "teacher resnet8: the loss is nan" in capsys.readouterr().out

@@ -27,7 +27,10 @@ from kd.tools.inspection.landscape import draw_direction, losses, normalized
 from kd.tools.inspection.surface import Landscape, Surface, levels, main, spread_over_classes, write_surface
 from tests.test_datasets import write_folder
 from tests.test_faults import trained
+from tests.test_photos import photographs, root
 from tests.test_stage import DATASET, stage
+
+__all__ = ["root"]  # the fixture
 
 Job = Callable[..., Any]
 
@@ -89,10 +92,10 @@ def test_the_grid(tiny: nn.Module) -> None:
             assert expected != pytest.approx(grid[1, 1], rel=1e-3)
 
 
-def test_networks_within_see_what_they_would() -> None:
-    network = (
-        Normalized(build("plane2", num_classes=10, image_size=16), (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)).double().eval()
-    )
+@pytest.mark.parametrize("size", [None, 32])
+def test_networks_within_see_what_they_would(size: int | None) -> None:
+    within = build("plane2", num_classes=10, image_size=size or 16)
+    network = Normalized(within, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2), size=size, interpolation="bicubic").double().eval()
     images = torch.from_numpy(TEST.test_images[:5]).permute(0, 3, 1, 2)
     inputs = normalized(network, images)
     assert inputs.dtype == torch.float64
@@ -132,6 +135,16 @@ def test_the_command(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert f"2 of 2: teacher plane4 {teacher}: row 1 of 3, about " in shown
     ElementTree.fromstring(written["surface"]["surface.svg"])
+
+
+def test_each_stage_sees_squares_of_its_own_size(job: Job, root: Path, tmp_path: Path) -> None:
+    run = [*photographs(root, "stream"), "method=scratch", "model=plane2", "train.epochs=1"]
+    sizes = [job(*run, f"dataset.image_size={size}", folder=f"{size}")["chain"][0]["key"] for size in (24, 40)]
+    told = []
+    for name, keys in (("both", sizes), ("second", sizes[1:])):
+        assert main([*keys, "--out", str(tmp_path / name), "--points", "3"]) == 0
+        told.append(json.loads((tmp_path / name / "surface.json").read_text())["networks"][-1])
+    assert told[0] == told[1]
 
 
 def surface(*grids: list[list[float]]) -> Surface:

@@ -67,7 +67,6 @@ class Reader:
         self._config_name = args.config_name or "config"
         if args.config_dir is not None:
             self._look_into(Path(args.config_dir).absolute())
-        self._places: list[str] = []  # the overrides of hydra.searchpath
         self._multirun, self._call = args.multirun, call
         self._words: dict[str, str] = {}  # what was typed, by how Hydra's parser got it
 
@@ -90,7 +89,8 @@ class Reader:
                 self._words[str(overrides[-1].input_line)] = word
             except (HydraException, ValueError, TypeError, RecursionError):
                 problems.append(_unreadable(word))
-        self._places = [str(each.input_line) for each in overrides if each.key_or_group == "hydra.searchpath"]
+        places = [str(each.input_line) for each in overrides if each.key_or_group == "hydra.searchpath"]
+        self._repository = self._searched(places)
         sound = list[Override]()
         for override in overrides:
             found = list(self._problems(override))
@@ -181,16 +181,17 @@ class Reader:
     def _options(self, group: str, folder: str = "") -> list[str]:
         """The options of a group, those of its folders too; empty for a key."""
         place = f"{group}/{folder}".rstrip("/")
-        names = [f"{folder}{name}" for name in self._listed(place, ObjectType.CONFIG)]
-        folders = [*self._listed(place, ObjectType.GROUP)] if names or group == "experiment" else []
+        names = [f"{folder}{name}" for name in self._repository.get_group_options(place, ObjectType.CONFIG)]
+        deeper = names or group == "experiment"
+        folders = self._repository.get_group_options(place, ObjectType.GROUP) if deeper else []
         return [*names, *(each for name in folders for each in self._options(group, f"{folder}{name}/"))]
 
-    def _listed(self, place: str, kind: ObjectType) -> list[str]:
-        """The options, or the folders, in a place of the search path."""
-        try:
-            return self._loader.get_group_options(place, kind, self._config_name, self._places)
+    def _searched(self, places: list[str]) -> ConfigRepository:
+        """The folders in which Hydra looks for options, those of `hydra.searchpath` too."""
+        try:  # get_group_options of the loader would read the primary configuration again for each override
+            return self._loader._parse_overrides_and_create_caching_repo(self._config_name, places)[1]  # type: ignore[attr-defined,no-any-return]
         except Exception:  # the primary configuration, or a place, is wrong: composing says it
-            return self._loader.get_group_options(place, kind)
+            return self._loader.repository  # type: ignore[attr-defined,no-any-return]
 
     def _values(self, override: Override) -> Iterator[Any]:
         if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP:

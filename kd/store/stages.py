@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Metrics = dict[str, Any]
 
 SUMS = "SHA256SUMS"
+RETRIED = "in fp32 after"  # a key of stage.json: the error in the stage's own precision
 STAGE_FILES = ("stage.json", "model.safetensors", "metrics.jsonl", "result.json")
 
 _LINE = re.compile(r"([0-9a-f]{64})  (\S+)\n")
@@ -196,6 +197,11 @@ class Store:
         """stage.json of a finished stage: its spec and what it was made with. Raises KnownError as above."""
         with self._parsing(key):
             return dict(json.loads(self._read(key, "stage.json")))
+
+    def retried(self, key: str) -> str | None:
+        """The error after which a finished stage was trained again in fp32; None if there was none."""
+        error: str | None = self.record(key)["made_with"].get(RETRIED)
+        return error
 
     def metrics(self, key: str) -> list[Metrics]:
         """The metrics of a finished stage, a row per epoch. Raises KnownError as above."""

@@ -25,14 +25,12 @@ from kd.reporting.baseline import compare_alone
 from kd.reporting.console import StageProgress, Unwatched, count
 from kd.reporting.results import Baseline, Evidence, Outcome, Replicate, ReplicatedResult, RunResult, what_varied
 from kd.reporting.tracking import Tracker, Untracked
-from kd.store import Metrics, StageResult, TrainedStage, alarms_in
+from kd.store import RETRIED, Metrics, StageResult, TrainedStage, alarms_in
 from kd.store.foreign import load_network
 from kd.training.checkpoint import Checkpoint, Deferred
 from kd.training.checks import check_students
 from kd.training.ranks import ALONE, Team, is_lost, leave, team
 from kd.training.workplace import Workplace
-
-RETRIED = "in fp32 after"  # a key of stage.json: the error in the stage's own precision
 
 
 def follow() -> int:
@@ -143,7 +141,7 @@ class Pipeline(Workplace):
             for row in self.store.metrics(source.key):
                 self._log(source, row)
         result = self.store.result(source.key)
-        retried = self.store.record(source.key)["made_with"].get(RETRIED)
+        retried = self.store.retried(source.key)
         if retried and self.on_nan == "stop":
             raise KnownError(
                 f"stage {source.key} was trained in fp32 after {retried}; train.on_nan=retry_fp32 accepts it"

@@ -133,7 +133,8 @@ class Workplace:
         if stage.loss.live:
             return LiveGuide(network, *seeing, needs)
         if isinstance(source, Stage) and source.freeze:
-            return ProbedGuide(self._backbone(source, network, seeing[0]), *seeing[1:])
+            read = source if self.store.retried(source.key) is None else source.in_fp32()  # as it was trained
+            return ProbedGuide(self._backbone(read, network, seeing[0]), *seeing[1:])
         guide = Guide(network, *seeing, needs=needs)
         if self.runtime.bank:
             place = self.store.banks, source.key, self.store.fingerprint(source.key)

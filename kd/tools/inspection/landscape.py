@@ -59,8 +59,12 @@ def losses(
 
 
 def normalized(network: Normalized, images: Tensor) -> Tensor:
-    """The normalised inputs for uint8 images [sample, 3, height, width]. They are computed once for all points."""
-    inputs: Tensor = Normalized(nn.Identity(), *network.statistics).to(network.mean)(images)
+    """The network's inputs for uint8 images [sample, 3, height, width]: resized if it does that, and normalised.
+
+    They are computed once for all points.
+    """
+    prepared = Normalized(nn.Identity(), *network.statistics, size=network.size, interpolation=network.interpolation)
+    inputs: Tensor = prepared.to(network.mean)(images)
     return inputs
 
 

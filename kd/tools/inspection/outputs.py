@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from kd.core import files
 from kd.core.spec import KnownError
 from kd.core.stage import Source, Stage
-from kd.training.pipeline import RETRIED
 from kd.training.workplace import Workplace
 
 
@@ -55,7 +54,7 @@ def _compute(workplace: Workplace, source: Source) -> NDArray[np.float32]:
     network, precision = workplace.store.network(source.key), "fp32"
     if isinstance(source, Stage):
         network = network.to(memory_format=channels_last)
-        if RETRIED not in workplace.store.record(source.key)["made_with"]:
+        if workplace.store.retried(source.key) is None:
             precision = source.train.precision
     data = workplace.data(source)
     logits = predict(network.to(workplace.device), data.batches("test"), data.test_labels.device, precision)

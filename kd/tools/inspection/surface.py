@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.contour import QuadContourSet
     from matplotlib.figure import Figure
 
-    from kd.datasets.data import Images
 
 _LINE_EVERY = 10.0  # seconds between two plain lines
 _INSIDE = 0.9  # of the span: contours are labelled only inside this
@@ -148,11 +147,10 @@ def compute(workplace: Workplace, sources: Sequence[Source], grid: Grid) -> Surf
     All networks use the same random numbers; the directions are scaled to each network's own filters. Raises KnownError
     if a loss is not finite.
     """
-    data, shown = workplace.data(sources[0]), console()
-    chosen = spread_over_classes(data.test_labels.numpy(force=True), grid.images)
-    networks = []
+    shown, networks = console(), []
+    chosen = spread_over_classes(workplace.data(sources[0]).test_labels.numpy(force=True), grid.images)
     for number, source in enumerate(sources, 1):
-        rows = _losses(workplace, source, data, chosen, grid)
+        rows = _losses(workplace, source, chosen, grid)
         name = f"{number} of {len(sources)}: {source.role} {source.model} {source.key}"
         losses = np.array(list(_followed(rows, grid.points, name, shown)))
         if not np.isfinite(losses).all():
@@ -160,8 +158,8 @@ def compute(workplace: Workplace, sources: Sequence[Source], grid: Grid) -> Surf
         label = run_name([source]) if isinstance(source, Stage) else f"{source.model}, given weights"
         networks.append(Landscape(key=source.key, name=label, losses=tuple(map(tuple, losses.round(6).tolist()))))
     return Surface(
-        dataset=data.spec.name,
-        content=data.spec.content,
+        dataset=sources[0].dataset.name,
+        content=sources[0].dataset.content,
         images=len(chosen),
         span=grid.span,
         seed=grid.seed,
@@ -178,14 +176,13 @@ def spread_over_classes(labels: NDArray[np.int64], images: int) -> NDArray[np.in
     return order[np.arange(number) * len(order) // number]
 
 
-def _losses(
-    workplace: Workplace, source: Source, data: Images, chosen: NDArray[np.int64], grid: Grid
-) -> Iterator[list[float]]:
+def _losses(workplace: Workplace, source: Source, chosen: NDArray[np.int64], grid: Grid) -> Iterator[list[float]]:
     from torch import channels_last
 
     from kd.tools.inspection.landscape import draw_direction, losses, normalized
 
     network = workplace.store.network(source.key).to(memory_format=channels_last).to(workplace.device)
+    data = workplace.data(source)  # of the same photographs, each stage may have squares of its own size
     inputs = normalized(network, data.plain("test", chosen))
     rng = random_stream(grid.seed, 0, DIRECTION)
     first, second = (draw_direction(network.network, rng) for _ in range(2))
