@@ -21,8 +21,8 @@ PAGE = Path(__file__).with_suffix(".md")
 _TINY = Facts(200, 64, (0.4802, 0.4481, 0.3975), (0.277, 0.2691, 0.2821))  # decoded ones are known when they are there
 _HEAD = """# Experiments
 
-Rows that the two projects publish (and a few marked as ours), each as one option of `experiment`. TAKD's other sizes and paths of assistants
-are tables: `TABLE=size_cifar10` and `paths_cifar10` ([reproducing.md](reproducing.md)).
+Rows that the two projects publish (and a few marked as ours), each as one option of `experiment`. TAKD's other sizes
+and paths of assistants are tables: `TABLE=size_cifar10` and `paths_cifar10` ([reproducing.md](reproducing.md)).
 
 ```
 python run.py experiment=takd/cifar10/kd_resnet110_resnet8

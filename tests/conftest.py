@@ -68,9 +68,17 @@ def composed(*overrides: str) -> DictConfig:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, signals: None) -> Callable[..., int]:
+def figures() -> None:
+    """For tests of curves.png, which jobs in this process do not draw otherwise: that takes a tenth of their time."""
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, signals: None, request: pytest.FixtureRequest) -> Callable[..., int]:
     """Runs run.py with these arguments in this process, which is fast. Returns its exit status."""
     from kd.app.multirun import Multirun
+
+    if "figures" not in request.fixturenames and request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr("kd.app.jobs.draw_curves", lambda folder, result: None)
 
     def start(*arguments: str) -> int:
         GlobalHydra.instance().clear()

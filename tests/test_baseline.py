@@ -41,6 +41,9 @@ def keys(sources: list[Stage]) -> list[str]:
 # its stages -------------------------------------------------------------------------------------------------------
 
 
+OTHERS = ["kd", "trained_teacher", "dgkd", "multi_teacher"]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -54,7 +57,7 @@ def keys(sources: list[Stage]) -> list[str]:
     ],
     ids=" ".join,
 )
-@pytest.mark.parametrize("method", ["kd", "ta", "trained_teacher", "dgkd", "multi_teacher"])
+@pytest.mark.parametrize("method", ["ta", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_they_are_those_of_scratch(method: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
     (weights := tmp_path / "plane.pt").write_bytes(b"weights")
     told = [override.format(weights=weights) for override in overrides]

@@ -22,7 +22,7 @@ from kd.app.effects import remarks
 from kd.app.keys import listed
 from kd.app.multirun import Multirun
 from kd.app.options import register
-from kd.app.parsing import by_key, parse, recorded
+from kd.app.parsing import by_key, parse, recorded, unread
 from kd.core.spec import KnownError
 from kd.datasets import resolve
 from kd.reporting.console import without_comment
@@ -211,9 +211,10 @@ def test_other_sweepers_maximise_too(
 def lines(*words: str, multirun: bool = False) -> list[str]:
     """What a run says before it begins."""
     overrides = read(*words)
-    config = parse(composed(*overrides), overrides)
+    config = parse(cfg := composed(*overrides), overrides)
     dataset = resolve(config.dataset, config.data_root)
-    return [*remarks(config, dataset, plan(config, dataset)[0], by_key(overrides), multirun=multirun)]
+    given = {**unread(cfg), **by_key(overrides)}
+    return [*remarks(config, dataset, plan(config, dataset)[0], given, multirun=multirun)]
 
 
 @pytest.mark.parametrize(
@@ -273,6 +274,16 @@ def lines(*words: str, multirun: bool = False) -> list[str]:
         (
             "method=scratch train.lr=0.2 model.train.lr=0.1",
             "train.lr has no effect: model.train.lr takes its place",
+        ),
+        ("method.lambda=0 method.T=2", "method.T has no effect: method.lambda=0"),
+        ("dataset.views=5 dataset.augment=none", "dataset.views=5 has no effect: augment=none has 1 in all"),
+        (
+            "dataset.split_seed=5 dataset.val_fraction=0 train.select=last",
+            "dataset.split_seed has no effect: no images are split off for validation",
+        ),
+        (
+            "experiment=takd/cifar10/tuned_kd_resnet110_resnet20 method=scratch dataset=digits mode=paper",
+            "method.T has no effect: method=scratch does not read it",
         ),
         ("sweep.join=true", "sweep.join has no effect: this run is not a trial of a search"),
         ("sweep.prune=true", "sweep.prune has no effect: this run is not a trial of a search"),

@@ -64,6 +64,7 @@ def test_a_run_draws_what_it_trains_and_nothing_else(
     assert [label for label, _ in drawn()] == ["student plane2", "", ""]
 
 
+@pytest.mark.usefixtures("figures")
 def test_a_point_is_no_curve(job: Callable[..., Any], tmp_path: Path) -> None:
     job("method=scratch", "train.epochs=1")
     assert not (tmp_path / "out" / "curves.png").exists()

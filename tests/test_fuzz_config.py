@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
 from functools import cache
@@ -29,7 +29,7 @@ from kd.app.parsing import parse, recorded
 from kd.core.spec import KnownError, printable
 from kd.datasets import resolve
 from kd.methods import METHODS
-from tests.conftest import composed, run_py
+from tests.conftest import composed
 
 EXAMPLES = int(os.environ.get("KD_FUZZ", "400"))
 SEEN = settings(
@@ -155,8 +155,25 @@ def test_huge_numbers_are_a_line_or_a_plan_at_once(huge: str) -> None:
 
 # the command line --------------------------------------------------------------------------------------------------
 
-SPELLINGS = ["", "null", "True", "1e3", "nan", "[1,2]", "{a: 1}", "${nope}", "~/a=b (c): d", "a\nb"]
-MORE = ["0x10", "1_000", "1e-400", "-0", "0,5", "[", "f(x)", "choice(1,2)", "${seed", "'a b'", "a" * 5_000]
+SPELLINGS = ["", "1e3", "[1,2]", "${nope}", "~/a=b (c): d"]
+MORE = [
+    "null",
+    "True",
+    "nan",
+    "{a: 1}",
+    "a\nb",
+    "0x10",
+    "1_000",
+    "1e-400",
+    "-0",
+    "0,5",
+    "[",
+    "f(x)",
+    "choice(1,2)",
+    "${seed",
+    "'a b'",
+    "a" * 5_000,
+]
 GROUPS = (
     "model",
     "teacher",
@@ -244,7 +261,7 @@ def test_every_key_means_what_is_typed_or_a_line_says_why_not(spelling: str) -> 
         assert len(line) < 700, line
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS[::2], ids=lambda text: repr(text)[:12])
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda text: repr(text)[:12])
 def test_every_group_is_an_option_or_a_line(spelling: str) -> None:
     keys = [*GROUPS, *PARENTS]
     words, lines = refused([f"{key}={spelling}" for key in keys])
@@ -268,9 +285,16 @@ def test_every_group_is_an_option_or_a_line(spelling: str) -> None:
         ('tracking.project="a\x07b"', 2, "tracking.project: should be without control characters"),
     ],
 )
-def test_the_command_line_shows_no_traceback(argument: str, code: int, said: str, tmp_path: Path) -> None:
-    done = run_py(
-        argument, "dry_run=true" if "dry_run" not in argument else "seed=0", cwd=tmp_path, HYDRA_FULL_ERROR="0"
-    )
-    assert "Traceback" not in done.stderr
-    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+def test_the_command_line_shows_no_traceback(
+    argument: str,
+    code: int,
+    said: str,
+    command: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    assert command(argument, "dry_run=true" if "dry_run" not in argument else "seed=0") == code
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert said in told

@@ -214,7 +214,10 @@ STRANGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if "bomb" in kind or kind == "odd names" else ()) for kind in STRANGE],
+)
 def test_strange_files(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "file.pt"
     STRANGE[kind](file)

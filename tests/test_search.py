@@ -198,6 +198,13 @@ def test_searches_that_differ_in_what_only_some_trials_read_are_two() -> None:
         ),
         (("train.batch_size=range(64,16,-16)",), "the smaller end is first: range(16,64,16)"),
         (("train.lr=interval(0.1,inf)",), "train.lr: interval(0.1,inf) cannot be searched; both ends should be finite"),
+        (("why=method.T",), "why: a search has many values of a key"),
+        (
+            ("method.T=4", "method.lambda=0.5"),
+            "nothing is left to search, because each has one value: method.T, method.lambda",
+        ),
+        (("hydra.sweeper.n_trials=0",), "hydra.sweeper.n_trials: should be at least 1 (got 0)"),
+        (("hydra.sweeper.n_jobs=-1",), "hydra.sweeper.n_jobs: should be at least 1 (got -1)"),
     ],
 )
 def test_searches_that_cannot_be(
@@ -225,6 +232,56 @@ def test_a_name_is_forced_only_where_a_trial_lacks_the_key() -> None:
     space = {"method": "kd,ta", "method.assistant.T": "interval(1,8)", "method.T": "1,2", "model.args.drop": "0,0.5"}
     names = as_overrides(space, {"model.args.drop"}, composed)
     assert [*names.values()] == ["method", "++method.assistant.T", "method.T", "++model.args.drop"]
+
+
+def test_another_sampler_draws_other_trials_when_it_goes_on(job: Job, tmp_path: Path) -> None:
+    own = "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=1"
+    for number in (2, 4):
+        job("sweep=tpe", *own, f"hydra.sweeper.n_trials={number}", "train.epochs=1", multirun=True)
+    drawn = [tuple(sorted(params.items())) for _, params, _ in trials(tmp_path / "out")]
+    assert len(set(drawn)) == len(drawn) == 4
+
+
+def test_what_only_some_trials_read_is_in_the_name(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    names = set[str]()
+    for milestones in ("[0.25]", "[0.75]"):
+        searched = "hydra.sweeper.params=null", "train.schedule=choice(constant,step)"
+        job("sweep=tpe", *searched, f"train.milestones={milestones}", "dry_run=true", multirun=True)
+        names |= {line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("study ")}
+    assert len(names) == 2
+
+
+def test_what_a_search_decides_itself_is_said(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder may stand in a file, but its name and its jobs' folders may not."""
+    own = tmp_path / "own" / "sweep" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text(f"# @package _global_\ndefaults: [tpe]\nhydra: {{sweep: {{dir: {tmp_path / 'there'}}}}}\n")
+    told = "hydra.sweeper.study_name=x", f"hydra.searchpath=[file://{tmp_path}/own]"
+    assert command("-m", *QUICK, "sweep=mine", "dry_run=true", *told) == 0
+    said = capsys.readouterr().out
+    assert f"in {tmp_path / 'there'}: 30 trials" in said
+    assert "hydra.sweeper.study_name has no effect: a search names its study by what is searched" in said
+
+
+def test_a_grid_of_searches_is_refused(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job("sweep=tpe,takd", multirun=True, code=1)
+    assert "sweep: a grid cannot have a search as one of its values" in capsys.readouterr().err
+
+
+def test_the_search_of_an_experiment_is_left_out_without_m(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So the command that a search prints for its best setting runs."""
+    own = tmp_path / "own" / "experiment" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    sweeper = "{n_trials: 2, custom_search_space: kd.app.search.hand_over, params: {method.T: 'choice(2,3)'}}"
+    own.write_text(
+        f"# @package _global_\ndefaults: [override /hydra/sweeper: optuna]\nhydra: {{sweeper: {sweeper}}}\n"
+    )
+    job("experiment=mine", f"--config-dir={tmp_path}/own", "method=scratch", "train.epochs=1")
+    assert "the search of this configuration is left out: without -m this is one run" in capsys.readouterr().out
 
 
 def test_a_search_of_ones_own_folder(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -208,6 +208,51 @@ def test_a_grid_of_numbers_is_drawn_as_a_curve_for_each_other_choice(tmp_path: P
     assert [round(x) for x in curve.get_xdata()] == [1, 5, 20]
 
 
+def test_names_with_dollars_are_drawn_as_they_are(tmp_path: Path, figures: list[Figure]) -> None:
+    names = ["a$x_$", "b$\\frac$"]
+    jobs = [a_job(i, f"dataset={name}", f"dataset.label={name}") for i, name in enumerate(names)]
+    summary.write_summary(tmp_path, jobs, "val_acc")
+    assert (tmp_path / "summary.png").exists()
+    assert (tmp_path / "best.sh").exists()
+    assert "a$x_$" in figures[0].axes[0].get_yticklabels()[0].get_text().replace(r"\$", "$")
+
+
+def test_other_images_are_another_setting(tmp_path: Path) -> None:
+    jobs = [
+        a_job(0, "runtime.data=a", "seed=0", val=90.0, test=100.0),
+        a_job(1, "runtime.data=b", "seed=0", val=50.0, test=50.0),
+    ]
+    lines = summary.write_summary(tmp_path, jobs, "val_acc")
+    assert lines[-1] == "again: python run.py runtime.data=a seed=0"
+    assert lines[-2].startswith("best setting, chosen on validation: runtime.data=a: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("train.lr=0.123456789", "train.lr=0.1235"),
+        ("train.lr=1.234567e-05", "train.lr=1.235e-05"),
+        ("train.lr=0.10001", "train.lr=0.10001"),
+        ("seed=1000001", "seed=1000001"),
+        ("dataset.label=2024_01", "dataset.label=2024_01"),
+        ("runtime.trial=3", ""),
+    ],
+)
+def test_only_long_fractions_are_shortened(override: str, shown: str) -> None:
+    assert summary.short(override) == shown
+
+
+def test_a_student_of_two_jobs_counts_once_on_validation_too(job: RunJob) -> None:
+    results = job("method=scratch", "seed=0,1", "replicates=2", "train.epochs=1", multirun=True)
+    known = {each["key"]: each["val_acc"] for result in results for each in result["replicates"]}
+    assert len(known) == 3
+    jobs = [
+        Job(str(i), ["method=scratch"], ReplicatedResult.model_validate(each), "") for i, each in enumerate(results)
+    ]
+    (setting,) = summary.settings(jobs)
+    assert setting.val == pytest.approx(sum(known.values()) / 3)
+
+
 @pytest.mark.parametrize("swept", ["method.T", "method"])
 def test_a_choice_by_the_test_set_is_circled_there(tmp_path: Path, figures: list[Figure], swept: str) -> None:
     """Without marks of validation, which decided nothing. The circle is around the one job that won."""

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 import kd
+from kd.core.spec import KnownError
 from kd.reporting import status as statuses
 from kd.reporting.board import Line, Overview, board, has_ended, headline_of, plain_line, shared_by
 from kd.reporting.results import RunResult, record_failed, write_result
@@ -100,7 +101,7 @@ def test_plain_lines(sweep: Path) -> None:
         "job 2 (method.T=-1): method.T: should be above 0 (got -1)",
         "job 10 (method.T=5): not training",
     ]
-    assert headline_of(sweep, lines, 12) == f"{sweep}: 0 of 12 jobs done, 1 running, 1 failed"
+    assert headline_of(sweep, lines, 12) == f"{sweep}: 0 of 12 jobs done, 1 running, 2 failed"
 
 
 @pytest.mark.parametrize(("seconds", "runs"), [(10, True), (1200, False)])
@@ -169,7 +170,7 @@ def test_a_run_reports_and_leaves_no_status(
 
 def test_the_command(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(sweep), "--once"]) == 1
-    assert "1 running, 1 failed" in " ".join(capsys.readouterr().out.split())
+    assert "1 running, 2 failed" in " ".join(capsys.readouterr().out.split())
     (sweep / "0" / "status.json").unlink()
     (sweep / "summary.md").write_text("the end\n")
     assert main(["watch", str(sweep), "--every", "0.01"]) == 1
@@ -179,6 +180,37 @@ def test_the_command(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "kd.sweep", "watch", "nowhere"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "nowhere is not a folder; a sweep's is multirun/<date>/<time>\n")
+
+
+def test_a_sweep_that_was_killed_is_over(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (sweep / "0" / "status.json").unlink()
+    assert main(["watch", str(sweep), "--every", "0.01"]) == 1
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == f"{sweep}: no job runs, and the sweep has not ended: it was killed"
+    )
+
+
+def test_a_job_that_was_never_begun_is_a_failure(tmp_path: Path) -> None:
+    begin(tmp_path, 0, "method=kd")
+    (tmp_path / "summary.md").write_text("the end\n")
+    assert main(["watch", str(tmp_path), "--every", "0.01"]) == 1
+
+
+def test_what_cannot_be_watched_is_one_line(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    pictures = tmp_path_factory.mktemp("pictures")
+    with pytest.raises(KnownError, match=r"has no sweep: neither multirun\.yaml nor jobs"):
+        main(["watch", str(pictures)])
+    (sweep / "multirun.yaml").write_text("a: [b")
+    with pytest.raises(KnownError, match=r"multirun\.yaml cannot be read"):
+        main(["watch", str(sweep)])
+    for every in ("0", "-1", "inf", "x"):
+        with pytest.raises(SystemExit):
+            main(["watch", str(sweep), "--every", every])
+
+
+def test_overrides_that_are_not_utf8_are_unknown(sweep: Path) -> None:
+    (sweep / "0" / ".hydra" / "overrides.yaml").write_bytes(b"- dataset.label=\xff\n")
+    assert lines_of(sweep)[0].job.overrides == []
 
 
 def test_the_function_stays_the_function() -> None:

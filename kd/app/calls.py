@@ -66,6 +66,8 @@ def grid(overrides: Sequence[str]) -> Path:
         with open_dict(first):
             first.hydra.overrides.task = words
         _save(folder, {"multirun": first})
+        if "hydra.sweep.subdir" in by_key(words):
+            print("hydra.sweep.subdir has no effect: kd.sweep names the folders of jobs by their numbers", flush=True)
         multirun.Multirun.begin(folder, len(combinations))
         try:
             for number, combination in enumerate(combinations):

@@ -37,6 +37,7 @@ _FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.swe
 _MOST = 100_000  # values of a range
 _NOTHING = object()  # what a missing key has
 _NULL = re.compile("null", re.IGNORECASE)
+_MULTIRUN = r"\+*hydra\.mode=['\"]?(RunMode\.)?MULTIRUN['\"]?"
 _NEVER_READ = ("help", "hydra_help", "shell_completion", "experimental_rerun")
 
 
@@ -80,7 +81,7 @@ class Reader:
 
     def read(self, words: Sequence[str]) -> list[str]:
         """The overrides as Hydra should get them. Raises KnownError."""
-        self._multirun |= any(re.fullmatch(r"hydra\.mode=(RunMode\.)?MULTIRUN", word, re.IGNORECASE) for word in words)
+        self._multirun |= any(re.fullmatch(_MULTIRUN, word, re.IGNORECASE) for word in words)
         overrides, problems = list[Override](), list[str]()
         for word in words:
             try:
@@ -240,10 +241,10 @@ class Reader:
         """Overrides that can be composed, or lines that say which cannot."""
         problems = list[str]()
         chosen = [override for override in overrides if self._options(override.key_or_group)]
-        if not isinstance(tree := self._composed([]), Exception):
-            groups = tree["hydra"]["runtime"]["choices"]
+        tree = self._composed(map(self._first, chosen))
+        if isinstance(tree, Exception) and not isinstance(base := self._composed([]), Exception):
+            groups = base["hydra"]["runtime"]["choices"]
             problems = [problem for override in chosen for problem in _group_problems(override, groups)]
-            tree = problems or self._composed(map(self._first, chosen))
         if not isinstance(tree, dict):
             return [*overrides], problems or [_short(tree)]
         sound = list[Override]()
@@ -263,7 +264,8 @@ class Reader:
         """A line for each override that cannot be composed by itself."""
         for override in overrides:
             if isinstance(self._composed(map(self._first, [*chosen, override])), Exception):
-                yield f"{override.get_key_element().lstrip('+')}: cannot be {_value(override)}"
+                cannot = "deleted" if override.is_delete() else _value(override)
+                yield f"{override.get_key_element().lstrip('+~')}: cannot be {cannot}"
 
 
 def _texts(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:

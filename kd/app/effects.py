@@ -13,7 +13,7 @@ from typing import Any
 from kd.app.config import Config, chain, for_photos, idle, trained_networks
 from kd.app.parsing import foreign
 from kd.core.settings import TrainSpec
-from kd.core.stage import DatasetSpec, Stage
+from kd.core.stage import VIEWS, DatasetSpec, Stage
 from kd.datasets import DATASETS, LARGE
 from kd.losses import CrossEntropy
 from kd.methods.method import Link
@@ -89,6 +89,8 @@ class Effects:
                     for name in ("T", "lambda")
                     if f"{section}.{name}" in self.given and not choice.reads(name)
                 )
+                if choice.reads("lambda") and f"{section}.T" in self.given and link.loss.guided and _weight(link) == 0:
+                    yield f"{section}.T has no effect: {section}.lambda=0"
                 if link is not self._links[0] and not link.loss.guided:
                     yield f"{called} needs no guide: no network teaches the {role}"
 
@@ -166,6 +168,11 @@ class Effects:
         return f"{why[name]} does not read it" if name in why else None
 
 
+def _weight(link: Link) -> float | None:
+    weight: float | None = getattr(link.loss, "lam", None)
+    return weight
+
+
 def still_growing(student: Stage) -> Iterator[str]:
     """A line for each loss whose weight grows until its network's training ends."""
     keys = {"student": "loss", "assistant": "assistant_loss"}
@@ -187,6 +194,11 @@ def choices(config: Config, dataset: DatasetSpec, given: Collection[str]) -> Ite
                 f"{key}={other} has no effect: no network between the ends of the chain has this name "
                 f"(the ends have model.{key} and teacher.{key})"
             )
+    if "dataset.views" in given and dataset.views is not None and dataset.views >= VIEWS[dataset.augment]:
+        all_of_them = f"augment={dataset.augment} has {VIEWS[dataset.augment]} in all"
+        yield f"dataset.views={dataset.views} has no effect: {all_of_them}"
+    if "dataset.split_seed" in given and dataset.val_fraction == 0 and dataset.views is None:
+        yield "dataset.split_seed has no effect: no images are split off for validation"
     recipe = config.train.recipe
     if recipe in DATASETS and recipe != dataset.name and "train" not in given and "train.recipe" not in given:
         yield f"recipe train={recipe}, not that of dataset={dataset.name}, which is train={dataset.name}"

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from kd.app.config import Config, initial_files, plan, plan_alone
 from kd.app.effects import remarks
-from kd.app.parsing import as_typed, by_key, parse, recorded
+from kd.app.parsing import as_typed, by_key, parse, recorded, unread
 from kd.core.hardware import bind_threads, cpu_count, resolve_device
 from kd.core.spec import KnownError, tilde
 from kd.core.stage import Stage
@@ -115,8 +115,7 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
     None if the job prints the plan, or the reasons of values, and trains nothing.
     """
     hydra = HydraConfig.get()
-    if hydra.mode == RunMode.RUN and hydra.sweeper.get("custom_search_space") == SEARCH and not is_dry(cfg):
-        raise KnownError("sweep: a search needs -m: python run.py -m sweep=…")
+    _check_search(cfg)
     _bind(cfg)
     config = parse(cfg, typed(), home())
     runtime = with_share(config.runtime)
@@ -135,7 +134,7 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         if not config.dry_run:
             return None
     alone = plan_alone(config, dataset, students)
-    for line in remarks(config, dataset, students[0], by_key(typed()), multirun=multirun):
+    for line in remarks(config, dataset, students[0], {**unread(cfg), **by_key(typed())}, multirun=multirun):
         _say(line, whole)
     if config.runtime.threads is None and runtime.processes not in (None, 1):
         print(f"runtime.processes={runtime.processes}: runtime.threads={runtime.threads} in each", flush=True)
@@ -159,6 +158,18 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         print_run(found, store.loading(found.chain[-1].key))
         print(tilde(f"this run: {folder}"))
     return found
+
+
+def _check_search(cfg: DictConfig) -> None:
+    """Raise KnownError if the job's configuration asks for a search, and no search runs the job."""
+    hydra = HydraConfig.get()
+    if hydra.sweeper.get("custom_search_space") != SEARCH or cfg.runtime.trial is not None or is_dry(cfg):
+        return
+    if hydra.mode == RunMode.MULTIRUN:
+        raise KnownError("sweep: a grid cannot have a search as one of its values; one command for each search")
+    if "sweep" in by_key(typed()):
+        raise KnownError("sweep: a search needs -m: python run.py -m sweep=…")
+    print("the search of this configuration is left out: without -m this is one run", flush=True)
 
 
 def _show_plan(config: Config, students: Sequence[Stage], alone: Sequence[Stage], store: Store) -> None:

@@ -60,6 +60,7 @@ class Multirun(Callback):
                 _check_plugins(config)
             _check_slurm(config)
             _check_direction(config)
+            _check_numbers(config)
             Multirun.start = _start_of(config)
             searches = config.hydra.sweeper.get("custom_search_space") == SEARCH
             (_begin_search if searches else _begin_grid)(config, kwargs["config_name"])
@@ -170,6 +171,14 @@ def _check_direction(config: DictConfig) -> None:
             sys.exit(2)
         print(f"{told}: jobs return accuracies; sweep=tpe is a search that can be continued", flush=True)
         OmegaConf.update(config, key, wanted)
+
+
+def _check_numbers(config: DictConfig) -> None:
+    """Raise KnownError for a number of jobs or trials that sweeper or launcher would divide by, or never reach."""
+    for key in ("sweeper.n_trials", "sweeper.n_jobs", "sweeper.max_batch_size", "launcher.n_jobs"):
+        number = OmegaConf.select(config.hydra, key)
+        if isinstance(number, int) and number < 1 and not (key.startswith("launcher") and number < 0):
+            raise KnownError(f"hydra.{key}: should be at least 1 (got {number})")
 
 
 def _check_slurm(config: DictConfig) -> None:

@@ -50,7 +50,7 @@ def parse(cfg: DictConfig, overrides: Iterable[str] = (), home: Path | None = No
     """
     given = by_key(overrides)
     tree, problems = _resolved(cfg)
-    tree = without_foreign(_changed(tree, plain), given)
+    tree = without_foreign(_changed(tree, plain))
     misnamed = dict(_misnamed(tree, given))
     problems += misnamed.values()
     unread = {*misnamed, *(str(name) for name in cfg if str(name) not in tree)}
@@ -110,12 +110,23 @@ def with_one_why(words: Sequence[str]) -> list[str]:
     return [*kept, f"why={found[0]}" if len(found) == 1 else f"why=[{','.join(found)}]"]
 
 
-def without_foreign(tree: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """The sections without what is typed and only other options read: `method.T` with method=scratch."""
+def without_foreign(tree: dict[str, Any]) -> dict[str, Any]:
+    """The sections without keys that were typed, or an experiment has, for other options: `method.T` with scratch."""
     kept = dict(tree)
-    for section, name in {tuple(key.split(".")[:2]) for key in foreign(tree, given)}:
+    for section, name in (key.split(".", 1) for key in foreign(tree, _keys(tree))):
         kept[section] = {key: value for key, value in kept[section].items() if key != name}
     return kept
+
+
+def unread(cfg: DictConfig) -> dict[str, str]:
+    """The keys of a job's configuration that its options do not read, whoever set them, with their values."""
+    tree: Any = OmegaConf.to_container(cfg)
+    return {key: str(OmegaConf.select(cfg, key)) for key in foreign(tree, _keys(tree))}
+
+
+def _keys(tree: Mapping[str, Any]) -> list[str]:
+    sections = {name: tree[name] for name in _READERS if isinstance(tree.get(name), dict)}
+    return [f"{section}.{name}" for section, content in sections.items() for name in content]
 
 
 def foreign(tree: dict[str, Any], given: Iterable[str]) -> Iterator[str]:
@@ -185,7 +196,7 @@ def recorded(cfg: DictConfig, overrides: Iterable[str] = ()) -> dict[str, Any]:
         return tilde(value) if isinstance(value, str) else plain(value)
 
     escaped = OmegaConf.create(_changed(OmegaConf.to_container(cfg), raw))
-    return without_foreign(_changed(OmegaConf.to_container(escaped, resolve=True), shown), by_key(overrides))
+    return without_foreign(_changed(OmegaConf.to_container(escaped, resolve=True), shown))
 
 
 def _changed(node: Any, change: Callable[[str | float], str | float]) -> Any:

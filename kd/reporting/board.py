@@ -36,6 +36,11 @@ class Line(NamedTuple):
         return self.job.result is None and self.status is not None and not self.gone
 
     @property
+    def failed(self) -> bool:
+        """Whether it ended without a result, and was not pruned: it failed, or was killed."""
+        return bool(self.gone) or (self.job.failed and self.job.reason != IDLE)
+
+    @property
     def problem(self) -> str:
         """Why it has no result and does not run, in words; "" if it has or does."""
         return (
@@ -75,10 +80,17 @@ class Overview:
 
     def __init__(self, folder: Path, since: float = 0.0) -> None:
         self._folder, self._since, self._known = folder, since, Known()
+        self._stood = False  # whether it was seen without a job that runs
 
     def lines(self) -> list[Line]:
         """What each job does now."""
         return [_line(self._folder, job) for job in find_jobs(self._folder, self._since, self._known)]
+
+    def is_over(self, lines: Sequence[Line]) -> bool:
+        """Whether the sweep has ended, or was killed: two looks have seen a stopped job, and none that runs."""
+        stood = self._stood
+        self._stood = any(line.gone for line in lines) and not any(line.runs for line in lines)
+        return has_ended(self._folder, lines) or (stood and self._stood)
 
 
 def _line(folder: Path, job: Job) -> Line:
@@ -115,7 +127,7 @@ def has_ended(folder: Path, lines: Sequence[Line]) -> bool:
 def headline_of(folder: Path, lines: Sequence[Line], expected: int) -> str:
     """How many jobs are done, run and failed."""
     done = sum(line.job.result is not None for line in lines)
-    failed = sum(line.job.failed and line.job.reason != IDLE for line in lines)
+    failed = sum(line.failed for line in lines)
     whole = f"{done} of {max(expected, len(lines))} jobs done" if expected else f"{count(done)} done"
     parts = [whole, f"{sum(line.runs for line in lines)} running", *([f"{failed} failed"] if failed else [])]
     return f"{folder}: {', '.join(parts)}"
@@ -161,7 +173,7 @@ def board(lines: Sequence[Line], shared: set[str]) -> Group:
     for line in lines:
         style = "bold" if line.runs else "red" if line.problem else "dim"
         setting = escape(difference(line.job.overrides, shared))
-        table.add_row(line.job.number, setting, *map(escape, line.cells), style=style)
+        table.add_row(escape(line.job.number), setting, *map(escape, line.cells), style=style)
     problems = [plain_line(line, shared) for line in lines if line.problem]
     return Group(table, *(Text(each, style="red", overflow="fold") for each in problems))
 

@@ -227,11 +227,11 @@ def duration(seconds: float) -> str:
 
 def in_bytes(count: float) -> str:
     """A size with its unit."""
-    for unit in ("B", "kB", "MB"):
+    for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} GB"
+    return f"{count:.3g} TB"
 
 
 class Watch:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ _MARKS = (".hydra/config.yaml", "result.json", "error.json", "pruned.json")
 _NO_JOBS = {".hydra", ".submitit", "wandb"}  # folders without jobs
 
 UNFINISHED = "unfinished"  # the reason of a job that has not ended: it runs, or was stopped
+_NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?(e[+-]?\d+)?", re.IGNORECASE)
 _USUAL = "the student's seed"
 # Columns that every student's row has, after what was set for its job
 _COLUMNS = (
@@ -313,7 +316,7 @@ def _load_yaml(place: Path, name: str) -> Any:
     """A file that Hydra saved of a job; None if it is missing or damaged."""
     try:
         return OmegaConf.load(place / ".hydra" / f"{name}.yaml")
-    except (OSError, YAMLError, OmegaConfBaseException):
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):  # ValueError: not UTF-8
         return None
 
 
@@ -384,10 +387,7 @@ def _rows_of(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def _value(text: str) -> str | int | float:
-    """What was set, as a number if it is one."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+    """What was set, as a number if it is written like one: 007 and 2024_01 are texts."""
+    if not _NUMBER.fullmatch(text) or not math.isfinite(number := float(text)):
+        return text
+    return int(text) if text.lstrip("+-").isdigit() else number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,10 @@ from kd.reporting.results import (
 )
 from kd.reporting.summary_figure import draw_summary
 
-# Overrides that may differ between jobs and do not change results.
-_NO_SETTING = ("runtime.", "tracking.", "tracking=", "hydra", "sweep", "dry_run")
+# Overrides that may differ between jobs and do not change results. Another runtime.data may have other images.
+_NO_SETTING = re.compile(r"runtime\.(?!data=)|tracking[.=]|hydra|sweep|dry_run|seed=")
 _SEED = "seed="
+_LONG = re.compile(r"-?\d*\.\d{6,}|-?\d(\.\d+)?e[+-]?\d+")  # as a search draws them
 _MACHINE = ("tracking", "runtime.store", "runtime.data", "runtime.device", "runtime.threads", "runtime.compile")
 # Overrides for how a student is taught. A student and its baseline may differ only in these.
 _TEACHING = ("method", "teacher", "loss", "experiment")
@@ -48,7 +50,7 @@ def print_jobs(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if job.result is not None:
             own = escape(difference(job.overrides, shared))
-            table.add_row(job.number, own, percent(job.result.objective), *test_of(job.result))
+            table.add_row(escape(job.number), own, percent(job.result.objective), *test_of(job.result))
             for mark in test_set_choices(job.result):
                 marks.setdefault(mark, []).append(job.number)
     if table.row_count:
@@ -101,14 +103,11 @@ def called(job: Job, shared: Collection[str]) -> str:
 
 
 def short(override: str) -> str:
-    """An override for tables, with numbers to four digits; "" for overrides that a search adds by itself."""
+    """An override for tables, with long fractions to four digits; "" for overrides that a search adds by itself."""
     name, _, value = override.partition("=")
     if name in ("runtime.trial", "sweep.join"):
         return ""
-    try:
-        return f"{name}={float(value):.4g}" if len(value) > 6 else override
-    except ValueError:
-        return override
+    return f"{name}={float(value):.4g}" if _LONG.fullmatch(value) else override
 
 
 @dataclass(frozen=True)
@@ -151,8 +150,9 @@ class Setting:
     @property
     def val(self) -> float | None:
         """Their mean validation accuracy; None without a validation split."""
-        known = [(result.objective, len(result.students)) for result in self.results if result.objective is not None]
-        return sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
+        known = {student.key: student.val_acc for result in self.results for student in result.students}
+        values = [value for value in known.values() if value is not None]
+        return sum(values) / len(values) if values else None
 
     @property
     def mean(self) -> float:
@@ -202,7 +202,7 @@ def settings(jobs: Sequence[Job]) -> list[Setting]:
     known: dict[tuple[str, ...], set[str]] = {}
     for job in jobs:
         if job.result is not None:
-            overrides = tuple(each for each in job.overrides if not each.startswith((*_NO_SETTING, _SEED)))
+            overrides = tuple(each for each in job.overrides if not _NO_SETTING.match(each))
             keys = {student.key for student in job.result.students}
             # A search may draw a setting twice. The same students count once.
             if not keys <= known.setdefault(overrides, set()):
@@ -234,7 +234,8 @@ def command(setting: Setting, start: Sequence[str] = ()) -> str:
     """
     overrides = [*start, *setting.overrides]
     shared = set.intersection(*(set(job.overrides) for job in setting.jobs))
-    overrides += [each for each in setting.jobs[0].overrides if each in shared and each.startswith(_MACHINE)]
+    machine = [each for each in setting.jobs[0].overrides if each in shared and each.startswith(_MACHINE)]
+    overrides += [each for each in machine if each not in overrides]
     mode = setting.results[0].mode
     if mode != "paper" and not any(each.startswith("mode=") for each in overrides):
         overrides.append(f"mode={mode}")
@@ -305,19 +306,19 @@ def write_summary(
     (other, added), lines = differences(pool), _best_lines(pool, best, objective, again)
     head = _PAIRED.format(other)
     if missing:
-        lines.append(f"{missing} of {count(len(jobs) + missing)} left no result: killed, or never started")
+        lines.append(f"{missing} of {count(len(jobs) + missing)} left no folder: killed, or never started")
     for stale in ("best.sh", "summary.png"):
         (folder / stale).unlink(missing_ok=True)
     _write_csv(folder / "summary.csv", student_rows(jobs))
     (folder / "summary.md").write_text(_markdown(pool, jobs, [head, *added] if added else [], lines), encoding="utf-8")
+    if best is not None:
+        told = f"# the best setting of {folder.name}: `make best` runs it\n{again}\n"
+        (folder / "best.sh").write_text(told, encoding="utf-8")
     if pool:
         named = {setting.overrides: index for index, setting in enumerate(pool)}
         circle = (named[best.overrides], best.score(objective)) if best else None
         by = "test" if objective == "test_acc" else "validation"
         draw_summary(folder / "summary.png", pool, _shared(pool), circle, by)
-    if best is not None:
-        told = f"# the best setting of {folder.name}: `make best` runs it\n{again}\n"
-        (folder / "best.sh").write_text(told, encoding="utf-8")
     return [*([head] if added else []), *(f"  {line}" for line in _first(added, "more difference")), *lines]
 
 

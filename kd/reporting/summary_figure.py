@@ -67,8 +67,14 @@ def varying_numbers(pool: Sequence[Setting]) -> dict[str, list[float]]:
     return numbers
 
 
+def _literal(text: str) -> str:
+    """A text that matplotlib draws as it is: without formulas between two dollars."""
+    return text.replace("$", r"\$")
+
+
 def _conditions(pool: Sequence[Setting]) -> str:
-    return "; ".join(dict.fromkeys(f"{result.dataset}, mode {result.mode}" for each in pool for result in each.results))
+    found = dict.fromkeys(f"{result.dataset}, mode {result.mode}" for each in pool for result in each.results)
+    return _literal("; ".join(found))
 
 
 def _measured(pool: Sequence[Setting], chosen_by: str) -> str:
@@ -103,7 +109,7 @@ def _draw_curves(
             axes.plot([drawn[index]] * len(decided), decided, "x", color=color, ms=5)
         curve.sort(key=places.__getitem__)
         xs, means = [drawn[index] for index in curve], [pool[index].mean for index in curve]
-        named = label if joined and len(curves) > 1 else None
+        named = _literal(label) if joined and len(curves) > 1 else None
         axes.plot(xs, means, "_-" if joined else "_", color=color, ms=10, label=named)
     axes.set_xlabel(name)
     axes.grid(alpha=0.3)
@@ -128,7 +134,7 @@ def _draw_lines(axes: Any, pool: Sequence[Setting], shared: Sequence[str], chose
             axes.plot(decided, [row], "x", color="black", ms=6, mew=1.5, label="mean on validation", zorder=5)
     texts = [(each.label(shared), each.results[0].networks) for each in pool]
     labels = ["\n".join(fill(text, _WIDTH, break_long_words=False) for text in both) for both in texts]
-    axes.set_yticks(range(len(pool)), labels, fontsize=8)
+    axes.set_yticks(range(len(pool)), [*map(_literal, labels)], fontsize=8)
     axes.set_ylim(len(pool) - 0.5, -0.5)
     axes.set_xlim(max(axes.get_xlim()[0], 0), min(axes.get_xlim()[1], 100.4))  # also for longer intervals
     selects = dict.fromkeys(SELECTED[outcome.select] for each in pool for run in each.results for outcome in run.chain)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from kd.core.files import size_of
@@ -72,17 +73,17 @@ def print_list(store: Store, as_json: bool) -> None:
         return
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     for name in ("stage", "role", "data set", "network ← its guides"):
-        table.add_column(name, overflow="fold", no_wrap=name == "stage")
+        table.add_column(name, overflow="fold", min_width=16 if name == "stage" else None)
     for name in ("val %", "test %", "epochs", "size", "age"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for each in rows:
         accuracies = ("–" if acc is None else f"{acc:.2f}" for acc in (each.val_acc, each.test_acc))
         measures = str(each.epochs), in_bytes(each.size), _ago(each.age)
-        table.add_row(each.key, each.role, each.dataset, each.chain, *accuracies, *measures)
+        table.add_row(each.key, *map(escape, (each.role, each.dataset, each.chain)), *accuracies, *measures)
     out = console()
     out.print(table)
     total = in_bytes(sum(each.size for each in rows))
-    out.print(f"{len(rows)} finished stages, {total}, in {store.root}", highlight=False, soft_wrap=True)
+    out.print(f"{len(rows)} finished stages, {total}, in {store.root}", highlight=False, markup=False, soft_wrap=True)
     for key, age in unfinished.items():
         goes_on = "the command that began it goes on"
         out.print(f"{key} is unfinished, last written {_ago(age)} ago: {goes_on}", highlight=False)

@@ -5,16 +5,31 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.live import Live
+from yaml import YAMLError
 
 from kd.app.multirun import sweep_of
 from kd.app.parallel import jobs_of
 from kd.core.spec import KnownError
-from kd.reporting.board import IDLE, Line, Overview, Sweep, board, has_ended, headline_of, plain_line, screen, shared_by
+from kd.reporting.board import (
+    Line,
+    Overview,
+    Sweep,
+    board,
+    has_ended,
+    headline_of,
+    plain_line,
+    screen,
+    shared_by,
+)
+
+_CONFIGURATION = "multirun.yaml"  # what Hydra writes of a sweep, before its jobs
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
@@ -24,18 +39,29 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     watching.add_argument("folder", type=Path, help="the sweep's folder: multirun/<date>/<time>")
     watching.add_argument("--once", action="store_true", help="print the table once")
     watching.add_argument(
-        "--every", type=float, metavar="SECONDS", help="between two looks; default: 2, without a terminal 10"
+        "--every", type=_seconds, metavar="SECONDS", help="between two looks; default: 2, without a terminal 10"
     )
     return parser.parse_args(given)
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < inf:
+        raise ValueError
+    return value
+
+
 def main(given: Sequence[str]) -> int:
-    """Do what the command line says. Returns 1 if a job has failed."""
+    """Do what the command line says. Returns 1 if a job has failed or was killed."""
     arguments = _arguments(given)
     folder: Path = arguments.folder
     if not folder.is_dir():
         raise KnownError(f"{folder} is not a folder; a sweep's is multirun/<date>/<time>")
     sweep, out = _sweep(folder), Console()
+    if not (folder / _CONFIGURATION).exists() and not Overview(folder).lines():
+        raise KnownError(
+            f"{folder} has no sweep: neither {_CONFIGURATION} nor jobs; a sweep's is multirun/<date>/<time>"
+        )
     if arguments.once:
         lines = Overview(folder).lines()
         out.print(headline_of(folder, lines, sweep.expected), style="bold", highlight=False, markup=False)
@@ -44,13 +70,20 @@ def main(given: Sequence[str]) -> int:
         lines = _live(sweep, arguments.every or 2, out)
     else:
         lines = _plain_lines(sweep, arguments.every or 10)
-    return int(any(line.job.failed and line.job.reason != IDLE for line in lines))
+    if not arguments.once and not has_ended(folder, lines):
+        print(f"{folder}: no job runs, and the sweep has not ended: it was killed", flush=True)
+        return 1
+    lacks = has_ended(folder, lines) and any(line.job.result is None and not line.job.pruned for line in lines)
+    return int(lacks or any(line.failed for line in lines))
 
 
 def _sweep(folder: Path) -> Sweep:
     """What the sweep's own file tells. The number of jobs is not known of a search."""
-    path = folder / "multirun.yaml"
-    config = OmegaConf.load(path) if path.exists() else None
+    path = folder / _CONFIGURATION
+    try:
+        config = OmegaConf.load(path) if path.exists() else None
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise KnownError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, DictConfig) or "hydra" not in config:
         return Sweep(folder)
     return sweep_of(config, folder, len(jobs_of(config)))
@@ -63,7 +96,7 @@ def _live(sweep: Sweep, every: float, out: Console) -> list[Line]:
         while True:
             lines = overview.lines()
             live.update(screen(sweep, lines, out, out.height), refresh=True)
-            if has_ended(sweep.folder, lines):
+            if overview.is_over(lines):
                 return lines
             time.sleep(every)
 
@@ -77,7 +110,7 @@ def _plain_lines(sweep: Sweep, every: float) -> list[Line]:
             if said.get(line.job.number) != (text := plain_line(line, shared_by(lines, sweep.fixed))):
                 print(text, flush=True)
                 said[line.job.number] = text
-        if has_ended(sweep.folder, lines):
+        if overview.is_over(lines):
             print(headline_of(sweep.folder, lines, sweep.expected), flush=True)
             return lines
         time.sleep(every)

@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from kd.app.config import Config, plan, plan_alone
 from kd.app.parallel import fixed_of, tell
-from kd.app.parsing import as_typed, parse
+from kd.app.parsing import as_typed, by_key, parse
 from kd.app.search.processes import Locks
 from kd.app.search.sampler import LOST, NO_BEST, WANTED, ordinal
 from kd.app.search.space import as_overrides
@@ -38,6 +38,8 @@ from kd.store import Store
 
 ORDINAL = "runtime.trial"  # the parameter that tells a job its trial
 _SEEDS = ("seed", "teacher.seed", "method.assistant.seed", "dataset.split_seed")
+# Searched settings of which some values read what others do not: a step schedule its milestones, an assistant its T.
+_SWITCHES = ("optimizer", "schedule", "assistants", "teachers", "reference", "augment")
 _NO_RESULT = ("runtime.", "tracking", "hydra", "sweep", "dry_run")  # overrides that decide nothing of a trial's result
 _PROCESS = "process"  # a trial's attribute: the process that runs it
 
@@ -72,6 +74,8 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
     none, or if another process leads the study.
     """
     base, space = _read(config, config_name)
+    if base.why:
+        raise KnownError("why: a search has many values of a key; of the others tells: python run.py sweep=… why=…")
     sweeper = config.hydra.sweeper
     dataset = resolve(base.dataset, base.data_root, base.workers, base.image_size)
     if base.sweep.objective == "val_acc" and not dataset.validated:
@@ -81,9 +85,13 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
         )
     students = plan(base, dataset)
     name = study_name(base, students, space, OmegaConf.to_container(sweeper.sampler), fixed_of(config))
-    told = any(each.startswith("hydra.sweep.dir=") for each in as_typed(config.hydra.overrides.hydra))
+    given = by_key(as_typed(config.hydra.overrides.hydra))
+    # The default has the time in it. Then the study's own folder is used, so that the same command goes on with it.
+    told = "hydra.sweep.dir" in given or "${now:" not in str(config.hydra.sweep._get_node("dir")._value())
     place = base.store_root / "search" / name
     folder = Path(config.hydra.sweep.dir).absolute() if told else _folder(place, name)
+    for key in {"hydra.sweeper.study_name", "hydra.sweep.subdir"} & {*given}:
+        print(f"{key} has no effect: a search names its study by what is searched, and its folders by their trials")
     if base.dry_run:
         print(f"study {name} in {folder}: {sweeper.n_trials} trials in all, over")
         print("\n".join(f"  {parameter}: {values}" for parameter, values in space.items()), flush=True)
@@ -100,11 +108,23 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
     if wanted:
         study.set_user_attr(WANTED, wanted)
         tell(config, "hydra.sweeper.n_trials", _missing(study, locks, wanted))
+    _draw_on(config, study)
     tell(config, "hydra.sweeper.study_name", name)
     tell(config, "hydra.sweeper.storage", storage)
     tell(config, "hydra.sweep.dir", str(folder))
     tell(config, "hydra.sweep.subdir", f"${{{ORDINAL}}}")
     return Search(folder, wanted, study, locks)
+
+
+def _draw_on(config: DictConfig, study: Study) -> None:
+    """Let a sampler with a seed, other than by_trial, draw other trials than those that the study has already."""
+    sampler, begun = config.hydra.sweeper.sampler, len(study.get_trials(deepcopy=False))
+    seed = sampler.get("seed")
+    if not begun or seed is None or sampler._target_.endswith(".ByTrial"):
+        return
+    new = int(hashlib.sha256(f"{seed} {begun}".encode()).hexdigest()[:8], 16) % 2**31
+    print(f"hydra.sweeper.sampler.seed={new}, from {seed} and the number of trials: the same seed draws them again")
+    tell(config, "hydra.sweeper.sampler.seed", new)
 
 
 def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]:
@@ -126,6 +146,9 @@ def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]
     typed = [*(config.hydra.sweeper.params or {}).items(), *(str(each.input_line).split("=", 1) for each in swept)]
     given = {each.get_key_element().lstrip("+") for each in overrides if not each.is_sweep_override()}
     space = {_bare(name): str(values) for name, values in typed if _bare(name) not in given}
+    if not space:
+        named = ", ".join(_bare(name) for name, _ in typed)
+        raise KnownError(f"sweep: nothing is left to search, because each has one value: {named}")
     _check_seed(space, base)
     names = as_overrides(space, {_bare(name) for name, _ in typed if str(name).startswith("+")}, compose)
     _rename(config, overrides, names)
@@ -175,8 +198,8 @@ def study_name(
     """A readable prefix, and a hash of search space, sampler, objective, pruning and the keys of the students.
 
     `fixed` are the overrides of all trials. They are hashed, too, where a trial may read what the students of the base
-    do not: if options are searched, or if a value is an interpolation. The number of trials, the number of parallel
-    jobs, the launcher and the tracking are not in it.
+    do not: if options or other switches are searched, or if a value is an interpolation. The number of trials, the
+    number of parallel jobs, the launcher and the tracking are not in it.
     """
     identity = {
         "space": dict(space),
@@ -187,7 +210,8 @@ def study_name(
         "students": [student.key for student in students],
     }
     told = [each for each in fixed if not each.lstrip("+").startswith(_NO_RESULT)]
-    if any("." not in name and name != "seed" for name in space) or any("${" in each for each in told):
+    switches = [name for name in space if name.rpartition(".")[2] in _SWITCHES or ("." not in name and name != "seed")]
+    if switches or any("${" in each for each in told):
         identity["fixed"] = sorted(told)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     chain = "-".join(source.model for source in students[0].chain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ class TensorBoardPage(Page):
             ) from error
         place = opening.folder / "tensorboard"
         shutil.rmtree(place, ignore_errors=True)
-        name = shortened("run_name", opening.name, LONGEST["run_name"])  # file systems take 255 bytes
+        name = shortened("run_name", re.sub(r"[/\\]", "-", opening.name), LONGEST["run_name"])  # one folder
         self._writer = SummaryWriter(str(place / name), flush_secs=_FLUSH_SECONDS)
         self._config, self._final = opening.config, dict[str, Any]()
         if self._config:

@@ -74,8 +74,9 @@ def main(given: Sequence[str]) -> int:
             return 0
         failures = train(planned.stages, costs, store, out)
     report = gather(request, _shown(given), planned, store, failures, estimator.flops)
+    written = page.write_report(report, out)
     print_tables(report)
-    print(f"{out}: {', '.join(page.write_report(report, out))}")
+    print(f"{out}: {', '.join(written)}")
     return 1 if failures or planned.left_out else 0
 
 

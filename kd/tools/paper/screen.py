@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.markup import escape
+
 from kd.reporting.console import console, duration, narrow_table, percent
 from kd.store import Store
 from kd.tools.paper.cost import Cost
@@ -37,6 +39,7 @@ def print_costs(costs: Sequence[Cost], store: Store) -> None:
         f"{len(missing)} of {len(costs)} stages to train, about {duration(sum(cost.seconds for cost in missing))} on "
         f"this machine, estimated from a few steps of each network; finished stages are in {store.root}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -57,11 +60,11 @@ def _sums(costs: Sequence[Cost]) -> tuple[str, ...]:
 def print_tables(report: Report) -> None:
     """Print every row: published numbers, our own, and the difference to the baseline."""
     out = console()
-    out.print(report.title, style="bold")
+    out.print(report.title, style="bold", markup=False)
     for line in content.findings(report):
         out.print(line.replace("**", ""), highlight=False, markup=False, soft_wrap=not out.is_terminal)
     if told := content.of_two_seeds(report):
-        out.print(told, highlight=False, soft_wrap=not out.is_terminal)
+        out.print(told, highlight=False, markup=False, soft_wrap=not out.is_terminal)
     for table in report.tables:
         published = [f"published, {table.dataset} %>"] if any(map(content.has_published, table.rows)) else []
         difference = "difference to baseline, interval, p>"
@@ -70,13 +73,13 @@ def print_tables(report: Report) -> None:
             for cell in row.cells:
                 students = report.students(cell)
                 shown.add_row(
-                    row.id,
-                    cell.label,
+                    escape(row.id),
+                    escape(cell.label),
                     str(len(cell.draws)),
                     percent(mean([student.test_acc for student in students])),
                     content.difference_of(cell),
                     *([content.published_of(cell, row.baseline)] if published else []),
                     percent(mean([student.best_test for student in students])),
                 )
-        out.print(f"{table.data}: {table.title}", highlight=False)
+        out.print(f"{table.data}: {table.title}", highlight=False, markup=False)
         out.print(shown)
