@@ -285,6 +285,10 @@ def lines(*words: str, multirun: bool = False) -> list[str]:
             "experiment=takd/cifar10/tuned_kd_resnet110_resnet20 method=scratch dataset=digits mode=paper",
             "method.T has no effect: method=scratch does not read it",
         ),
+        (
+            "method=trained_teacher model.image_size=32",
+            "the reference resnet8 is trained without what is for the student alone: model.image_size",
+        ),
         ("sweep.join=true", "sweep.join has no effect: this run is not a trial of a search"),
         ("sweep.prune=true", "sweep.prune has no effect: this run is not a trial of a search"),
         ("sweep.objective=test_acc", "sweep.objective has no effect: this is a single run, without -m"),

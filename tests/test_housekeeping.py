@@ -17,6 +17,7 @@ import pytest
 from kd.core import files
 from kd.core.spec import KnownError
 from kd.core.stage import Stage
+from kd.reporting.console import in_bytes
 from kd.store import Store
 from kd.store.housekeeping import DAY, collect, dependents, remove
 from kd.tools.store import main
@@ -55,6 +56,20 @@ def test_the_list(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(capsys.readouterr().out)
     guides = {each["key"]: each["guides"] for each in told["finished"]}
     assert guides == {TEACHER.key: [], STUDENT.key: [TEACHER.key], ASSISTED.key: [STUDENT.key, TEACHER.key]}
+
+
+def test_a_narrow_list_has_whole_keys(
+    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out
+    assert all(key in said for key in store)
+
+
+@pytest.mark.parametrize(("size", "told"), [(999, "999 B"), (2.5e9, "2.5 GB"), (2.34e13, "23.4 TB")])
+def test_sizes_have_their_units(size: float, told: str) -> None:
+    assert in_bytes(size) == told
 
 
 def test_the_list_needs_no_torch(store: Store) -> None:

@@ -135,6 +135,8 @@ def test_the_findings_come_first(folder: Path, capsys: pytest.CaptureFixture[str
     few = of_two_seeds(report)  # the same beside them
     assert few.startswith("n = 2: ")
     assert all(few in shown for shown in (text, page, said))
+    print_tables(report.model_copy(update={"title": "of [/b] and [x]"}))  # no markup, but what was typed
+    assert capsys.readouterr().out.startswith("of [/b] and [x]\n")
     title = "# The papers' tables, on digits\n"
     assert text.startswith(title)
     assert f"<h1>{title[2:-1]}</h1>" in page

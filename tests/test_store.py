@@ -61,6 +61,12 @@ def test_load_finds_the_store_of_the_environment(tmp_path: Path) -> None:
         kd.load("zz")
 
 
+def test_an_empty_key_is_no_stage(tmp_path: Path) -> None:
+    """Every key begins with it: `rm "$KEY"` without the variable would remove the only stage."""
+    with pytest.raises(KnownError, match="an empty text: should be the key of one finished stage"):
+        Store(tmp_path).complete("")
+
+
 def test_saving_again_replaces(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(stage(), trained(), {})

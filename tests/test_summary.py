@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scipy.stats import ttest_1samp
 
 from kd.reporting import summary
-from kd.reporting.results import Job, Replicate, ReplicatedResult, RunResult
+from kd.reporting.results import Job, Replicate, ReplicatedResult, RunResult, student_rows
 from kd.reporting.summary_figure import varying_numbers
 from tests.test_stage import TEACHER, distilled
 
@@ -225,6 +225,24 @@ def test_other_images_are_another_setting(tmp_path: Path) -> None:
     lines = summary.write_summary(tmp_path, jobs, "val_acc")
     assert lines[-1] == "again: python run.py runtime.data=a seed=0"
     assert lines[-2].startswith("best setting, chosen on validation: runtime.data=a: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5", 5),
+        ("-0.5", -0.5),
+        ("1e-3", 0.001),
+        ("007", "007"),
+        ("2024_01", "2024_01"),
+        ("nan", "nan"),
+        ("1e999", "1e999"),
+    ],
+)
+def test_only_what_is_written_like_a_number_is_one(text: str, value: Any) -> None:
+    (row,) = student_rows([a_job(0, f"dataset.label={text}")])
+    assert row["dataset.label"] == value
+    assert type(row["dataset.label"]) is type(value)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,12 @@ def test_a_name_longer_than_a_file_system_takes_is_cut(tmp_path: Path, capsys: p
     assert capsys.readouterr().out.startswith("tracking: run_name is longer than 128 characters, and is cut: summary")
 
 
+def test_a_group_names_one_folder_inside_the_sweep_s(tmp_path: Path) -> None:
+    track_sweep(SPEC, tmp_path / "sweep", "a/../../../b", TABLE, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
+    assert text(read(tmp_path / "sweep", "summary of a-..-..-..-b"), "jobs/text_summary")
+
+
 def test_a_missing_package_is_one_line(
     job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

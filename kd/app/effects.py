@@ -199,6 +199,10 @@ def choices(config: Config, dataset: DatasetSpec, given: Collection[str]) -> Ite
         yield f"dataset.views={dataset.views} has no effect: {all_of_them}"
     if "dataset.split_seed" in given and dataset.val_fraction == 0 and dataset.views is None:
         yield "dataset.split_seed has no effect: no images are split off for validation"
+    own = [key for key in ("init", "freeze", "image_size") if getattr(config.model, key) is not None]
+    if own and ("reference", config.model.name) in {(link.role, link.model) for link in chain(config)}:
+        alone = ", ".join(f"model.{key}" for key in own)
+        yield f"the reference {config.model.name} is trained without what is for the student alone: {alone}"
     recipe = config.train.recipe
     if recipe in DATASETS and recipe != dataset.name and "train" not in given and "train.recipe" not in given:
         yield f"recipe train={recipe}, not that of dataset={dataset.name}, which is train={dataset.name}"

@@ -176,7 +176,7 @@ class Store:
     def complete(self, beginning: str) -> str:
         """The one finished stage's key that has this beginning. Raises KnownError if there are none or several."""
         if not beginning:  # an unset variable of the shell would be the key of any stage
-            raise KnownError("the key of a stage is empty")
+            raise KnownError("an empty text: should be the key of one finished stage")
         found = [key for key in self if key.startswith(beginning)]
         if len(found) != 1:
             several = f"{len(found)} keys begin with it: {', '.join(found[:5])}"
