@@ -282,6 +282,16 @@ def test_the_search_of_an_experiment_is_left_out_without_m(
     assert "the search of this configuration is left out: without -m this is one run" in capsys.readouterr().out
 
 
+def test_a_mistake_in_an_option_of_ones_own_folder_is_told(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own" / "experiment" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("# @package _global_\ndefaults: [/sweep: tpe]\n")
+    job("experiment=mine", f"hydra.searchpath=[file://{tmp_path}/own]", code=2)
+    assert capsys.readouterr().err.startswith("Multiple values for sweep.")
+
+
 def test_a_search_of_ones_own_folder(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "own" / "sweep" / "mine.yaml"
     own.parent.mkdir(parents=True)

@@ -239,12 +239,12 @@ class Reader:
 
     def _diagnosed(self, overrides: Sequence[Override]) -> tuple[list[Override], list[str]]:
         """Overrides that can be composed, or lines that say which cannot."""
-        problems = list[str]()
-        chosen = [override for override in overrides if self._options(override.key_or_group)]
-        tree = self._composed(map(self._first, chosen))
+        paths = [override for override in overrides if override.key_or_group == "hydra.searchpath"]
+        chosen = paths + [override for override in overrides if self._options(override.key_or_group)]
+        problems, tree = list[str](), self._composed(map(self._first, chosen))
         if isinstance(tree, Exception) and not isinstance(base := self._composed([]), Exception):
             groups = base["hydra"]["runtime"]["choices"]
-            problems = [problem for override in chosen for problem in _group_problems(override, groups)]
+            problems = [problem for override in chosen[len(paths) :] for problem in _group_problems(override, groups)]
         if not isinstance(tree, dict):
             return [*overrides], problems or [_short(tree)]
         sound = list[Override]()
