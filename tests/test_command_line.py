@@ -22,7 +22,7 @@ from kd.app.effects import remarks
 from kd.app.keys import listed
 from kd.app.multirun import Multirun
 from kd.app.options import register
-from kd.app.parsing import by_key, parse, recorded, unread
+from kd.app.parsing import parse, recorded, set_keys
 from kd.core.spec import KnownError
 from kd.datasets import resolve
 from kd.reporting.console import without_comment
@@ -213,8 +213,7 @@ def lines(*words: str, multirun: bool = False) -> list[str]:
     overrides = read(*words)
     config = parse(cfg := composed(*overrides), overrides)
     dataset = resolve(config.dataset, config.data_root)
-    given = {**unread(cfg), **by_key(overrides)}
-    return [*remarks(config, dataset, plan(config, dataset)[0], given, multirun=multirun)]
+    return [*remarks(config, dataset, plan(config, dataset)[0], set_keys(cfg, overrides), multirun=multirun)]
 
 
 @pytest.mark.parametrize(
@@ -275,11 +274,17 @@ def lines(*words: str, multirun: bool = False) -> list[str]:
             "method=scratch train.lr=0.2 model.train.lr=0.1",
             "train.lr has no effect: model.train.lr takes its place",
         ),
-        ("method.lambda=0 method.T=2", "method.T has no effect: method.lambda=0"),
-        ("dataset.views=5 dataset.augment=none", "dataset.views=5 has no effect: augment=none has 1 in all"),
+        (
+            "method.lambda=0 method.T=2",
+            "method.T changes nothing of the student's training but its key: method.lambda=0",
+        ),
+        (
+            "dataset.views=5 dataset.augment=none",
+            "dataset.views=5 changes no image, but the keys of the stages: augment=none has 1 in all",
+        ),
         (
             "dataset.split_seed=5 dataset.val_fraction=0 train.select=last",
-            "dataset.split_seed has no effect: no images are split off for validation",
+            "dataset.split_seed changes no split, but the keys of the stages: no images are split off for validation",
         ),
         (
             "experiment=takd/cifar10/tuned_kd_resnet110_resnet20 method=scratch dataset=digits mode=paper",

@@ -225,6 +225,8 @@ def test_other_images_are_another_setting(tmp_path: Path) -> None:
     lines = summary.write_summary(tmp_path, jobs, "val_acc")
     assert lines[-1] == "again: python run.py runtime.data=a seed=0"
     assert lines[-2].startswith("best setting, chosen on validation: runtime.data=a: ")
+    (one,) = summary.settings([jobs[0], a_job(1, "runtime.data=b", "seed=1")])  # the same images, in two places
+    assert len(one.test) == 2
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,8 @@ def test_only_what_is_written_like_a_number_is_one(text: str, value: Any) -> Non
         ("train.lr=0.123456789", "train.lr=0.1235"),
         ("train.lr=1.234567e-05", "train.lr=1.235e-05"),
         ("train.lr=0.10001", "train.lr=0.10001"),
+        ("train.lr=1e-3", "train.lr=1e-3"),
+        ("dataset.label=1e999", "dataset.label=1e999"),
         ("seed=1000001", "seed=1000001"),
         ("dataset.label=2024_01", "dataset.label=2024_01"),
         ("runtime.trial=3", ""),

@@ -18,9 +18,9 @@ from rich.console import Console
 import kd
 from kd.core.spec import KnownError
 from kd.reporting import status as statuses
-from kd.reporting.board import Line, Overview, board, has_ended, headline_of, plain_line, shared_by
+from kd.reporting.board import Line, Overview, board, has_ended, headline_of, plain_line, shared_by, was_killed
 from kd.reporting.results import RunResult, record_failed, write_result
-from kd.reporting.status import Advance, Status, StatusFile, read_status
+from kd.reporting.status import PROCESS, Advance, Process, Status, StatusFile, read_process, read_status
 from kd.tools.watch import main
 from tests.conftest import ROOT
 
@@ -183,17 +183,36 @@ def test_the_command(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_sweep_that_was_killed_is_over(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not when a job was killed: the sweep may go on. Not while a job of its runs."""
+    dead = Process(pid=2**22 - 7, host=platform.node())
+    (sweep / PROCESS).write_text(dead.model_dump_json())
+    assert not was_killed(sweep, lines_of(sweep))
     (sweep / "0" / "status.json").unlink()
+    assert was_killed(sweep, lines_of(sweep))
+    for other in (dead.model_copy(update={"host": "elsewhere"}), dead.model_copy(update={"pid": os.getpid()})):
+        (sweep / PROCESS).write_text(other.model_dump_json())
+        assert not was_killed(sweep, lines_of(sweep))
+    (sweep / PROCESS).unlink()
+    assert not was_killed(sweep, lines_of(sweep))
+    (sweep / PROCESS).write_text(dead.model_dump_json())
     assert main(["watch", str(sweep), "--every", "0.01"]) == 1
-    assert (
-        capsys.readouterr().out.splitlines()[-1] == f"{sweep}: no job runs, and the sweep has not ended: it was killed"
-    )
+    told = f"{sweep}: the sweep's process has ended before its last job, and no job runs"
+    assert capsys.readouterr().out.splitlines()[-1] == told
 
 
-def test_a_job_that_was_never_begun_is_a_failure(tmp_path: Path) -> None:
+def test_a_grid_that_lacks_a_result_failed_and_a_search_may_go_on_elsewhere(tmp_path: Path) -> None:
     begin(tmp_path, 0, "method=kd")
-    (tmp_path / "summary.md").write_text("the end\n")
+    (tmp_path / "summary.md").write_text("the end\\n")
     assert main(["watch", str(tmp_path), "--every", "0.01"]) == 1
+    (tmp_path / "study.db").touch()
+    assert main(["watch", str(tmp_path), "--every", "0.01"]) == 0
+
+
+def test_a_sweep_names_its_process(job: Callable[..., Any], tmp_path: Path) -> None:
+    job("method=scratch", "seed=0,1", "train.epochs=1", multirun=True)
+    process = read_process(tmp_path / "out")
+    assert process is not None
+    assert (process.pid, process.has_ended) == (os.getpid(), False)
 
 
 def test_what_cannot_be_watched_is_one_line(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

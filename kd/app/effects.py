@@ -90,7 +90,7 @@ class Effects:
                     if f"{section}.{name}" in self.given and not choice.reads(name)
                 )
                 if choice.reads("lambda") and f"{section}.T" in self.given and link.loss.guided and _weight(link) == 0:
-                    yield f"{section}.T has no effect: {section}.lambda=0"
+                    yield f"{section}.T changes nothing of the {role}'s training but its key: {section}.lambda=0"
                 if link is not self._links[0] and not link.loss.guided:
                     yield f"{called} needs no guide: no network teaches the {role}"
 
@@ -196,9 +196,9 @@ def choices(config: Config, dataset: DatasetSpec, given: Collection[str]) -> Ite
             )
     if "dataset.views" in given and dataset.views is not None and dataset.views >= VIEWS[dataset.augment]:
         all_of_them = f"augment={dataset.augment} has {VIEWS[dataset.augment]} in all"
-        yield f"dataset.views={dataset.views} has no effect: {all_of_them}"
+        yield f"dataset.views={dataset.views} changes no image, but the keys of the stages: {all_of_them}"
     if "dataset.split_seed" in given and dataset.val_fraction == 0 and dataset.views is None:
-        yield "dataset.split_seed has no effect: no images are split off for validation"
+        yield "dataset.split_seed changes no split, but the keys of the stages: no images are split off for validation"
     own = [key for key in ("init", "freeze", "image_size") if getattr(config.model, key) is not None]
     if own and ("reference", config.model.name) in {(link.role, link.model) for link in chain(config)}:
         alone = ", ".join(f"model.{key}" for key in own)

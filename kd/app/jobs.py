@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from kd.app.config import Config, initial_files, plan, plan_alone
 from kd.app.effects import remarks
-from kd.app.parsing import as_typed, by_key, parse, recorded, unread
+from kd.app.parsing import as_typed, by_key, by_key, parse, recorded, set_keys
 from kd.core.hardware import bind_threads, cpu_count, resolve_device
 from kd.core.spec import KnownError, tilde
 from kd.core.stage import Stage
@@ -134,7 +134,7 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         if not config.dry_run:
             return None
     alone = plan_alone(config, dataset, students)
-    for line in remarks(config, dataset, students[0], {**unread(cfg), **by_key(typed())}, multirun=multirun):
+    for line in remarks(config, dataset, students[0], set_keys(cfg, typed()), multirun=multirun):
         _say(line, whole)
     if config.runtime.threads is None and runtime.processes not in (None, 1):
         print(f"runtime.processes={runtime.processes}: runtime.threads={runtime.threads} in each", flush=True)
@@ -300,9 +300,9 @@ def processors_of_a_job(launcher: DictConfig, processors: int) -> int:
 def pruning(config: Config, students: Sequence[Stage]) -> Callable[[Metrics], None] | None:
     """The function that ends the training of a pruned trial; None if the job is not pruned.
 
-    Raises KnownError if sweep.prune is set and the job is not a trial of a search.
+    Raises KnownError if sweep.prune is typed and the job is not a trial of a search.
     """
-    if not config.sweep.prune:
+    if not config.sweep.prune or (config.runtime.trial is None and "sweep.prune" not in by_key(typed())):
         return None
     if config.runtime.trial is None:
         raise KnownError("sweep.prune: works only in a search: python run.py -m sweep=tpe sweep.prune=true")

@@ -25,6 +25,7 @@ from kd.reporting import summary
 from kd.reporting.board import Sweep
 from kd.reporting.console import console
 from kd.reporting.results import Job, find_jobs, student_rows
+from kd.reporting.status import record_process
 from kd.reporting.tracking import TrackingSpec, group_of, track_sweep
 from kd.training.ranks import world
 
@@ -48,6 +49,7 @@ class Multirun(Callback):
         """Keep what summarize() needs."""
         cls.folder, cls.expected, cls.search = folder, expected, search
         cls.began = time.time() - 1  # file times are coarse
+        record_process(folder)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check that the run's folder can be written. Without this, Hydra shows a traceback."""

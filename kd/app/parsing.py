@@ -118,10 +118,11 @@ def without_foreign(tree: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def unread(cfg: DictConfig) -> dict[str, str]:
-    """The keys of a job's configuration that its options do not read, whoever set them, with their values."""
-    tree: Any = OmegaConf.to_container(cfg)
-    return {key: str(OmegaConf.select(cfg, key)) for key in foreign(tree, _keys(tree))}
+def set_keys(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, str]:
+    """The keys that are typed, and those that an experiment has for other options than the chosen ones."""
+    given, tree = by_key(overrides), dict[str, Any](OmegaConf.to_container(cfg))  # type: ignore[arg-type]
+    brought = [key for key in foreign(tree, _keys(tree)) if not any(each.startswith(f"{key}.") for each in given)]
+    return dict.fromkeys(brought, "") | given
 
 
 def _keys(tree: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from bisect import bisect_left
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from kd.reporting.console import count, duration, narrow_table, percent, test_of
 from kd.reporting.results import UNFINISHED, Job, Known, find_jobs
-from kd.reporting.status import Status, read_status
+from kd.reporting.status import Status, read_process, read_status
 from kd.reporting.summary import called, difference
 
 IDLE = "not training"  # a job that has begun: it loads, waits for another's stage, or was killed before it trained
@@ -80,17 +79,10 @@ class Overview:
 
     def __init__(self, folder: Path, since: float = 0.0) -> None:
         self._folder, self._since, self._known = folder, since, Known()
-        self._stood = False  # whether it was seen without a job that runs
 
     def lines(self) -> list[Line]:
         """What each job does now."""
         return [_line(self._folder, job) for job in find_jobs(self._folder, self._since, self._known)]
-
-    def is_over(self, lines: Sequence[Line]) -> bool:
-        """Whether the sweep has ended, or was killed: two looks have seen a stopped job, and none that runs."""
-        stood = self._stood
-        self._stood = any(line.gone for line in lines) and not any(line.runs for line in lines)
-        return has_ended(self._folder, lines) or (stood and self._stood)
 
 
 def _line(folder: Path, job: Job) -> Line:
@@ -102,13 +94,9 @@ def _line(folder: Path, job: Job) -> Line:
 
 def _gone(status: Status) -> str:
     """Why a job with a status does not run; "" if it runs, as far as one can see."""
+    if status.has_ended:
+        return f"killed in epoch {status.epoch}/{status.epochs} of {status.stage}"
     if status.host == platform.node():
-        try:
-            os.kill(status.pid, 0)
-        except ProcessLookupError:
-            return f"killed in epoch {status.epoch}/{status.epochs} of {status.stage}"
-        except PermissionError:  # of another user
-            return ""
         return ""
     silent = time.time() - status.at
     return f"no news for {duration(silent)}, from {status.host}" if silent > _SILENT else ""
@@ -122,6 +110,12 @@ def has_ended(folder: Path, lines: Sequence[Line]) -> bool:
     configs = [folder / line.job.number / ".hydra" / "config.yaml" for line in lines]
     began = [path.stat().st_mtime for path in configs if path.exists()]  # hydra.output_subdir=null: there are none
     return not began or summary.stat().st_mtime >= max(began)
+
+
+def was_killed(folder: Path, lines: Sequence[Line]) -> bool:
+    """Whether the sweep's own process has ended before its end, and no job runs."""
+    process = read_process(folder)
+    return process is not None and process.has_ended and not any(line.runs for line in lines)
 
 
 def headline_of(folder: Path, lines: Sequence[Line], expected: int) -> str:

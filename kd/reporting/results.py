@@ -27,7 +27,7 @@ _MARKS = (".hydra/config.yaml", "result.json", "error.json", "pruned.json")
 _NO_JOBS = {".hydra", ".submitit", "wandb"}  # folders without jobs
 
 UNFINISHED = "unfinished"  # the reason of a job that has not ended: it runs, or was stopped
-_NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?(e[+-]?\d+)?", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _USUAL = "the student's seed"
 # Columns that every student's row has, after what was set for its job
 _COLUMNS = (

@@ -15,6 +15,7 @@ from kd.core import files
 from kd.core.spec import Frozen
 
 STATUS = "status.json"
+PROCESS = "process.json"
 TABLE = "KD_TABLE"  # of the environment: the number of the pipe that leads above a live table
 _EVERY = 2.0  # seconds between two writes of a status
 
@@ -30,11 +31,29 @@ class Advance(Frozen):
     left: float | None  # seconds of this stage
 
 
-class Status(Advance):
-    """status.json of a job that runs."""
+class Process(Frozen):
+    """process.json of a sweep: the process that started its jobs."""
 
     pid: int
     host: str
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it runs no more. False where this cannot be seen: on another machine, or of another user."""
+        if self.host != platform.node():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+
+
+class Status(Advance, Process):
+    """status.json of a job that runs."""
+
     at: float  # seconds of Unix
 
 
@@ -65,6 +84,19 @@ def read_status(folder: Path) -> Status | None:
     """The status in a job's folder. None before and after a training, and for a file that is damaged."""
     try:
         return Status.model_validate_json((folder / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
+
+
+def record_process(folder: Path) -> None:
+    """Write that this process does the sweep in a folder. Raises OSError."""
+    files.write(folder / PROCESS, Process(pid=os.getpid(), host=platform.node()).model_dump_json())
+
+
+def read_process(folder: Path) -> Process | None:
+    """The process of the sweep in a folder. None where no file says it, and for a file that is damaged."""
+    try:
+        return Process.model_validate_json((folder / PROCESS).read_text(encoding="utf-8"))
     except (OSError, ValidationError):
         return None
 

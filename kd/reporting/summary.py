@@ -26,10 +26,11 @@ from kd.reporting.results import (
 )
 from kd.reporting.summary_figure import draw_summary
 
-# Overrides that may differ between jobs and do not change results. Another runtime.data may have other images.
-_NO_SETTING = re.compile(r"runtime\.(?!data=)|tracking[.=]|hydra|sweep|dry_run|seed=")
+# Overrides that may differ between jobs and do not change results.
+_NO_SETTING = re.compile(r"runtime\.|tracking[.=]|hydra|sweep|dry_run|seed=")
+_NO_SETTING_BUT_DATA = re.compile(rf"(?!runtime\.data=)({_NO_SETTING.pattern})")
 _SEED = "seed="
-_LONG = re.compile(r"-?\d*\.\d{6,}|-?\d(\.\d+)?e[+-]?\d+")  # as a search draws them
+_LONG = re.compile(r"-?\d*\.\d{6,}|-?\d\.\d{4,}e[+-]?\d+")  # as a search draws them
 _MACHINE = ("tracking", "runtime.store", "runtime.data", "runtime.device", "runtime.threads", "runtime.compile")
 # Overrides for how a student is taught. A student and its baseline may differ only in these.
 _TEACHING = ("method", "teacher", "loss", "experiment")
@@ -122,6 +123,11 @@ class Setting:
         """The jobs' results."""
         return [job.result for job in self.jobs if job.result]
 
+    @property
+    def students(self) -> set[tuple[int, str]]:
+        """Seed and key of each student."""
+        return {(student.seed, student.key) for result in self.results for student in result.students}
+
     @cached_property
     def test(self) -> list[float]:
         """The test accuracy of each student. A student that two jobs have counts once."""
@@ -198,11 +204,18 @@ def _chain(result: RunResult) -> str:
 
 def settings(jobs: Sequence[Job]) -> list[Setting]:
     """Finished jobs grouped by their overrides without the seed, in the order of the jobs."""
+    found = _grouped(jobs, _NO_SETTING)
+    # The same images may be in two places. Two students of one seed are not the same: these images are others.
+    alike = all(len({key for seed, key in each.students}) == len({seed for seed, _ in each.students}) for each in found)
+    return found if alike else _grouped(jobs, _NO_SETTING_BUT_DATA)
+
+
+def _grouped(jobs: Sequence[Job], without: re.Pattern[str]) -> list[Setting]:
     groups: dict[tuple[str, ...], list[Job]] = {}
     known: dict[tuple[str, ...], set[str]] = {}
     for job in jobs:
         if job.result is not None:
-            overrides = tuple(each for each in job.overrides if not _NO_SETTING.match(each))
+            overrides = tuple(each for each in job.overrides if not without.match(each))
             keys = {student.key for student in job.result.students}
             # A search may draw a setting twice. The same students count once.
             if not keys <= known.setdefault(overrides, set()):

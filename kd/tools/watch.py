@@ -27,7 +27,9 @@ from kd.reporting.board import (
     plain_line,
     screen,
     shared_by,
+    was_killed,
 )
+from kd.reporting.status import PROCESS
 
 _CONFIGURATION = "multirun.yaml"  # what Hydra writes of a sweep, before its jobs
 
@@ -58,7 +60,7 @@ def main(given: Sequence[str]) -> int:
     if not folder.is_dir():
         raise KnownError(f"{folder} is not a folder; a sweep's is multirun/<date>/<time>")
     sweep, out = _sweep(folder), Console()
-    if not (folder / _CONFIGURATION).exists() and not Overview(folder).lines():
+    if not any((folder / name).exists() for name in (_CONFIGURATION, PROCESS)) and not Overview(folder).lines():
         raise KnownError(
             f"{folder} has no sweep: neither {_CONFIGURATION} nor jobs; a sweep's is multirun/<date>/<time>"
         )
@@ -70,11 +72,14 @@ def main(given: Sequence[str]) -> int:
         lines = _live(sweep, arguments.every or 2, out)
     else:
         lines = _plain_lines(sweep, arguments.every or 10)
-    if not arguments.once and not has_ended(folder, lines):
-        print(f"{folder}: no job runs, and the sweep has not ended: it was killed", flush=True)
+    ended = has_ended(folder, lines)
+    if not arguments.once and not ended:
+        print(f"{folder}: the sweep's process has ended before its last job, and no job runs", flush=True)
         return 1
-    lacks = has_ended(folder, lines) and any(line.job.result is None and not line.job.pruned for line in lines)
-    return int(lacks or any(line.failed for line in lines))
+    # A search may be another process's, too, which goes on. Of a grid, nothing runs after its summary.
+    grid = ended and not (folder / "study.db").exists()
+    lacks = len(lines) < sweep.expected or any(line.job.result is None and not line.job.pruned for line in lines)
+    return int((grid and lacks) or any(line.failed for line in lines))
 
 
 def _sweep(folder: Path) -> Sweep:
@@ -96,7 +101,7 @@ def _live(sweep: Sweep, every: float, out: Console) -> list[Line]:
         while True:
             lines = overview.lines()
             live.update(screen(sweep, lines, out, out.height), refresh=True)
-            if overview.is_over(lines):
+            if has_ended(sweep.folder, lines) or was_killed(sweep.folder, lines):
                 return lines
             time.sleep(every)
 
@@ -110,7 +115,7 @@ def _plain_lines(sweep: Sweep, every: float) -> list[Line]:
             if said.get(line.job.number) != (text := plain_line(line, shared_by(lines, sweep.fixed))):
                 print(text, flush=True)
                 said[line.job.number] = text
-        if overview.is_over(lines):
+        if has_ended(sweep.folder, lines) or was_killed(sweep.folder, lines):
             print(headline_of(sweep.folder, lines, sweep.expected), flush=True)
             return lines
         time.sleep(every)

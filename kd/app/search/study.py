@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,8 @@ from kd.store import Store
 
 ORDINAL = "runtime.trial"  # the parameter that tells a job its trial
 _SEEDS = ("seed", "teacher.seed", "method.assistant.seed", "dataset.split_seed")
-# Searched settings of which some values read what others do not: a step schedule its milestones, an assistant its T.
-_SWITCHES = ("optimizer", "schedule", "assistants", "teachers", "reference", "augment")
+# Settings that other settings of a trial may not read: milestones without a step schedule, T without an assistant.
+_SOMETIMES = re.compile(r"\+*(method\.assistant\..*|(.*\.)?(milestones|gamma|momentum|nesterov|weights|views))=")
 _NO_RESULT = ("runtime.", "tracking", "hydra", "sweep", "dry_run")  # overrides that decide nothing of a trial's result
 _PROCESS = "process"  # a trial's attribute: the process that runs it
 
@@ -148,7 +149,8 @@ def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]
     space = {_bare(name): str(values) for name, values in typed if _bare(name) not in given}
     if not space:
         named = ", ".join(_bare(name) for name, _ in typed)
-        raise KnownError(f"sweep: nothing is left to search, because each has one value: {named}")
+        why = f"nothing is left to search, because each has one value: {named}" if named else "nothing is searched"
+        raise KnownError(f"sweep: {why}; 'method.T=interval(1,20)' is")
     _check_seed(space, base)
     names = as_overrides(space, {_bare(name) for name, _ in typed if str(name).startswith("+")}, compose)
     _rename(config, overrides, names)
@@ -198,8 +200,8 @@ def study_name(
     """A readable prefix, and a hash of search space, sampler, objective, pruning and the keys of the students.
 
     `fixed` are the overrides of all trials. They are hashed, too, where a trial may read what the students of the base
-    do not: if options or other switches are searched, or if a value is an interpolation. The number of trials, the
-    number of parallel jobs, the launcher and the tracking are not in it.
+    do not: if options are searched, if a value is an interpolation, and otherwise those that only some values read. The
+    number of trials, the number of parallel jobs, the launcher and the tracking are not in it.
     """
     identity = {
         "space": dict(space),
@@ -210,12 +212,22 @@ def study_name(
         "students": [student.key for student in students],
     }
     told = [each for each in fixed if not each.lstrip("+").startswith(_NO_RESULT)]
-    switches = [name for name in space if name.rpartition(".")[2] in _SWITCHES or ("." not in name and name != "seed")]
-    if switches or any("${" in each for each in told):
+    if any("." not in name and name != "seed" for name in space) or any("${" in each for each in told):
         identity["fixed"] = sorted(told)
+    elif sometimes := [each for each in told if _SOMETIMES.match(each) and _switched(each, space)]:
+        identity["fixed"] = sorted(sometimes)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     chain = "-".join(source.model for source in students[0].chain)
     return f"{base.method.name}-{chain}-{base.dataset.name}-{digest}"
+
+
+def _switched(override: str, space: Mapping[str, str]) -> bool:
+    """Whether the search decides if a trial reads an override."""
+    name = override.lstrip("+").partition("=")[0]
+    if name.startswith("method.assistant."):
+        return "method.assistants" in space
+    reader = {"milestones": "schedule", "gamma": "schedule", "weights": "teachers", "views": "augment"}
+    return any(key.endswith(f".{reader.get(name.rpartition('.')[2], 'optimizer')}") for key in space)
 
 
 def _check_seed(space: Mapping[str, str], base: Config) -> None:
