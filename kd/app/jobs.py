@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from kd.app.config import Config, initial_files, plan, plan_alone
 from kd.app.effects import remarks
-from kd.app.parsing import as_typed, by_key, by_key, parse, recorded, set_keys
+from kd.app.parsing import as_typed, by_key, parse, recorded, set_keys
 from kd.core.hardware import bind_threads, cpu_count, resolve_device
 from kd.core.spec import KnownError, tilde
 from kd.core.stage import Stage
