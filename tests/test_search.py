@@ -278,7 +278,8 @@ def test_the_search_of_an_experiment_is_left_out_without_m(
     own.parent.mkdir(parents=True)
     sweeper = "{n_trials: 2, custom_search_space: kd.app.search.hand_over, params: {method.T: 'choice(2,3)'}}"
     own.write_text(
-        f"# @package _global_\ndefaults: [override /hydra/sweeper: optuna]\nhydra: {{sweeper: {sweeper}}}\nsweep: {{prune: true}}\n"
+        f"# @package _global_\ndefaults: [override /hydra/sweeper: optuna]\nhydra: {{sweeper: {sweeper}}}\n"
+        "sweep: {prune: true}\n"
     )
     job("experiment=mine", f"--config-dir={tmp_path}/own", "method=scratch", "train.epochs=1")
     assert "the search of this configuration is left out: without -m this is one run" in capsys.readouterr().out
