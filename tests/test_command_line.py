@@ -22,7 +22,7 @@ from kd.app.effects import remarks
 from kd.app.keys import listed
 from kd.app.multirun import Multirun
 from kd.app.options import register
-from kd.app.parsing import parse, recorded, set_keys
+from kd.app.parsing import given_keys, parse, recorded
 from kd.core.spec import KnownError
 from kd.datasets import resolve
 from kd.reporting.console import without_comment
@@ -213,7 +213,7 @@ def lines(*words: str, multirun: bool = False) -> list[str]:
     overrides = read(*words)
     config = parse(cfg := composed(*overrides), overrides)
     dataset = resolve(config.dataset, config.data_root)
-    return [*remarks(config, dataset, plan(config, dataset)[0], set_keys(cfg, overrides), multirun=multirun)]
+    return [*remarks(config, dataset, plan(config, dataset)[0], given_keys(cfg, overrides), multirun=multirun)]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from kd.app.config import Config, initial_files, plan, plan_alone
 from kd.app.effects import remarks
-from kd.app.parsing import as_typed, by_key, parse, recorded, set_keys
+from kd.app.parsing import as_typed, by_key, given_keys, parse, recorded
 from kd.core.hardware import bind_threads, cpu_count, resolve_device
 from kd.core.spec import KnownError, tilde
 from kd.core.stage import Stage
@@ -134,7 +134,7 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         if not config.dry_run:
             return None
     alone = plan_alone(config, dataset, students)
-    for line in remarks(config, dataset, students[0], set_keys(cfg, typed()), multirun=multirun):
+    for line in remarks(config, dataset, students[0], given_keys(cfg, typed()), multirun=multirun):
         _say(line, whole)
     if config.runtime.threads is None and runtime.processes not in (None, 1):
         print(f"runtime.processes={runtime.processes}: runtime.threads={runtime.threads} in each", flush=True)
@@ -163,7 +163,9 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
 def _check_search(cfg: DictConfig) -> None:
     """Raise KnownError if the job's configuration asks for a search, and no search runs the job."""
     hydra = HydraConfig.get()
-    if hydra.sweeper.get("custom_search_space") != SEARCH or cfg.runtime.trial is not None or is_dry(cfg):
+    if hydra.sweeper.get("custom_search_space") != SEARCH or is_dry(cfg):
+        return
+    if OmegaConf.select(cfg, "runtime.trial") is not None:
         return
     if hydra.mode == RunMode.MULTIRUN:
         raise KnownError("sweep: a grid cannot have a search as one of its values; one command for each search")

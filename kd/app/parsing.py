@@ -118,7 +118,7 @@ def without_foreign(tree: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def set_keys(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, str]:
+def given_keys(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, str]:
     """The keys that are typed, and those that an experiment has for other options than the chosen ones."""
     given, tree = by_key(overrides), dict[str, Any](OmegaConf.to_container(cfg))  # type: ignore[arg-type]
     brought = [key for key in foreign(tree, _keys(tree)) if not any(each.startswith(f"{key}.") for each in given)]

@@ -47,7 +47,7 @@ class Process(Frozen):
         except ProcessLookupError:
             return True
         except PermissionError:
-            return False
+            pass
         return False
 
 

@@ -76,7 +76,9 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
     """
     base, space = _read(config, config_name)
     if base.why:
-        raise KnownError("why: a search has many values of a key; of the others tells: python run.py sweep=… why=…")
+        raise KnownError(
+            "why: does not go with a search; without -m it says where the values come from that are not searched"
+        )
     sweeper = config.hydra.sweeper
     dataset = resolve(base.dataset, base.data_root, base.workers, base.image_size)
     if base.sweep.objective == "val_acc" and not dataset.validated:
@@ -124,7 +126,7 @@ def _draw_on(config: DictConfig, study: Study) -> None:
     if not begun or seed is None or sampler._target_.endswith(".ByTrial"):
         return
     new = int(hashlib.sha256(f"{seed} {begun}".encode()).hexdigest()[:8], 16) % 2**31
-    print(f"hydra.sweeper.sampler.seed={new}, from {seed} and the number of trials: the same seed draws them again")
+    print(f"hydra.sweeper.sampler.seed={new} in place of {seed}, which would draw the same trials again", flush=True)
     tell(config, "hydra.sweeper.sampler.seed", new)
 
 
@@ -150,7 +152,7 @@ def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]
     if not space:
         named = ", ".join(_bare(name) for name, _ in typed)
         why = f"nothing is left to search, because each has one value: {named}" if named else "nothing is searched"
-        raise KnownError(f"sweep: {why}; 'method.T=interval(1,20)' is")
+        raise KnownError(f"sweep: {why}; what to search is typed: 'method.T=interval(1,20)'")
     _check_seed(space, base)
     names = as_overrides(space, {_bare(name) for name, _ in typed if str(name).startswith("+")}, compose)
     _rename(config, overrides, names)
