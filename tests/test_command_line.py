@@ -340,6 +340,19 @@ def test_an_idle_key_moves_no_key_and_is_not_recorded() -> None:
     assert recorded(cfg, overrides)["method"] == {"name": "scratch"}
 
 
+def test_a_grid_in_a_file_may_have_different_keys_too(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own" / "experiment" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    params = '{method: "scratch,kd", method.lambda: "0.2,0.4"}'
+    own.write_text(f"# @package _global_\nhydra: {{sweeper: {{params: {params}}}}}\n")
+    results = job(f"--config-dir={tmp_path}/own", "experiment=mine", "method.T=2", "train.epochs=1", multirun=True)
+    assert [result["method"] for result in results] == ["scratch", "scratch", "kd", "kd"]
+    assert [result["chain"][-1]["loss"].get("T") for result in results] == [None, None, 2, 2]
+    assert capsys.readouterr().out.count("method.T has no effect: method=scratch does not read it") == 1
+
+
 def test_methods_and_losses_of_different_keys_are_one_sweep(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     results = job("method=scratch,kd", "method.T=2,4", "train.epochs=1", multirun=True)
     printed = capsys.readouterr().out

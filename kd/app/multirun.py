@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd.app.jobs import SEARCH, is_dry
 from kd.app.parallel import choose_number, fixed_of, jobs_of, searched_of
-from kd.app.parsing import as_typed
+from kd.app.parsing import SECTIONS, as_typed, option_has
 from kd.core import files
 from kd.core.spec import KnownError, tilde
 from kd.reporting import summary
@@ -96,11 +96,28 @@ def _start_of(config: DictConfig) -> list[str]:
 def _begin_grid(config: DictConfig, config_name: str) -> None:
     folder = Path(config.hydra.sweep.dir)
     _check_folder("hydra.sweep.dir", folder)
+    _force_keys(config)
     jobs = jobs_of(config)
     Multirun.begin(folder, len(jobs))
     batch = config.hydra.sweeper.get("max_batch_size") or len(jobs)
     limit = (batch, "hydra.sweeper.max_batch_size") if batch < len(jobs) else (len(jobs), "jobs")
     choose_number(config, config_name, jobs, limit)
+
+
+def _force_keys(config: DictConfig) -> None:
+    """Let a grid that stands in a file have options of different keys, as a typed one may: `method: "scratch,kd"`."""
+    params = config.hydra.sweeper.get("params") or {}
+
+    def forced(word: str) -> str:
+        key = word.partition("=")[0]
+        section = key.partition(".")[0]
+        swept = section in SECTIONS and ({SECTIONS[section][0], "experiment"} & {*params})
+        return f"++{word}" if swept and option_has(key) else word
+
+    if params:
+        named = {forced(str(name)): values for name, values in params.items()}
+        OmegaConf.update(config, "hydra.sweeper.params", named, merge=False)
+        config.hydra.overrides.task = [*map(forced, as_typed(config.hydra.overrides.task))]
 
 
 def _begin_search(config: DictConfig, config_name: str) -> None:
