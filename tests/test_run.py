@@ -118,6 +118,12 @@ def test_each_method_runs(job: Job, method: str) -> None:
     assert roles == [*middle.get(method, roles[:-1]), "student"]  # of a method that is added, the student alone
 
 
+def test_the_plans_of_a_sweep_name_their_jobs(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job("method=scratch", "seed=0,1", "dry_run=true", multirun=True)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("job ")]
+    assert said == ["job 0: seed=0", "job 1: seed=1"]
+
+
 def test_a_sweep_trains_what_jobs_share_once(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = ("method=kd,ta", "seed=0,1", "method.T=1,5", "model=plane2", "teacher=plane2", "train.epochs=1")
     results = job(*jobs, multirun=True)

@@ -175,6 +175,9 @@ def _check_search(cfg: DictConfig) -> None:
 
 
 def _show_plan(config: Config, students: Sequence[Stage], alone: Sequence[Stage], store: Store) -> None:
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        print(f"job {hydra.job.num}: {' '.join(_swept())}", flush=True)
     place = Workplace(store, config.data_root, config.runtime, initial=initial_files(config))
     check_students(place, [*students, *alone], config.teacher.file, networks=False)
     print_plan(config.where, students, store, config.runtime.retrain, alone)
