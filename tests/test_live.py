@@ -194,7 +194,7 @@ def test_ctrl_c_beside_the_table(tmp_path: Path) -> None:
     lines = terminal.text.splitlines()
     assert any(line.startswith("asked to end: writing a checkpoint first") for line in lines)
     assert "interrupted: start the same command again to continue" in lines
-    assert "1 of 2 jobs left no result: killed, or never started" in lines
+    assert "1 of 2 jobs left no folder: killed, or never started" in lines
     assert "job 0: unfinished" in lines
     assert "images/s  left" not in terminal.text
     assert terminal.cursor_shown

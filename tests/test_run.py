@@ -299,7 +299,7 @@ def test_jobs_that_left_nothing_count(job: Job, tmp_path: Path, capsys: pytest.C
         shutil.rmtree(tmp_path / "out" / number)
     capsys.readouterr()
     assert summarize() == 2
-    line = "2 of 4 jobs left no result: killed, or never started"
+    line = "2 of 4 jobs left no folder: killed, or never started"
     assert line in capsys.readouterr().out
     assert line in (tmp_path / "out" / "summary.md").read_text()
 

@@ -157,6 +157,6 @@ def test_an_interrupted_multirun_is_summarized(tmp_path: Path) -> None:
     )
     assert code == 143
     assert "Traceback" not in err
-    assert "1 of 3 jobs left no result: killed, or never started" in out
+    assert "1 of 3 jobs left no folder: killed, or never started" in out
     assert "job 1 (" in (tmp_path / "sweep" / "summary.md").read_text()
     assert os.path.exists(tmp_path / "sweep" / "0" / "result.json")
