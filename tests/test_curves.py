@@ -70,6 +70,7 @@ def test_a_point_is_no_curve(job: Callable[..., Any], tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_a_run_imports_only_what_it_uses(tmp_path: Path) -> None:
     """Of what takes long: a training imports no compiler and no SciPy, and a stored run no matplotlib."""
 

@@ -126,6 +126,7 @@ def test_each_alone(section: str, needs: tuple[str, ...], tmp_path: Path) -> Non
     assert "stages to train" in python("run.py", *firsts, "dry_run=true", "hydra.run.dir=out", cwd=place)
 
 
+@pytest.mark.slow
 def test_a_loss_with_parameters_is_trained_and_discarded(extended: Path) -> None:
     run = ("dataset=shapes", "model=resnet8", "teacher=resnet14", "method=kd", "loss=pefd", "loss.projectors=2")
     python("run.py", *SHORT, *run, cwd=extended)

@@ -345,7 +345,10 @@ def test_unit_of_the_shufflenetv2_keeps_a_half_and_interleaves() -> None:
         assert torch.equal(y[:, 1::2], unit.get_submodule("residual")(x[:, 58:]))
 
 
-@pytest.mark.parametrize("name", MODELS)
+# A third of them; `make test-slow` has all.
+@pytest.mark.parametrize(
+    "name", [name if i % 3 == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(MODELS)]
+)
 def test_other_image_sizes(name: str) -> None:
     taken = []
     for size in (16, 64):

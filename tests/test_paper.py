@@ -231,6 +231,7 @@ def test_the_whole_chain_varies_with_the_seed_or_the_student_alone() -> None:
     assert seeds == [[0, 0, 0], [0, 0, 1]]
 
 
+@pytest.mark.slow
 def test_profiles() -> None:
     full, cpu = (planned("takd_cifar10", rows=("plane",), profile=name).jobs for name in ("full", "cpu"))
     assert {job.student.train.epochs for job in full} == {160}

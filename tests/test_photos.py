@@ -118,7 +118,8 @@ def test_an_array_and_a_stream_are_different_stages(job: Job, root: Path) -> Non
 
 @pytest.mark.usefixtures("signals")
 @pytest.mark.parametrize(
-    ("decode", "workers"), [("array", None), pytest.param("stream", 1, marks=pytest.mark.slow), ("stream", 2)]
+    ("decode", "workers"),
+    [("array", None), *(pytest.param("stream", workers, marks=pytest.mark.slow) for workers in (1, 2))],
 )
 def test_an_interrupted_stage_of_photographs_goes_on_at_its_step(
     root: Path, tmp_path: Path, decode: str, workers: int | None

@@ -219,6 +219,7 @@ def test_two_ranks_train_by_every_loss(tmp_path: Path) -> None:
         assert all(np.isfinite(json.loads(row)["loss"]) for row in rows), student["loss"]
 
 
+@pytest.mark.slow
 def test_an_epoch_of_two_ranks_is_that_of_one(tmp_path: Path) -> None:
     """Without BatchNorm the gradient is the whole batch's in every step, also in the last, smaller one."""
     exact = (*EXACT, "train.batch_size=101")  # 1,293 = 12·101 + 81, shared as 50 and 51, and as 40 and 41

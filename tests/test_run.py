@@ -99,13 +99,18 @@ def test_the_t_interval_by_hand() -> None:
     assert found.ci95 == pytest.approx((2 - half, 2 + half), abs=1e-4)
 
 
+QUICK_ONES = ("scratch", "kd", "ta", "trained_teacher")
+
+
 def test_without_a_validation_split_there_is_no_objective(job: Job) -> None:
     result = job("dataset.val_fraction=0", "train.select=last")
     assert result["objective"] is None
     assert result["chain"][0]["val_acc"] is None
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [name if name in QUICK_ONES else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_each_method_runs(job: Job, method: str) -> None:
     extra = ["method.assistants=[plane4]"] if method == "ta" else []
     roles = [s["role"] for s in job(f"method={method}", *extra)["chain"]]
@@ -282,6 +287,7 @@ def test_tables_fit_80_columns(job: Job, monkeypatch: pytest.MonkeyPatch) -> Non
     assert f"assistant resnet110 0 cross_entropy 2 {planned[0].key} to train" in " ".join(shown.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["hydra.sweep.subdir=deep/${hydra.job.num}", "hydra.output_subdir=null"])
 def test_failures_are_found_wherever_the_jobs_folders_are(job: Job, tmp_path: Path, layout: str) -> None:
     job("method=scratch", "train.lr=-1,0.01", layout, multirun=True, code=1)
@@ -350,6 +356,7 @@ def test_a_store_among_the_jobs_is_no_job(job: Job, tmp_path: Path, capsys: pyte
     assert "2 jobs, mode paper, all with" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_a_dry_run_leaves_results_and_fails_as_others_do(job: Job, tmp_path: Path) -> None:
     before = job()
     assert job("dry_run=true") == before
@@ -400,6 +407,7 @@ def test_too_little_memory_is_one_line(error: Exception) -> None:
     assert known_reason(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
+@pytest.mark.slow
 def test_a_retraining_goes_on_too(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

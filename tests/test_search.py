@@ -234,6 +234,7 @@ def test_a_name_is_forced_only_where_a_trial_lacks_the_key() -> None:
     assert [*names.values()] == ["method", "++method.assistant.T", "method.T", "++model.args.drop"]
 
 
+@pytest.mark.slow
 def test_another_sampler_draws_other_trials_when_it_goes_on(job: Job, tmp_path: Path) -> None:
     own = "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=1"
     for number in (2, 4):

@@ -126,6 +126,7 @@ def test_online_run_reaches_the_server(server: Server, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("wandb/offline-*"))
 
 
+@pytest.mark.slow
 def test_a_failure_prints_no_traceback(tmp_path: Path) -> None:
     done = run_py(*QUICK, "tracking=wandb", "train.lr=1e30", f"hydra.run.dir={tmp_path / 'out'}", cwd=tmp_path)
     assert done.returncode == 2
@@ -175,6 +176,7 @@ def test_where_online_is_demanded_a_server_that_does_not_answer_is_one_line(
     assert "epoch" not in done.stdout  # nothing was trained
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_wandb")
 def test_auto_waits_once_and_not_long_for_a_server(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -273,8 +273,14 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(
         assert "the checkpoint is damaged; training starts from the first epoch" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [
+        *(("sgd", precision) for precision in ("fp32", "bf16", "fp16")),
+        ("adam", "fp32"),
+        *(pytest.param("adam", precision, marks=pytest.mark.slow) for precision in ("bf16", "fp16")),
+    ],
+)
 def test_precisions_and_optimizers_learn(data: Data, precision: str, optimizer: str) -> None:
     lr = 0.01 if optimizer == "sgd" else 0.001
     result = train(a_stage(data, precision=precision, optimizer=optimizer, lr=lr, epochs=1, schedule="constant"), data)
