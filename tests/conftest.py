@@ -110,6 +110,13 @@ def job(tmp_path: Path, command: Callable[..., int]) -> Callable[..., Any]:
     return start
 
 
+def own_option(folder: Path, option: str, text: str) -> None:
+    """Write an option of one's own below a folder for --config-dir or hydra.searchpath: `sweep/mine`."""
+    path = folder / f"{option}.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"# @package _global_\n{text}")
+
+
 def run_py(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """run.py in a new process, started in `cwd`."""
     command = [sys.executable, str(ROOT / "run.py"), *arguments]

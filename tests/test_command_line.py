@@ -26,7 +26,7 @@ from kd.app.parsing import given_keys, parse, recorded
 from kd.core.spec import KnownError
 from kd.datasets import resolve
 from kd.reporting.console import without_comment
-from tests.conftest import ROOT, composed, run_py
+from tests.conftest import ROOT, composed, own_option, run_py
 from tests.test_readme import PAGES
 
 Job = Callable[..., Any]
@@ -343,10 +343,8 @@ def test_an_idle_key_moves_no_key_and_is_not_recorded() -> None:
 def test_a_grid_in_a_file_may_have_different_keys_too(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = tmp_path / "own" / "experiment" / "mine.yaml"
-    own.parent.mkdir(parents=True)
     params = '{method: "scratch,kd", method.lambda: "0.2,0.4"}'
-    own.write_text(f"# @package _global_\nhydra: {{sweeper: {{params: {params}}}}}\n")
+    own_option(tmp_path / "own", "experiment/mine", f"hydra: {{sweeper: {{params: {params}}}}}\n")
     results = job(f"--config-dir={tmp_path}/own", "experiment=mine", "method.T=2", "train.epochs=1", multirun=True)
     assert [result["method"] for result in results] == ["scratch", "scratch", "kd", "kd"]
     assert [result["chain"][-1]["loss"].get("T") for result in results] == [None, None, 2, 2]

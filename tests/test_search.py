@@ -23,7 +23,7 @@ from kd.app.parsing import parse
 from kd.app.search import ORDINAL, Locks, hand_over, ordinal, study_name
 from kd.app.search.space import as_overrides
 from kd.datasets import resolve
-from tests.conftest import QUICK, ROOT, composed, run_py
+from tests.conftest import QUICK, ROOT, composed, own_option, run_py
 
 Job = Callable[..., Any]
 
@@ -256,9 +256,7 @@ def test_what_a_search_decides_itself_is_said(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its folder may stand in a file, but its name and its jobs' folders may not."""
-    own = tmp_path / "own" / "sweep" / "mine.yaml"
-    own.parent.mkdir(parents=True)
-    own.write_text(f"# @package _global_\ndefaults: [tpe]\nhydra: {{sweep: {{dir: {tmp_path / 'there'}}}}}\n")
+    own_option(tmp_path / "own", "sweep/mine", f"defaults: [tpe]\nhydra: {{sweep: {{dir: {tmp_path / 'there'}}}}}\n")
     told = "hydra.sweeper.study_name=x", f"hydra.searchpath=[file://{tmp_path}/own]"
     assert command("-m", *QUICK, "sweep=mine", "dry_run=true", *told) == 0
     said = capsys.readouterr().out
@@ -275,12 +273,11 @@ def test_the_search_of_an_experiment_is_left_out_without_m(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So the command that a search prints for its best setting runs."""
-    own = tmp_path / "own" / "experiment" / "mine.yaml"
-    own.parent.mkdir(parents=True)
     sweeper = "{n_trials: 2, custom_search_space: kd.app.search.hand_over, params: {method.T: 'choice(2,3)'}}"
-    own.write_text(
-        f"# @package _global_\ndefaults: [override /hydra/sweeper: optuna]\nhydra: {{sweeper: {sweeper}}}\n"
-        "sweep: {prune: true}\n"
+    own_option(
+        tmp_path / "own",
+        "experiment/mine",
+        f"defaults: [override /hydra/sweeper: optuna]\nhydra: {{sweeper: {sweeper}}}\nsweep: {{prune: true}}\n",
     )
     job("experiment=mine", f"--config-dir={tmp_path}/own", "method=scratch", "train.epochs=1")
     assert "the search of this configuration is left out: without -m this is one run" in capsys.readouterr().out
@@ -289,17 +286,13 @@ def test_the_search_of_an_experiment_is_left_out_without_m(
 def test_a_mistake_in_an_option_of_ones_own_folder_is_told(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = tmp_path / "own" / "experiment" / "mine.yaml"
-    own.parent.mkdir(parents=True)
-    own.write_text("# @package _global_\ndefaults: [/sweep: tpe]\n")
+    own_option(tmp_path / "own", "experiment/mine", "defaults: [/sweep: tpe]\n")
     job("experiment=mine", f"hydra.searchpath=[file://{tmp_path}/own]", code=2)
     assert capsys.readouterr().err.startswith("Multiple values for sweep.")
 
 
 def test_a_search_of_ones_own_folder(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = tmp_path / "own" / "sweep" / "mine.yaml"
-    own.parent.mkdir(parents=True)
-    own.write_text("# @package _global_\ndefaults: [tpe]\nhydra: {sweeper: {n_trials: 5}}\n")
+    own_option(tmp_path / "own", "sweep/mine", "defaults: [tpe]\nhydra: {sweeper: {n_trials: 5}}\n")
     job("sweep=mine", f"hydra.searchpath=[file://{tmp_path}/own]", "dry_run=true", multirun=True)
     assert "5 trials in all" in capsys.readouterr().out
 
