@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd.app.command_line import read_command
 from kd.app.config import plan
+from kd.app.options import register
 from kd.app.parsing import parse, recorded
 from kd.core.spec import KnownError, printable
 from kd.datasets import resolve
@@ -223,6 +224,7 @@ def _named(word: str) -> str:
 
 def refused(words: list[str]) -> tuple[list[str], list[str]]:
     """The words that the command line is left with, and the lines in which it refuses the others."""
+    register()  # as run.py does before it reads its command
     lines: list[str] = []
     while words:
         GlobalHydra.instance().clear()
@@ -261,7 +263,11 @@ def test_every_key_means_what_is_typed_or_a_line_says_why_not(spelling: str) -> 
         assert len(line) < 700, line
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda text: repr(text)[:12])
+@pytest.mark.parametrize(
+    "spelling",
+    [*SPELLINGS, *(pytest.param(each, marks=pytest.mark.slow) for each in MORE)],
+    ids=lambda text: repr(text)[:12],
+)
 def test_every_group_is_an_option_or_a_line(spelling: str) -> None:
     keys = [*GROUPS, *PARENTS]
     words, lines = refused([f"{key}={spelling}" for key in keys])

@@ -192,8 +192,9 @@ def grown(one: Stage, part: str, **values: Any) -> Stage | Given:
     return Stage(**{**fields, part: with_field(fields[part], **values)})
 
 
-@pytest.mark.parametrize("part", ["stage", "guide", "loss", "dataset", "train"])
-@settings(max_examples=50)
+@pytest.mark.parametrize(
+    "part", ["stage", "guide", *(pytest.param(part, marks=pytest.mark.slow) for part in ("loss", "dataset", "train"))]
+)
 @given(one=stages)
 def test_a_new_field_moves_no_key_while_it_is_neutral(part: str, one: Stage) -> None:
     base = stage(loss=one.loss, train=one.train, guide=one.guide) if part == "guide" else one
