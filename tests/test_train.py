@@ -266,6 +266,8 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(
     assert Checkpoint(tmp_path, a_stage(data, epochs=4), {"threads": 1}, every=1).load() is None
     assert "belongs to another stage" in capsys.readouterr().out
     assert partial.load() is not None
+    teacher = Checkpoint(tmp_path, stage.model_copy(update={"role": "teacher"}), {"threads": 1}, every=1)
+    assert teacher.load() is not None  # the role is not in the key: the same stage
     whole = (tmp_path / "state").read_bytes()
     for torn in (b"", b"half of a", whole[:-1], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
         (tmp_path / "state").write_bytes(torn)

@@ -145,7 +145,7 @@ class Checkpoint:
         if hashlib.sha256(content).digest() != digest:
             raise ValueError("is damaged")
         record = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
-        if record["stage"] != self._identity():
+        if record["stage"]["key"] != self.stage.key:  # a stage is the same one as a teacher and as a student
             raise ValueError("belongs to another stage")
         if record["runtime"] != self.runtime:
             raise ValueError("was written with another processor, number of threads, runtime.compile or torch")
@@ -157,7 +157,7 @@ class Checkpoint:
         import torch
 
         content = BytesIO()
-        torch.save({"stage": self._identity(), "runtime": self.runtime, "state": state}, content)
+        torch.save({"stage": {"key": self.stage.key}, "runtime": self.runtime, "state": state}, content)
         try:
             files.make(self.folder)
             with files.replacing(self.folder / "state") as file:
@@ -165,6 +165,3 @@ class Checkpoint:
                 file.write(content.getbuffer())
         except OSError as error:
             raise KnownError(f"cannot write a checkpoint: {error}") from error
-
-    def _identity(self) -> dict[str, Any]:
-        return {"key": self.stage.key, **self.stage.identity()}
