@@ -385,7 +385,7 @@ def test_what_names_no_network(study: Study, tmp_path: Path, monkeypatch: pytest
     onnx.save(bare, tmp_path / "bare.onnx")
     (tmp_path / "weights.pt").touch()
     cases = {
-        key[:6]: f"a stage's key begins so, and a path is called so: ./{key[:6]} is the path",
+        key[:6]: f"{key[:6]} is the beginning of a stage's key, and a path too: write ./{key[:6]} for the path",
         f"./{key[:6]}": "has neither model.onnx nor model.safetensors",
         "xyz": "should be the key of one finished stage",
         "none/model.onnx": "does not exist: it should be a stage's key, or the path of an export",

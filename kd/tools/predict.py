@@ -101,7 +101,7 @@ def _network(name: str, store: Store) -> tuple[Contract, Run]:
     path = Path(name).expanduser()
     if path.exists():
         if os.sep not in name and any(key.startswith(name) for key in store):
-            raise KnownError(f"{name}: a stage's key begins so, and a path is called so: ./{name} is the path")
+            raise KnownError(f"{name} is the beginning of a stage's key, and a path too: write ./{name} for the path")
         return open_export(path)
     if os.sep in name or path.suffix:
         raise KnownError(f"{name} does not exist: it should be a stage's key, or the path of an export")

@@ -36,7 +36,7 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     cleaning = commands.add_parser("gc", help="remove leftovers; finished stages and files in use stay")
     cleaning.add_argument("--dry-run", action="store_true", help="only list what would be removed")
     cleaning.add_argument(
-        "--older-than", type=float, default=30, metavar="DAYS", help="age of checkpoints and damaged stages that go: 30"
+        "--older-than", type=float, default=30, metavar="DAYS", help="remove checkpoints and damaged stages that are older; default: 30"
     )
     cleaning.add_argument(
         "--banks",
@@ -44,7 +44,7 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
         nargs="?",
         const=0.0,
         metavar="DAYS",
-        help="also remove cached logits and features of guides: all, or those that were filled last so many days ago",
+        help="also remove cached logits and features of guides: all, or those not written for this many days",
     )
     return parser.parse_args(given)
 

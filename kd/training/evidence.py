@@ -82,7 +82,7 @@ def alarms(stage: Stage, history: Sequence[Metrics]) -> Iterator[Alarm]:
         yield from _about_share(stage, row, taught)
     term, before = _term(stage, row), _term(stage, history[-2]) if len(history) > 1 else None
     if term is not None and term == before and share != 0:  # a term without a gradient does not change either
-        yield Alarm("constant", f"{who}: the term of {guides} was {term:g} in two epochs: it does not change")
+        yield Alarm("constant", f"{who}: the loss term of {guides} was {term:g} in two epochs: it does not change")
     if not taught or accuracy is None:
         return
     worst = guides if len(stage.guides) == 1 else f"the worst of {guides}"

@@ -38,7 +38,7 @@ class RuntimeSpec(Frozen):
 
     device: Annotated[str, BeforeValidator(_device), Field(examples=["auto", "cpu", "cuda", "cuda:1"])] = "auto"
     threads: int | None = Field(None, ge=1, le=1024)  # null: all processors that this process may use
-    workers: int | None = Field(None, ge=1, le=1024)  # threads that decode a folder of images; null as above
+    workers: int | None = Field(None, ge=1, le=1024)  # decode photographs: threads (array) or processes (stream)
     store: PathText | None = None  # null: store/ in the repository
     data: PathText | None = None  # null: data/ in the repository
     checkpoint_every: int = Field(10, ge=1)  # epochs between two checkpoints of an unfinished stage
