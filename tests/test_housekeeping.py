@@ -114,8 +114,10 @@ def test_removing(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     with store.lock(STUDENT.key), pytest.raises(KnownError, match=f"stage {STUDENT.key} is locked by another process"):
         remove(store, TEACHER.key, with_dependents=True)
     assert len(list(store)) == 4
+    left = old(store.partial(STUDENT.key))  # by a crash, or of a training that was to be made again
     assert main(["rm", TEACHER.key, "--with-dependents"]) == 0
     assert list(store) == [stage(seed=9).key]
+    assert not left.exists()
     with pytest.raises(KnownError, match="no finished stage"):
         remove(store, TEACHER.key, with_dependents=False)
 

@@ -22,7 +22,7 @@ from kd.core.statistics import spread
 from kd.methods import METHODS
 from kd.reporting import console, results
 from kd.reporting.results import RunResult
-from kd.store import Store
+from kd.store import Store, TrainedStage
 from tests.conftest import QUICK, run_py
 from tests.test_datasets import write_folder
 from tests.test_stage import distilled, stage
@@ -372,15 +372,19 @@ def test_a_loss_that_is_not_finite_may_be_tried_in_fp32(
     really = kd.training.loop.train_stage
 
     def train_stage(stage: Stage, **rest: Any) -> Any:
+        trained = really(stage, **rest)
         if stage.train.precision == "bf16":
             raise NonFiniteError("the loss is nan")
-        return really(stage, **rest)
+        return trained
 
     monkeypatch.setattr(kd.training.loop, "train_stage", train_stage)
     common = ("method=scratch", "train.precision=bf16")
     job(*common, code=2)
     result = job(*common, "train.on_nan=retry_fp32")
     assert "the loss is nan; train.on_nan=retry_fp32: training it again in fp32" in capsys.readouterr().out
+    rows = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == [1, 2]  # of the second attempt alone
+    assert Store(tmp_path / "store").precision(result["chain"][0]["key"]) == "fp32"
     retried = load_file(tmp_path / "store" / result["chain"][0]["key"] / "model.safetensors")
     exact = job("method=scratch")["chain"][0]["key"]
     assert exact != result["chain"][0]["key"]
@@ -431,3 +435,26 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, multirun: t
     done = run_py(*multirun, *QUICK, f"hydra.{key}.dir=taken/out", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == f"hydra.{key}.dir: taken/out cannot be written (Not a directory)\n"
+
+
+def test_a_student_of_earlier_weights_of_its_teacher_is_told(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher, student = job("method=kd")["chain"]
+    job("method=kd")
+    assert "earlier weights" not in capsys.readouterr().out
+    store = Store(tmp_path / "store")
+    state = {
+        name: tensor * 1.01 if tensor.is_floating_point() else tensor
+        for name, tensor in store.network(teacher["key"]).network.state_dict().items()
+    }
+    again = TrainedStage(state, store.metrics(teacher["key"]), store.result(teacher["key"]))
+    store.save(store.source(teacher["key"]), again, store.record(teacher["key"])["made_with"])  # as by another machine
+    job("method=kd")
+    assert f"earlier weights of {teacher['model']}, which was trained again later; python -m kd.store rm " in (
+        told := capsys.readouterr().out
+    )
+    assert f"rm {student['key']}, and it is trained again too\n" in told
+    job("method=kd", "runtime.retrain=true")
+    job("method=kd")
+    assert "earlier weights" not in capsys.readouterr().out

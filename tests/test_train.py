@@ -268,6 +268,9 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(
     assert partial.load() is not None
     teacher = Checkpoint(tmp_path, stage.model_copy(update={"role": "teacher"}), {"threads": 1}, every=1)
     assert teacher.load() is not None  # the role is not in the key: the same stage
+    guided = Checkpoint(tmp_path, stage, {"threads": 1}, every=1, guides="0123456789abcdef")
+    assert guided.load() is None  # as after its teacher was trained again
+    assert "was written with other weights of the guide" in capsys.readouterr().out
     whole = (tmp_path / "state").read_bytes()
     for torn in (b"", b"half of a", whole[:-1], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
         (tmp_path / "state").write_bytes(torn)

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -61,15 +61,14 @@ def remove(store: Store, key: str, with_dependents: bool) -> list[str]:
             "--with-dependents removes them too"
         )
     doomed = [*needing, key]
-    with store.writing():
-        busy = [other for other in doomed if not _free(store.lock_file(other))]
-        if busy:
+    with store.writing(), ExitStack() as locks:
+        held = {other: locks.enter_context(files.hold_lock(store.lock_file(other), None)) for other in doomed}
+        if busy := [other for other in doomed if not held[other]]:
             raise KnownError("\n".join(f"stage {b} is locked by {files.lock_holder(store.lock_file(b))}" for b in busy))
         for other in doomed:
-            with files.hold_lock(store.lock_file(other), f"stage {other} is locked by"):
-                for path in store.outputs.glob(f"{other}-*"):
+            for path in (*store.outputs.glob(f"{other}-*"), store.partial(other), store.root / other):
+                if os.path.lexists(path):
                     _discard(path)
-                _discard(store.root / other)
     return doomed
 
 

@@ -33,6 +33,7 @@ Metrics = dict[str, Any]
 
 SUMS = "SHA256SUMS"
 RETRIED = "in fp32 after"  # a key of stage.json: the error in the stage's own precision
+TAUGHT_BY = "guide weights"  # another one: what Store.weights_of_guides() was when the stage was trained
 STAGE_FILES = ("stage.json", "model.safetensors", "metrics.jsonl", "result.json")
 
 _LINE = re.compile(r"([0-9a-f]{64})  (\S+)\n")
@@ -205,6 +206,11 @@ class Store:
         error: str | None = self.record(key)["made_with"].get(RETRIED)
         return error
 
+    def precision(self, key: str) -> str:
+        """The precision in which a finished stage was trained and evaluated; fp32 of a given network."""
+        source = self.source(key)
+        return source.train.precision if isinstance(source, Stage) and not self.retried(key) else "fp32"
+
     def metrics(self, key: str) -> list[Metrics]:
         """The metrics of a finished stage, a row per epoch. Raises KnownError as above."""
         with self._parsing(key):
@@ -236,6 +242,10 @@ class Store:
     def fingerprint(self, key: str) -> str:
         """The hash of a finished stage's weights. Raises KnownError as above."""
         return digest(self._read(key, "model.safetensors"))
+
+    def weights_of_guides(self, stage: Stage) -> str:
+        """Hashes of the weights of a stage's guides, shortened. The same key has other bits after a second training."""
+        return " ".join(self.fingerprint(guide.key)[:16] for guide in stage.guides)
 
     def save(self, source: Source, trained: TrainedStage, made_with: dict[str, Any]) -> None:
         """Publish a finished stage or a given network. It replaces an earlier one with the same key.

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from kd.core.spec import KnownError, explain
-from kd.core.stage import Stage
 from kd.reporting.console import in_bytes
 from kd.store import Store, place
 from kd.store.housekeeping import collect, remove
@@ -36,7 +35,11 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     cleaning = commands.add_parser("gc", help="remove leftovers; finished stages and files in use stay")
     cleaning.add_argument("--dry-run", action="store_true", help="only list what would be removed")
     cleaning.add_argument(
-        "--older-than", type=float, default=30, metavar="DAYS", help="remove checkpoints and damaged stages that are older; default: 30"
+        "--older-than",
+        type=float,
+        default=30,
+        metavar="DAYS",
+        help="remove checkpoints and damaged stages that are older; default: 30",
     )
     cleaning.add_argument(
         "--banks",
@@ -100,7 +103,7 @@ def _evaluate(store: Store, key: str, data_root: str | None, device: str) -> Non
         raise KnownError("\n".join(explain(error))) from error
     source, recorded = store.source(key), store.result(key)
     workplace = Workplace(store, place(data_root or os.environ.get("KD_DATA"), "data"), runtime)
-    precision = source.train.precision if isinstance(source, Stage) else "fp32"
+    precision = store.precision(key)
     data = workplace.data(source)
     network = store.network(key).to(memory_format=channels_last).to(workplace.device)
     tested = {"test": (data.batches("test"), data.test_labels, recorded.test_acc)}

@@ -112,7 +112,8 @@ class Checkpoint:
 
     It is written every `every` epochs, and at the next step after one of the `signals` asks for an end. `runtime` is
     the kind of device, threads, compiled or not, and torch's version. They change the last bits of a result, so the
-    checkpoint of another runtime is not used.
+    checkpoint of another runtime is not used. Nor is one after a guide was trained again: `guides` is
+    Store.weights_of_guides().
     """
 
     folder: Path
@@ -120,6 +121,7 @@ class Checkpoint:
     runtime: dict[str, Any]
     every: int
     signals: Deferred = field(default_factory=Deferred)
+    guides: str = ""
 
     def load(self) -> dict[str, Any] | None:
         """The state to resume from. None if there is no checkpoint, or if it does not fit: then a line says why."""
@@ -149,6 +151,8 @@ class Checkpoint:
             raise ValueError("belongs to another stage")
         if record["runtime"] != self.runtime:
             raise ValueError("was written with another processor, number of threads, runtime.compile or torch")
+        if record.get("guides", self.guides) != self.guides:  # an older version did not write them
+            raise ValueError("was written with other weights of the guide")
         state: dict[str, Any] = record["state"]
         return state
 
@@ -157,7 +161,8 @@ class Checkpoint:
         import torch
 
         content = BytesIO()
-        torch.save({"stage": {"key": self.stage.key}, "runtime": self.runtime, "state": state}, content)
+        record = {"stage": {"key": self.stage.key}, "runtime": self.runtime, "guides": self.guides, "state": state}
+        torch.save(record, content)
         try:
             files.make(self.folder)
             with files.replacing(self.folder / "state") as file:

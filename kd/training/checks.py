@@ -44,7 +44,7 @@ def _alike(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def _likeness(stage: Stage) -> tuple[object, ...]:
-    return stage.role, stage.model, stage.loss
+    return stage.role, stage.model, stage.loss, tuple(guide.model for guide in stage.guides)
 
 
 def _check_networks(chain: Sequence[Source]) -> None:

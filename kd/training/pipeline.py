@@ -25,7 +25,7 @@ from kd.reporting.baseline import compare_alone
 from kd.reporting.console import StageProgress, Unwatched, count
 from kd.reporting.results import Baseline, Evidence, Outcome, Replicate, ReplicatedResult, RunResult, what_varied
 from kd.reporting.tracking import Tracker, Untracked
-from kd.store import RETRIED, Metrics, StageResult, TrainedStage, alarms_in
+from kd.store import RETRIED, TAUGHT_BY, Metrics, StageResult, TrainedStage, alarms_in
 from kd.store.foreign import load_network
 from kd.training.checkpoint import Checkpoint, Deferred
 from kd.training.checks import check_students
@@ -146,6 +146,8 @@ class Pipeline(Workplace):
             raise KnownError(
                 f"stage {source.key} was trained in fp32 after {retried}; train.on_nan=retry_fp32 accepts it"
             )
+        if isinstance(source, Stage) and source.guides and source.key not in self._done:
+            self._check_guides(source)
         alarms = self._alarms(source, result)
         reached = {"val_acc": result.val_acc, "test_acc": result.test_acc}
         self.tracker.finished(source, {**reached, **({"alarms": "; ".join(alarms)} if alarms else {})})
@@ -164,6 +166,17 @@ class Pipeline(Workplace):
             alarms=alarms,
             **result.model_dump(exclude={"selected_epoch"}),
         )
+
+    def _check_guides(self, stage: Stage) -> None:
+        """Say if a finished stage was taught by other weights of its guides than those that are in the store now."""
+        before = self.store.record(stage.key)["made_with"].get(TAUGHT_BY)
+        if before not in (None, self.store.weights_of_guides(stage)):
+            guides = " and ".join(guide.model for guide in stage.guides)
+            print(
+                f"{stage.role} {stage.model} was taught by earlier weights of {guides}, which was trained again later; "
+                f"python -m kd.store rm {stage.key}, and it is trained again too",
+                flush=True,
+            )
 
     def _evidence(self, stage: Stage) -> Evidence:
         """How the stage's guide taught; empty for stages that were trained before it was measured."""
@@ -225,6 +238,7 @@ class Pipeline(Workplace):
                 if self.on_nan == "stop" or stage.train.precision in ("fp32", "fp64"):
                     raise
                 print(f"{error}; train.on_nan=retry_fp32: training it again in fp32", flush=True)
+                self.tracker.begin_again(stage)
                 trained, origin = self._attempt(stage, stage.in_fp32(), folder / "fp32", signals)
                 origin[RETRIED] = str(error)
             self._keep(stage, trained, origin)
@@ -241,7 +255,8 @@ class Pipeline(Workplace):
         (data, network), guides = self.beginning(stage), self.guides(stage)
         compiled = resolve_compile(self.runtime.compile, stage, len(data.train), self.device)
         runtime = {**self._runtime(), "compiled": compiled}
-        checkpoint = Checkpoint(folder, stage, runtime, self.runtime.checkpoint_every, signals)
+        taught_by = self.store.weights_of_guides(stage)
+        checkpoint = Checkpoint(folder, stage, runtime, self.runtime.checkpoint_every, signals, taught_by)
         errand = stage, self.elsewhere()
         progress = StageProgress(planned, len(data.train), self._log, self.tracker.status)
         with progress as watch, self.team.together(errand):
@@ -258,7 +273,7 @@ class Pipeline(Workplace):
             )
         if isinstance(network, Probe):
             trained = network.completed(trained, self.begun(stage))
-        return trained, {"compiled": compiled}
+        return trained, {"compiled": compiled, **({TAUGHT_BY: taught_by} if taught_by else {})}
 
     def _log(self, stage: Stage, metrics: Metrics) -> None:
         self.tracker.log(stage, metrics)

@@ -153,6 +153,16 @@ class Tracker:
             self._alarms[stage.key] = (*self._alarms.get(stage.key, ()), *new)
             self.finished(stage, {"alarms": "; ".join(self._alarms[stage.key])})
 
+    def begin_again(self, stage: Stage) -> None:
+        """Forget the epochs of a stage that is trained again. A page has their curves, too, and takes no step twice."""
+        rows = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [row for row in rows if json.loads(row)["key"] != stage.key]
+        self._file.write_text("".join(kept), encoding="utf-8")
+        self._alarms.pop(stage.key, None)
+        order = [*self._before]
+        for key in order[order.index(stage.key) :]:
+            self._before[key] += len(rows) - len(kept)
+
     def summarize(self, values: dict[str, Any]) -> None:
         """Record results of the run."""
         self._page.summarize(values)
@@ -169,6 +179,8 @@ class Untracked(Tracker):
         self.status = status
 
     def log(self, stage: Stage, metrics: Metrics) -> None: ...
+
+    def begin_again(self, stage: Stage) -> None: ...
 
     def summarize(self, values: dict[str, Any]) -> None: ...
 

@@ -25,6 +25,7 @@ class Member:
 
     source: Source
     result: StageResult | None = None
+    precision: str | None = None  # in which it was evaluated
     size: int | None = None  # bytes of its stored weights
 
 
@@ -75,7 +76,7 @@ def _accuracy(exported: Member, form: Format, comparison: Comparison) -> str:
     assert result is not None  # the exported network is in the store
     stage = source if isinstance(source, Stage) else None
     lines = [
-        (f"recorded, in {_precision(source)}", percent(result.val_acc), percent(result.test_acc)),
+        (f"recorded, in {exported.precision}", percent(result.val_acc), percent(result.test_acc)),
         ("original, in torch, without autocast", "", percent(comparison.original)),
         (f"exported, in {form.runtime}", "", percent(comparison.exported)),
     ]
@@ -145,10 +146,6 @@ def _trained(source: Source) -> str:
     begins = f", from weights of sha256 {source.init}" if source.init else ""
     part = ", the classifier alone" if source.freeze else ""
     return f"{source.role} {source.model}: {source.train.epochs} epochs, {training(source.train)}{begins}{part}\n"
-
-
-def _precision(source: Source) -> str:
-    return source.train.precision if isinstance(source, Stage) else "fp32"  # as in pipeline.py
 
 
 def _version() -> str:

@@ -81,4 +81,5 @@ def _member(store: Store, source: Source) -> Member:
     """A network of the chain, with its result if it is still in the store."""
     if not store.whole(source.key):
         return Member(source)
-    return Member(source, store.result(source.key), (store.root / source.key / "model.safetensors").stat().st_size)
+    size = (store.root / source.key / "model.safetensors").stat().st_size
+    return Member(source, store.result(source.key), store.precision(source.key), size)

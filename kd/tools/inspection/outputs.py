@@ -51,11 +51,9 @@ def _compute(workplace: Workplace, source: Source) -> NDArray[np.float32]:
 
     from kd.training.step import predict
 
-    network, precision = workplace.store.network(source.key), "fp32"
+    network, precision = workplace.store.network(source.key), workplace.store.precision(source.key)
     if isinstance(source, Stage):
         network = network.to(memory_format=channels_last)
-        if workplace.store.retried(source.key) is None:
-            precision = source.train.precision
     data = workplace.data(source)
     logits = predict(network.to(workplace.device), data.batches("test"), data.test_labels.device, precision)
     found: NDArray[np.float32] = logits.float().cpu().numpy()
