@@ -23,6 +23,25 @@ from tests.conftest import ROOT, composed
 
 # processors ---------------------------------------------------------------------------------------------------------
 
+
+def test_processors_of_one_name_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One has bf16 in hardware. Its results have other bits, so it uses no cache and no checkpoint of the other."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    names = []
+    for flags in ("fpu avx512f", "fpu amx_bf16 avx512f avx512_bf16"):
+        monkeypatch.setattr(
+            hardware, "_bf16_flags", lambda flags=flags: sorted({*flags.split()} & hardware._BF16_FLAGS)
+        )
+        hardware.announce.cache_clear()
+        hardware.announce("cpu", 2)
+        names.append(hardware.processor("cpu"))
+    assert names == ["AVX512", "AVX512, amx_bf16, avx512_bf16"]
+    assert capsys.readouterr().out == 2 * "device: cpu (AVX512, 2 threads)\n"
+    hardware.announce.cache_clear()
+
+
 V1 = "12:cpuset:/\n4:cpu,cpuacct:{}\n1:name=systemd:/x\n0::/\n"
 
 

@@ -31,21 +31,28 @@ def may_have_gpu() -> bool:
     return "torch" in sys.modules or platform.system() != "Linux" or any(map(glob, _GPU_FILES))
 
 
-@cache
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware; False if the system does not say (no /proc/cpuinfo)."""
-    return not _BF16_FLAGS.isdisjoint(_text(Path("/proc/cpuinfo")).split())
+    return bool(_bf16_flags())
+
+
+@cache
+def _bf16_flags() -> list[str]:
+    return sorted(_BF16_FLAGS.intersection(_text(Path("/proc/cpuinfo")).split()))
 
 
 def processor(device: str) -> str:
-    """The GPU's name, or the CPU instruction set that torch uses. Another one changes the last bits of results."""
+    """The GPU's name, or the CPU instruction sets that torch uses. Others change the last bits of results.
+
+    torch names one of them, such as AVX512. Those for bf16 differ between processors of that name.
+    """
     import torch
 
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     if device == "mps":
         return f"Apple's GPU, {platform.machine()}"
-    return torch.backends.cpu.get_cpu_capability()
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *_bf16_flags()])
 
 
 def resolve_device(device: str, job: int | None = None) -> str:
@@ -96,7 +103,8 @@ def announce(device: str, threads: int) -> None:
     """Say, once in a process, where networks are trained."""
     count = f", {threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else ""
     other = "; runtime.device=mps takes Apple's GPU" if device == "cpu" and _has_mps() else ""
-    print(f"device: {device} ({processor(device)}{count}){other}", flush=True)
+    name, *_ = processor(device).split(", ")
+    print(f"device: {device} ({name}{count}){other}", flush=True)
 
 
 def resolve_precision(precision: str, device: str) -> str:
