@@ -299,6 +299,8 @@ def lines(*words: str, multirun: bool = False) -> list[str]:
         ("sweep.objective=test_acc", "sweep.objective has no effect: this is a single run, without -m"),
         ("runtime.tables=true", "runtime.tables has no effect: this is a single run, without -m"),
         ("runtime.live=true", "runtime.live has no effect: this is a single run, without -m"),
+        ("hydra/launcher=joblib", "hydra/launcher has no effect: this is a single run, without -m"),
+        ("hydra.sweep.dir=sw", "hydra.sweep.dir has no effect: this is a single run, without -m"),
         ("tracking=none tracking.project=x", "tracking.project has no effect: tracking=none does not read it"),
         (
             "tracking=tensorboard tracking.tags=[x]",
@@ -311,7 +313,10 @@ def test_what_is_typed_without_effect_is_said_in_one_line(words: str, line: str)
 
 
 def test_what_a_sweep_reads_has_an_effect_there() -> None:
-    assert lines("sweep.objective=test_acc", "runtime.tables=true", multirun=True) == []
+    assert lines("sweep.objective=test_acc", "runtime.tables=true", "hydra.sweep.dir=sw", multirun=True) == []
+    (line,) = lines("hydra.run.dir=here", multirun=True)
+    assert line == "hydra.run.dir has no effect: the folder of a multirun is hydra.sweep.dir"
+    assert lines("hydra.run.dir=here") == []
     assert lines("tracking=wandb", "tracking.project=x") == []
     assert lines("tracking.name=tensorboard", "tracking.project=null") == []
 
@@ -471,6 +476,13 @@ def test_a_shell_hands_the_commands_over(shell: str) -> None:
         ("+method.T=5", "method.T: exists already; leave the + out"),
         ("+model=plane2", "model: is chosen without a +"),
         ("~nope", "~nope: unknown key; "),
+        ("~teacher", "~teacher: cannot be left out; method=scratch has none"),
+        ("~tracking", "~tracking: cannot be left out; tracking=none turns it off"),
+        ("model=torchvision/resnet18", "there is no such option; model=torchvision model.arch=resnet18"),
+        ("teacher=timm/vit_tiny", "there is no such option; teacher=timm teacher.arch=vit_tiny"),
+        ("loss=mylab.losses.Mine", "there is no such option; a dotted path is loss.name=mylab.losses.Mine"),
+        ("train.learning_rate=.1", "train.learning_rate: unknown key; did you mean train.lr, "),
+        ("method.temperature=3", "method.temperature: unknown key; did you mean method.T?"),
         ("foo", "foo: should be key=value"),
         ("=3", "=3: should be key=value"),
         ("method.T={", "method.T: { cannot be read; "),

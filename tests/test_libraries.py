@@ -71,6 +71,7 @@ def test_one_network_has_one_spelling(text: str, spelled: str) -> None:
         ("timm/resnet18?num_classes=3", "num_classes cannot be an option"),
         ("timm/resnet18?checkpoint_path=x.pth", "checkpoint_path cannot be an option"),
         ("torchvision/resnet18?weights=DEFAULT", "weights cannot be an option"),
+        ("torchvision/resnet18?pretrained=true", "pretrained cannot be an option .*; published weights, .*model.init"),
     ],
 )
 def test_names_of_nothing(text: str, message: str) -> None:

@@ -156,6 +156,8 @@ def test_settings_of_pictures_are_refused_where_no_pictures_are_read(tmp_path: P
     for name, value in (("image_size", 64), ("resize", "pad"), ("decode", "stream"), ("test_fraction", 0.5)):
         with pytest.raises(KnownError, match=f"dataset.{name}: digits is no folder of images"):
             resolve(config(None, name="digits", **{name: value}), tmp_path)
+    with pytest.raises(KnownError, match=r"dataset.image_size: .*\ndataset.resize: "):  # all of them at once
+        resolve(config(None, name="digits", image_size=64, resize="pad"), tmp_path)
 
 
 def test_the_background_is_a_setting(tmp_path: Path) -> None:

@@ -388,8 +388,9 @@ def test_pruning_is_for_searches_of_single_students(job: Job, capsys: pytest.Cap
 
 
 def test_what_a_search_needs(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job("sweep=tpe", code=2)
-    assert "sweep: a search needs -m: python run.py -m sweep=" in capsys.readouterr().err
+    for dry in ((), ("dry_run=true",)):
+        job("sweep=tpe", *dry, code=2)
+        assert "sweep: a search needs -m: python run.py -m sweep=" in capsys.readouterr().err
     job("sweep=tpe", "hydra.sweeper.storage=sqlite:////nowhere/at/all.db", multirun=True, code=2)
     assert "hydra.sweeper.storage: sqlite:////nowhere/at/all.db cannot be opened" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -27,15 +27,24 @@ from pydantic import BaseModel
 
 from kd.app.config import Config
 from kd.app.experiments import CONF
-from kd.app.parsing import SECTIONS, option_has, with_one_why
-from kd.app.ranges import exact, length_of
-from kd.core.spec import KnownError, Text, nearest, nearest_keys, printable
+from kd.app.overrides import (
+    NEEDED,
+    exact,
+    group_problems,
+    is_range,
+    key_problem,
+    length_of,
+    means,
+    option_problems,
+    unreadable,
+    value_of,
+)
+from kd.app.parsing import SECTIONS, by_key, option_has
+from kd.core.spec import KnownError, Text, printable
 from kd.reporting.console import without_comment
 
-_OPEN = ("init", "model.args", "teacher.args")  # groups of keys that a user names
 _FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.sweeper.storage")
 _MOST = 100_000  # values of a range
-_NOTHING = object()  # what a missing key has
 _NULL = re.compile("null", re.IGNORECASE)
 _MULTIRUN = r"\+*hydra\.mode=['\"]?(RunMode\.)?MULTIRUN['\"]?"
 _NEVER_READ = ("help", "hydra_help", "shell_completion", "experimental_rerun")
@@ -43,7 +52,7 @@ _NEVER_READ = ("help", "hydra_help", "shell_completion", "experimental_rerun")
 
 def read_command(words: Sequence[str]) -> list[str]:
     """The arguments for Hydra, flags first. Raises KnownError with a line for each that cannot be what it should."""
-    words = with_one_why(without_comment(words))
+    words = _with_one_why(without_comment(words))
     args = get_args_parser().parse_intermixed_args(words)
     if any(getattr(args, name) for name in _NEVER_READ) or args.info is not None:
         return words
@@ -52,6 +61,25 @@ def read_command(words: Sequence[str]) -> list[str]:
         flags.remove(word)
     with initialize_config_dir(str(_folder(args)), version_base="1.3"):
         return [*flags, *Reader(args).read(args.overrides)]
+
+
+def _with_one_why(words: Sequence[str]) -> list[str]:
+    """The arguments with `why=` for `--why`. The keys of several are one list. Raises KnownError."""
+    kept, asked, left = list[str](), list[str](), iter(words)
+    for word in left:
+        name, equal, keys = word.partition("=")
+        if name == "--why":
+            keys = keys if equal else next(left, "")
+            if not keys or keys.startswith("-"):
+                raise KnownError("--why: needs a key: python run.py --why method.T")
+        (asked.append(keys) if name.lstrip("+") in ("--why", "why") else kept.append(word))
+    if len(asked) < 2 and "--why" not in by_key(words):
+        return [*words]
+    lists = [re.fullmatch(r"\[?([\w@/.,\s-]+)\]?", keys) for keys in asked]
+    if not all(lists):
+        raise KnownError("why: is given twice; one list: 'why=[method.T,train.lr]'")
+    found = [key.strip() for each in lists if each for key in each[1].split(",")]
+    return [*kept, f"why={found[0]}" if len(found) == 1 else f"why=[{','.join(found)}]"]
 
 
 def _folder(args: Namespace) -> Path:
@@ -89,7 +117,7 @@ class Reader:
                 overrides.append(self._parsed(line))
                 self._words[str(overrides[-1].input_line)] = word
             except (HydraException, ValueError, TypeError, RecursionError):
-                problems.append(_unreadable(word))
+                problems.append(unreadable(word))
         places = [str(each.input_line) for each in overrides if each.key_or_group == "hydra.searchpath"]
         self._repository = self._searched(places)
         sound = list[Override]()
@@ -104,13 +132,13 @@ class Reader:
             problems += found
         grid = not isinstance(tree, Exception) and str(tree["hydra"]["sweeper"]["_target_"]).endswith(".BasicSweeper")
         problems += [
-            f"{override.get_key_element()}: {_value(override)} needs a search: sweep=tpe; grids have choice and range"
+            f"{override.get_key_element()}: {value_of(override)} needs a search: sweep=tpe; grids have choice and range"
             for override in sound
             if grid and override.is_interval_sweep()
         ]
         if problems:
             raise KnownError("\n".join(_shortened(problems)))
-        return [exact(each) if grid and _is_range(each) else str(each.input_line) for each in sound]
+        return [exact(each) if grid and is_range(each) else str(each.input_line) for each in sound]
 
     # texts ---------------------------------------------------------------------------------------------------------
 
@@ -158,10 +186,12 @@ class Reader:
         key = override.get_key_element().lstrip("+~")
         options = self._options(key.partition("@")[0])
         if options and not override.is_delete():
-            yield from _option_problems(key, options, [*self._values(override)], self._sweep)
+            yield from option_problems(key, options, [*self._values(override)], self._sweep)
+        elif options and key in NEEDED:
+            yield f"~{key}: cannot be left out; {NEEDED[key]}"
         elif not override.is_sweep_override():
-            value = _value(override)
-            if isinstance(override.value(), float) and not _means(value, float(override.value())):  # type: ignore[arg-type]
+            value = value_of(override)
+            if isinstance(override.value(), float) and not means(value, float(override.value())):  # type: ignore[arg-type]
                 yield f"{key}: {value} is too small for a number of 64 bits"
         if not override.is_sweep_override():
             return
@@ -171,9 +201,9 @@ class Reader:
             needed = "kd.sweep" if self._call else "-m"
             yield f"{key}: several values need {needed}: {self._sweep(str(override.input_line))}{hint}"
         elif isinstance(span := override.value(), RangeSweep) and not 0 < length_of(span) <= _MOST:
-            yield f"{key}: {_value(override)} has {length_of(span):,} values; 1 to {_MOST:,} are possible"
+            yield f"{key}: {value_of(override)} has {length_of(span):,} values; 1 to {_MOST:,} are possible"
         elif override.is_discrete_sweep() and not self._texts_of(override):
-            yield f"{key}: there is no value in {_value(override)}"
+            yield f"{key}: there is no value in {value_of(override)}"
 
     def _sweep(self, word: str) -> str:
         """How to do a run for each value of an override."""
@@ -244,12 +274,12 @@ class Reader:
         problems, tree = list[str](), self._composed(map(self._first, chosen))
         if isinstance(tree, Exception) and not isinstance(base := self._composed([]), Exception):
             groups = base["hydra"]["runtime"]["choices"]
-            problems = [problem for override in chosen[len(paths) :] for problem in _group_problems(override, groups)]
+            problems = [problem for override in chosen[len(paths) :] for problem in group_problems(override, groups)]
         if not isinstance(tree, dict):
             return [*overrides], problems or [_short(tree)]
         sound = list[Override]()
         for override in overrides:
-            if override in chosen or (problem := _key_problem(override, tree)) is None:
+            if override in chosen or (problem := key_problem(override, tree)) is None:
                 sound.append(override)
             elif problem:
                 problems.append(problem)
@@ -264,7 +294,7 @@ class Reader:
         """A line for each override that cannot be composed by itself."""
         for override in overrides:
             if isinstance(self._composed(map(self._first, [*chosen, override])), Exception):
-                cannot = "deleted" if override.is_delete() else _value(override)
+                cannot = "deleted" if override.is_delete() else value_of(override)
                 yield f"{override.get_key_element().lstrip('+~')}: cannot be {cannot}"
 
 
@@ -288,113 +318,9 @@ def _shortened(problems: Iterable[str]) -> Iterator[str]:
         yield printable(re.sub(r"\S{150,}", lambda word: f"{word[0][:100]}…", problem))
 
 
-def _is_range(override: Override) -> bool:
-    return isinstance(override.value(), RangeSweep)
-
-
-def _value(override: Override) -> str:
-    return str(override.input_line).partition("=")[2].strip()
-
-
-def _unreadable(word: str) -> str:
-    name, equal, value = word.partition("=")
-    if not equal or not name.strip("+~ "):
-        return f"{word}: should be key=value"
-    quoted = QuotedString(value.replace('"', "").replace("'", ""), Quote.double).with_quotes()
-    return f"{name}: {value} cannot be read; a text with other signs needs quotes: {shlex.quote(f'{name}={quoted}')}"
-
-
-def _option_problems(
-    key: str, options: Sequence[str], values: Sequence[Any], sweep: Callable[[str], str]
-) -> Iterator[str]:
-    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    if any(isinstance(value, list) and len(value) != 1 for value in values):
-        hint = f"; a run for each: {sweep(f'{key}=' + ','.join(map(str, names)))}" if names else ""
-        yield f"{key}: takes one option, not a list{hint}"
-        return
-    for name in names:
-        if isinstance(name, dict):
-            yield f"{key}: takes the name of an option, not keys"
-            continue
-        inside = [option for option in options if option.startswith(f"{name}/")]
-        if inside:
-            yield f"{key}={name}: is a folder of options: {', '.join(inside[:3])}, …"
-        elif name not in options and not re.fullmatch(r"\$\{(dataset|model|teacher|method)\}", str(name)):
-            shown = "null" if name is None else name
-            yield f"{key}={shown}: there is no such option; {nearest(str(name), options)}"
-
-
-def _group_problems(override: Override, groups: dict[str, Any]) -> Iterator[str]:
-    key = override.get_key_element().lstrip("+~")
-    if override.is_add() and key in groups:
-        yield f"{key}: is chosen without a +"
-    elif not override.is_add() and key not in groups:
-        yield f"{key}: unknown key; {nearest(key, [*groups])}"
-
-
-def _key_problem(override: Override, tree: dict[str, Any]) -> str | None:
-    """A line about an override's key; "" if it has to be forced, None if it is right."""
-    key, section = override.key_or_group, override.key_or_group.partition(".")[0]
-    exists = override.package is None and _at(tree, key) is not _NOTHING
-    if override.is_force_add():
-        return None
-    if override.is_add():
-        return (
-            f"{key}: exists already; leave the + out"
-            if exists and not isinstance(override.value(), (dict, list))
-            else None
-        )
-    if exists:
-        return None if override.is_delete() else _node_problem(key, _at(tree, key), override.value(), tree)
-    table = SECTIONS[section][1] if section in SECTIONS else None
-    brought = table is not None and tree[section].get("name") in table.installed
-    if not override.is_delete() and (brought or option_has(key) or key.rpartition(".")[0] in _OPEN):
-        return ""
-    return f"{override.get_key_element().lstrip('+')}: unknown key; {_near_keys(key, tree)}"
-
-
-def _node_problem(key: str, node: Any, value: Any, tree: dict[str, Any]) -> str | None:
-    """A line about a group of keys that gets a value, or keys that it lacks; "" if they are the user's to name."""
-    if isinstance(node, list) and isinstance(value, dict):
-        return f"{key}: is a list, not a group of keys"
-    if not isinstance(node, dict) or (key in _OPEN and isinstance(value, dict)):
-        return "" if isinstance(node, dict) else None
-    if not isinstance(value, dict):
-        return f"{key}: is a group of keys{': ' if node else ''}{', '.join(map(str, node))}"
-    unknown = [f"{key}.{name}" for name in value if name not in node]
-    return f"{unknown[0]}: unknown key; {_near_keys(unknown[0], tree)}" if unknown else None
-
-
-def _near_keys(key: str, tree: dict[str, Any]) -> str:
-    keys = [*_keys(tree if key.startswith("hydra") else {name: tree[name] for name in tree if name != "hydra"})]
-    for part in ("launcher", "sweeper"):
-        if key.startswith(f"hydra.{part}."):
-            return f"hydra/{part}={tree['hydra']['runtime']['choices'][f'hydra/{part}']} has none of this name"
-    return nearest_keys(key, keys)
-
-
-def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in tree.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _keys(value, f"{prefix}{name}.")
-
-
-def _at(tree: Any, key: str) -> Any:
-    """What a tree has at a dotted key; _NOTHING if it has no such key."""
-    for part in key.split("."):
-        tree = tree.get(part, _NOTHING) if isinstance(tree, dict) else _NOTHING
-    return tree
-
-
 def _short(error: BaseException) -> str:
     """An error of Hydra in one line."""
     while not isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-def _means(text: str, value: float) -> bool:
-    """Whether a number is what its text says: 1e-400 is not 0."""
-    return value != 0 or not re.search("[1-9]", re.split("[eE]", text)[0])

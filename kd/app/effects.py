@@ -6,6 +6,7 @@ a line says so. So one sweep may have methods and losses with different keys.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -143,10 +144,12 @@ class Effects:
             for key in ("sweep.join", "sweep.prune"):
                 if self.given.get(key, "false").lower() != "false":
                     yield f"{key} has no effect: this run is not a trial of a search"
-        if not self.multirun:
-            for key in ("sweep.objective", "runtime.tables", "runtime.live"):
-                if key in self.given:
-                    yield f"{key} has no effect: this is a single run, without -m"
+        of_sweeps = r"sweep\.objective|runtime\.(tables|live)|hydra[/.](launcher|sweeper|sweep)\b.*"
+        for key in self.given:
+            if self.multirun and key == "hydra.run.dir":
+                yield f"{key} has no effect: the folder of a multirun is hydra.sweep.dir"
+            elif not self.multirun and re.fullmatch(of_sweeps, key):
+                yield f"{key} has no effect: this is a single run, without -m"
 
     def _of_tracking(self) -> Iterator[str]:
         if self.config.tracking.name != "wandb":

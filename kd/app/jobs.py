@@ -134,7 +134,8 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
         if not config.dry_run:
             return None
     alone = plan_alone(config, dataset, students)
-    for line in remarks(config, dataset, students[0], given_keys(cfg, typed()), multirun=multirun):
+    given = given_keys(cfg, typed()) | by_key(as_typed(hydra.overrides.hydra))
+    for line in remarks(config, dataset, students[0], given, multirun=multirun):
         _say(line, whole)
     if config.runtime.threads is None and runtime.processes not in (None, 1):
         print(f"runtime.processes={runtime.processes}: runtime.threads={runtime.threads} in each", flush=True)
@@ -163,11 +164,11 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
 def _check_search(cfg: DictConfig) -> None:
     """Raise KnownError if the job's configuration asks for a search, and no search runs the job."""
     hydra = HydraConfig.get()
-    if hydra.sweeper.get("custom_search_space") != SEARCH or is_dry(cfg):
-        return
-    if OmegaConf.select(cfg, "runtime.trial") is not None:
+    if hydra.sweeper.get("custom_search_space") != SEARCH or OmegaConf.select(cfg, "runtime.trial") is not None:
         return
     if hydra.mode == RunMode.MULTIRUN:
+        if is_dry(cfg):  # of the search itself
+            return
         raise KnownError("sweep: a grid cannot have a search as one of its values; one command for each search")
     if "sweep" in by_key(typed()):
         raise KnownError("sweep: a search needs -m: python run.py -m sweep=…")

@@ -45,11 +45,12 @@ class Multirun(Callback):
     table: ClassVar[LiveTable | None] = None
 
     @classmethod
-    def begin(cls, folder: Path, expected: int, search: Search | None = None) -> None:
+    def begin(cls, folder: Path, expected: int, search: Search | None = None, *, dry: bool = False) -> None:
         """Keep what summarize() needs."""
         cls.folder, cls.expected, cls.search = folder, expected, search
         cls.began = time.time() - 1  # file times are coarse
-        record_process(folder)
+        if not dry:
+            record_process(folder)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check that the run's folder can be written. Without this, Hydra shows a traceback."""
@@ -98,7 +99,7 @@ def _begin_grid(config: DictConfig, config_name: str) -> None:
     _check_folder("hydra.sweep.dir", folder)
     _force_keys(config)
     jobs = jobs_of(config)
-    Multirun.begin(folder, len(jobs))
+    Multirun.begin(folder, len(jobs), dry=is_dry(config))
     batch = config.hydra.sweeper.get("max_batch_size") or len(jobs)
     limit = (batch, "hydra.sweeper.max_batch_size") if batch < len(jobs) else (len(jobs), "jobs")
     choose_number(config, config_name, jobs, limit)

@@ -18,7 +18,7 @@ from kd.app.config import Config, check_system, recipe_name, train_spec, trained
 from kd.app.experiments import CONF
 from kd.app.networks import TeacherConfig
 from kd.core.recipes import RECIPES, released
-from kd.core.spec import KnownError, Registry, explain, printable, tilde
+from kd.core.spec import KnownError, Registry, explain, nearest_keys, printable, tilde
 from kd.core.stage import Role, split_problem
 from kd.datasets import DATASETS, DatasetConfig
 from kd.losses import LOSSES
@@ -76,7 +76,8 @@ def parse(cfg: DictConfig, overrides: Iterable[str] = (), home: Path | None = No
     rules = (_dataset, _losses, _teacher, _reference, _sweep, _training)
     problems += [problem for rule in rules for problem in _told(rule(sections))]
     if problems:
-        raise KnownError("\n".join(_discreet((_with_runs(problem, given) for problem in problems), cfg)))
+        told = (_with_runs(problem, given) for problem in _with_nearest(problems, tree))
+        raise KnownError("\n".join(_discreet(told, cfg)))
     return Config(**sections)
 
 
@@ -89,25 +90,6 @@ def as_typed(kept: Any) -> list[str]:
 def by_key(overrides: Iterable[str]) -> dict[str, str]:
     """The keys of overrides, with the text of their values."""
     return {name.lstrip("+"): value for name, _, value in (override.partition("=") for override in overrides)}
-
-
-def with_one_why(words: Sequence[str]) -> list[str]:
-    """The arguments with `why=` for `--why`. The keys of several are one list. Raises KnownError."""
-    kept, asked, left = list[str](), list[str](), iter(words)
-    for word in left:
-        name, equal, keys = word.partition("=")
-        if name == "--why":
-            keys = keys if equal else next(left, "")
-            if not keys or keys.startswith("-"):
-                raise KnownError("--why: needs a key: python run.py --why method.T")
-        (asked.append(keys) if name.lstrip("+") in ("--why", "why") else kept.append(word))
-    if len(asked) < 2 and "--why" not in by_key(words):
-        return [*words]
-    lists = [re.fullmatch(r"\[?([\w@/.,\s-]+)\]?", keys) for keys in asked]
-    if not all(lists):
-        raise KnownError("why: is given twice; one list: 'why=[method.T,train.lr]'")
-    found = [key.strip() for each in lists if each for key in each[1].split(",")]
-    return [*kept, f"why={found[0]}" if len(found) == 1 else f"why=[{','.join(found)}]"]
 
 
 def without_foreign(tree: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +136,23 @@ def option_has(key: str) -> bool:
 def plain(value: str | float) -> str | float:
     """A number by its shortest decimal at 12 significant digits: .1 + .2 is .3."""
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+
+def keys_in(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """All keys of a configuration, dotted."""
+    for name, value in tree.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from keys_in(value, f"{prefix}{name}.")
+
+
+def _with_nearest(problems: Sequence[str], tree: Mapping[str, Any]) -> Iterator[str]:
+    """The problems; of an unknown key, which a file may have, with the nearest keys."""
+    unknown = {key for key, colon, _ in (problem.partition(": unknown key (") for problem in problems) if colon}
+    known = [key for key in keys_in(tree) if not unknown & {key, key.rpartition(".")[0]}]
+    for problem in problems:
+        key = problem.partition(": unknown key (")[0]
+        yield f"{problem}; {nearest_keys(key, known)}" if key in unknown else problem
 
 
 def _with_runs(problem: str, given: Mapping[str, str]) -> str:

@@ -32,6 +32,17 @@ _MESSAGES = {
     "too_short": "should have at least {min_length} entries",
     "finite_number": "should be a finite number",
 }
+_ELSEWHERE = {  # keys of other tools, by their names here
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "temperature": "T",
+    "temp": "T",
+    "alpha": "lambda",
+    "lam": "lambda",
+    "scheduler": "schedule",
+    "opt": "optimizer",
+}
 _LISTED = 30  # names of a table that a message shows
 _TYPES = {
     "int": "a whole number",
@@ -219,6 +230,7 @@ def nearest(name: str, names: Sequence[str], listed: Sequence[str] = ()) -> str:
 def nearest_keys(key: str, keys: Sequence[str]) -> str:
     """A question with the keys that end alike, or else with those of the nearest names."""
     parent, _, last = key.rpartition(".")
+    last = _ELSEWHERE.get(last, last)
     alike = sorted((each for each in keys if each.rpartition(".")[2] == last), key=lambda each: each.count("."))
     if alike:
         return f"did you mean {', '.join(alike[:3])}?"

@@ -207,9 +207,10 @@ def resolve(config: DatasetConfig, data_root: Path, threads: int = 1, image_size
 def _refuse_unused(config: DatasetConfig) -> None:
     """Raise KnownError for settings of how pictures are read, where no pictures are read."""
     names = ("skip_unreadable", "image_size", "resize", "background", "decode", "array_budget", "test_fraction")
-    for name in names:
-        if getattr(config, name) != DatasetConfig.model_fields[name].default:
-            raise KnownError(f"dataset.{name}: {config.name} is no folder of images: leave this setting out")
+    given = [name for name in names if getattr(config, name) != DatasetConfig.model_fields[name].default]
+    if given:
+        why = f"{config.name} is no folder of images: leave this setting out"
+        raise KnownError("\n".join(f"dataset.{name}: {why}" for name in given))
 
 
 def _say_choices(config: DatasetConfig, spec: DatasetSpec) -> None:

@@ -39,7 +39,9 @@ class Library(ABC):
         if find_spec(self.name) is None:
             raise ValueError(f"{name} needs the package {self.name}: pip install {self.name}")
         if taken := sorted(self.reserved & name.options.keys()):
-            raise ValueError(f"{name}: {', '.join(taken)} cannot be an option of a network here")
+            published = {*taken} & {"pretrained", "weights", "checkpoint_path"}
+            hint = "; published weights, or a file of weights: model.init, teacher.init" if published else ""
+            raise ValueError(f"{name}: {', '.join(taken)} cannot be an option of a network here{hint}")
         return self._named(name)
 
     def unknown(self, name: LibraryName) -> ValueError:
@@ -169,7 +171,9 @@ class Torchvision(Library):
     """torchvision's networks for classification."""
 
     name = "torchvision"
-    reserved = frozenset({"num_classes", "weights", "weights_backbone", "progress", "name"})
+    reserved = frozenset(
+        {"num_classes", "weights", "weights_backbone", "progress", "name"} | {"pretrained", "pretrained_backbone"}
+    )
 
     def names(self) -> list[str]:
         import torchvision.models

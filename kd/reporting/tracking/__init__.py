@@ -34,6 +34,13 @@ class TrackingSpec(Frozen):
     tags: tuple[Text, ...] = ()
     mode: Literal["auto", "online", "offline"] = "auto"
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _not_disabled(cls, value: Any) -> Any:
+        if value == "disabled":  # a mode of W&B
+            raise ValueError("tracking=none turns it off")
+        return value
+
     @field_validator("project", "entity", "group", "tags")
     @classmethod
     def _taken_by_wandb(cls, value: str | tuple[str, ...] | None, told: ValidationInfo) -> str | tuple[str, ...] | None:
