@@ -30,7 +30,7 @@ def terminal(encoding: str) -> Iterator[io.BytesIO]:
         yield screen
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 def test_a_sweep_ends_with_its_summary(encoding: str, job: Callable[..., Any], tmp_path: Path) -> None:
     with terminal(encoding) as screen:
         shown = ("runtime.tables=true", "train.epochs=1", f"dataset.label='{LABEL}'")
@@ -45,7 +45,7 @@ def test_a_sweep_ends_with_its_summary(encoding: str, job: Callable[..., Any], t
     assert "plane4 → plane2" in summary
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow)])
 def test_a_dry_run_and_a_refusal(encoding: str, job: Callable[..., Any]) -> None:
     with terminal(encoding) as screen:
         job("dry_run=true", f"dataset.label='{LABEL}'", multirun=True)

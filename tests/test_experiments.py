@@ -217,6 +217,7 @@ def test_a_name_that_is_not_there() -> None:
         composed("experiment=tt/cifar10/nasty_resnet18_nett")
 
 
+@pytest.mark.slow
 def test_several_at_once_in_processes_of_their_own(tmp_path: Path) -> None:
     ended = run_py(
         "-m",

@@ -277,13 +277,14 @@ def batches_of(stage: Stage, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
             "teacher",
             lambda z, y, g: tt_teacher_loss(z, y, g, 4, 0.005),
         ),
-        (
+        pytest.param(
             (
                 *("dataset=cifar10", "method=trained_teacher", "model=net", "teacher=preresnet20"),
                 *("method.teacher.T=4", "method.teacher.weight=-0.04"),
             ),
             "teacher",
             lambda z, y, g: tt_teacher_loss(z, y, g, 4, -0.04),
+            marks=pytest.mark.slow,
         ),
     ],
 )

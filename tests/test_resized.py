@@ -260,15 +260,14 @@ def start(code: str, *args: object) -> subprocess.Popen[str]:
 RESOLVE = """
 import sys
 from pathlib import Path
-from tests.test_resized import config
-from kd.datasets import resolve
-print("content", resolve(config(Path(sys.argv[1])), Path(sys.argv[2])).content)
+from kd.datasets import DatasetConfig, resolve
+print("content", resolve(DatasetConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2])).content)
 """
 
 
 def test_two_processes_make_one_array(tmp_path: Path) -> None:
     root, data = photographs(tmp_path / "photos", count=30), tmp_path / "data"
-    both = [start(RESOLVE, root, data) for _ in range(2)]
+    both = [start(RESOLVE, config(root).model_dump_json(), data) for _ in range(2)]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert len({line for text in said for line in text.splitlines() if line.startswith("content")}) == 1

@@ -37,8 +37,9 @@ def test_it_is_said_before_anything_is_trained(
     assert not [*tmp_path.glob("store/*/stage.json")]
 
 
-def test_other_networks_train_on_single_images(job: Job) -> None:
+def test_other_networks_are_not_refused(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job("method=scratch", "train.batch_size=1", "dry_run=true", multirun=True)
+    assert "1 of 1 stages to train" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["net", "mobilenetv2_half", "plane2", "resnet8", "vgg8", "shufflenetv1"])

@@ -54,8 +54,12 @@ def test_the_local_record(job: Job, tmp_path: Path) -> None:
 
 
 def inspect(folder: Path, *flags: str) -> str:
-    (run,) = folder.glob("wandb/offline-run-*")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", *flags, "--json", str(run)]
+    """What `python -m wandb leet inspect --json` prints, from the program that it starts: that is a second faster."""
+    from wandb.util import get_core_path
+
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    place = ["--run-file", str(file.resolve()), str(file.resolve().parents[1])]
+    command = [get_core_path(), "leet", "inspect", "--no-observability", *flags, "--json", *place]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
