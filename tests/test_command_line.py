@@ -101,6 +101,7 @@ def test_an_interval_needs_a_search_and_a_range_needs_values() -> None:
     for empty in ("seed=range(5,1)", "method.T=range(1,2,0)", "method.T=range(1,2,0.0)", "seed=range(0,1e9,0.1)"):
         assert "1 to 100,000 are possible" in told("-m", empty)[0]
     assert told("-m", "model=glob(zz*)") == ["model: there is no value in glob(zz*)"]
+    assert told("-m", "seed=range(0,3),7") == ["seed: a range stands alone in range(0,3),7"]
 
 
 def test_flags_may_follow_overrides_and_a_pasted_comment_is_none() -> None:
@@ -122,8 +123,9 @@ def test_flags_may_follow_overrides_and_a_pasted_comment_is_none() -> None:
     ],
 )
 def test_a_range_has_the_decimals_that_are_typed(typed: str, values: list[float]) -> None:
-    (override,) = read("-m", f"method.lambda={typed}")[1:]
-    assert override == f"method.lambda=choice({','.join(map(str, values))})"
+    for beside in ((), ("loss.beta=2",)):  # the second is no key of kd's loss, which Hydra is told by ++
+        *_, override = read("-m", *beside, f"method.lambda={typed}")
+        assert override == f"method.lambda=choice({','.join(map(str, values))})"
 
 
 def keys(*overrides: str) -> list[str]:
@@ -348,11 +350,12 @@ def test_an_idle_key_moves_no_key_and_is_not_recorded() -> None:
 def test_a_grid_in_a_file_may_have_different_keys_too(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    params = '{method: "scratch,kd", method.lambda: "0.2,0.4"}'
+    params = '{method: "scratch,kd", method.lambda: "range(0.3,0.9,0.3)"}'  # .3 and .6, as typed
     own_option(tmp_path / "own", "experiment/mine", f"hydra: {{sweeper: {{params: {params}}}}}\n")
     results = job(f"--config-dir={tmp_path}/own", "experiment=mine", "method.T=2", "train.epochs=1", multirun=True)
     assert [result["method"] for result in results] == ["scratch", "scratch", "kd", "kd"]
     assert [result["chain"][-1]["loss"].get("T") for result in results] == [None, None, 2, 2]
+    assert [result["chain"][-1]["loss"].get("lambda") for result in results] == [None, None, 0.3, 0.6]
     assert capsys.readouterr().out.count("method.T has no effect: method=scratch does not read it") == 1
 
 
@@ -477,6 +480,7 @@ def test_a_shell_hands_the_commands_over(shell: str) -> None:
         ("+model=plane2", "model: is chosen without a +"),
         ("~nope", "~nope: unknown key; "),
         ("~teacher", "~teacher: cannot be left out; method=scratch has none"),
+        ("~dataset", "~dataset: cannot be left out; dataset=<name> chooses another"),
         ("~tracking", "~tracking: cannot be left out; tracking=none turns it off"),
         ("model=torchvision/resnet18", "there is no such option; model=torchvision model.arch=resnet18"),
         ("teacher=timm/vit_tiny", "there is no such option; teacher=timm teacher.arch=vit_tiny"),

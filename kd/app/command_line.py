@@ -72,7 +72,10 @@ def _with_one_why(words: Sequence[str]) -> list[str]:
             keys = keys if equal else next(left, "")
             if not keys or keys.startswith("-"):
                 raise KnownError("--why: needs a key: python run.py --why method.T")
-        (asked.append(keys) if name.lstrip("+") in ("--why", "why") else kept.append(word))
+        if name.lstrip("+") in ("--why", "why"):
+            asked.append(keys)
+        else:
+            kept.append(word)
     if len(asked) < 2 and "--why" not in by_key(words):
         return [*words]
     lists = [re.fullmatch(r"\[?([\w@/.,\s-]+)\]?", keys) for keys in asked]
@@ -128,7 +131,7 @@ class Reader:
         sound = [self._forced(override) if self._may_lack(override, sound) else override for override in sound]
         tree = self._composed([*map(self._first, sound)])
         if isinstance(tree, Exception):
-            sound, found = self._diagnosed(sound)
+            sound, tree, found = self._diagnosed(sound)
             problems += found
         grid = not isinstance(tree, Exception) and str(tree["hydra"]["sweeper"]["_target_"]).endswith(".BasicSweeper")
         problems += [
@@ -203,7 +206,8 @@ class Reader:
         elif isinstance(span := override.value(), RangeSweep) and not 0 < length_of(span) <= _MOST:
             yield f"{key}: {value_of(override)} has {length_of(span):,} values; 1 to {_MOST:,} are possible"
         elif override.is_discrete_sweep() and not self._texts_of(override):
-            yield f"{key}: there is no value in {value_of(override)}"
+            mixed = "range(" in value_of(override)  # Hydra cannot list these
+            yield f"{key}: {'a range stands alone' if mixed else 'there is no value'} in {value_of(override)}"
 
     def _sweep(self, word: str) -> str:
         """How to do a run for each value of an override."""
@@ -267,8 +271,8 @@ class Reader:
         """The override, for a job that does not have its key, too."""
         return self._parsed(f"++{str(override.input_line).lstrip('+')}")
 
-    def _diagnosed(self, overrides: Sequence[Override]) -> tuple[list[Override], list[str]]:
-        """Overrides that can be composed, or lines that say which cannot."""
+    def _diagnosed(self, overrides: Sequence[Override]) -> tuple[list[Override], Any, list[str]]:
+        """Overrides that can be composed, with the configuration, or lines that say which cannot."""
         paths = [override for override in overrides if override.key_or_group == "hydra.searchpath"]
         chosen = paths + [override for override in overrides if self._options(override.key_or_group)]
         problems, tree = list[str](), self._composed(map(self._first, chosen))
@@ -276,7 +280,7 @@ class Reader:
             groups = base["hydra"]["runtime"]["choices"]
             problems = [problem for override in chosen[len(paths) :] for problem in group_problems(override, groups)]
         if not isinstance(tree, dict):
-            return [*overrides], problems or [_short(tree)]
+            return [*overrides], tree, problems or [_short(tree)]
         sound = list[Override]()
         for override in overrides:
             if override in chosen or (problem := key_problem(override, tree)) is None:
@@ -285,10 +289,10 @@ class Reader:
                 problems.append(problem)
             else:
                 sound.append(self._forced(override))
-        again = problems or self._composed([*map(self._first, sound)])
+        again = tree if problems else self._composed([*map(self._first, sound)])
         if isinstance(again, Exception):
             problems = [*self._culprits(chosen, sound)] or [_short(again)]
-        return sound, problems
+        return sound, again, problems
 
     def _culprits(self, chosen: Sequence[Override], overrides: Sequence[Override]) -> Iterator[str]:
         """A line for each override that cannot be composed by itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -13,10 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from kd.app.jobs import SEARCH, is_dry
+from kd.app.overrides import exact
 from kd.app.parallel import choose_number, fixed_of, jobs_of, searched_of
 from kd.app.parsing import SECTIONS, as_typed, option_has
 from kd.core import files
@@ -97,7 +100,7 @@ def _start_of(config: DictConfig) -> list[str]:
 def _begin_grid(config: DictConfig, config_name: str) -> None:
     folder = Path(config.hydra.sweep.dir)
     _check_folder("hydra.sweep.dir", folder)
-    _force_keys(config)
+    _read_grid(config)
     jobs = jobs_of(config)
     Multirun.begin(folder, len(jobs), dry=is_dry(config))
     batch = config.hydra.sweeper.get("max_batch_size") or len(jobs)
@@ -105,8 +108,8 @@ def _begin_grid(config: DictConfig, config_name: str) -> None:
     choose_number(config, config_name, jobs, limit)
 
 
-def _force_keys(config: DictConfig) -> None:
-    """Let a grid that stands in a file have options of different keys, as a typed one may: `method: "scratch,kd"`."""
+def _read_grid(config: DictConfig) -> None:
+    """Read a grid that stands in a file as a typed one: options of different keys, and ranges by decimal arithmetic."""
     params = config.hydra.sweeper.get("params") or {}
 
     def forced(word: str) -> str:
@@ -116,9 +119,17 @@ def _force_keys(config: DictConfig) -> None:
         return f"++{word}" if swept and option_has(key) else word
 
     if params:
-        named = {forced(str(name)): values for name, values in params.items()}
+        named = {forced(str(name)): _exact(f"{name}={values}") for name, values in params.items()}
         OmegaConf.update(config, "hydra.sweeper.params", named, merge=False)
         config.hydra.overrides.task = [*map(forced, as_typed(config.hydra.overrides.task))]
+
+
+def _exact(word: str) -> str:
+    """The values of an override: of a range, by decimal arithmetic."""
+    values = word.partition("=")[2]
+    if not re.match(r"\s*range\(", values):
+        return values
+    return exact(OverridesParser.create().parse_override(word)).partition("=")[2]
 
 
 def _begin_search(config: DictConfig, config_name: str) -> None:

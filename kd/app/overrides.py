@@ -19,7 +19,11 @@ from kd.models.libraries import LIBRARIES
 
 _OPEN = ("init", "model.args", "teacher.args")  # groups of keys that a user names
 _NOTHING = object()  # what a missing key has
-NEEDED = {"teacher": "method=scratch has none", "tracking": "tracking=none turns it off"}  # instead of deleting it
+NEEDED = {  # groups that no run is without, with what may be meant by deleting them
+    "teacher": "method=scratch has none",
+    "tracking": "tracking=none turns it off",
+    "dataset": "dataset=<name> chooses another",
+}
 
 
 def is_range(override: Override) -> bool:
