@@ -22,6 +22,7 @@ from kd.app.config import plan
 from kd.app.parsing import parse
 from kd.app.search import ORDINAL, Locks, hand_over, ordinal, study_name
 from kd.app.search.space import as_overrides
+from kd.app.search.study import _missing
 from kd.datasets import resolve
 from tests.conftest import QUICK, ROOT, composed, own_option, run_py
 
@@ -126,8 +127,9 @@ def test_one_process_searches_and_others_join(job: Job, tmp_path: Path, capsys: 
     hand_over(OmegaConf.create(), trial)
     (tmp_path / "out" / "2" / ".hydra").mkdir(parents=True)
     (tmp_path / "out" / "2" / ".hydra" / "config.yaml").write_text("seed: 0\n")
-    job(*overrides, "sweep.join=true", multirun=True)
+    job(*overrides, "sweep.join=true", multirun=True, folder="elsewhere")
     said = capsys.readouterr().out
+    assert f"hydra.sweep.dir has no effect: sweep.join=true joins the search in {tmp_path / 'out'}\n" in said
     assert "unfinished" not in said
     assert "sweep.join" not in said.rpartition(" jobs, ")[2]  # the table and what follows
     study.tell(trial, 1.0)
@@ -144,6 +146,31 @@ def test_trials_of_a_process_that_lives_are_left_alone(tmp_path: Path) -> None:
     one.leave()
     assert not other.alive(alive)
     assert not other.alive(None)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_the_retry_of_a_lost_trial_has_its_ordinal_and_no_other_trial_moves(tmp_path: Path) -> None:
+    """The ordinal names the trial's folder. A second process may run trials while the first one is started again."""
+    study, locks = optuna.create_study(), Locks(tmp_path)
+    locks.enter("study", join=False)
+    for process in (locks.process, "one that has ended", locks.process, locks.process):
+        hand_over(OmegaConf.create(), trial := study.ask())
+        trial.set_user_attr("process", process)
+    before = [trial.params[ORDINAL] for trial in study.trials]
+    study.tell(0, 1.0)
+    assert _missing(study, locks, 6) == 3
+    assert [ordinal(study, number) for number in range(4)] == before == [0, 1, 2, 3]
+    for _ in range(2):
+        hand_over(OmegaConf.create(), study.ask())
+    assert [trial.params[ORDINAL] for trial in study.trials[4:]] == [1, 4]  # the retry, and the next new one
+    locks.leave()
+
+
+def test_lost_trials_of_studies_of_an_earlier_version_do_not_count() -> None:
+    study = optuna.create_study()
+    for lost in (False, True, False):
+        study.ask().set_user_attr("lost", lost)
+    assert [ordinal(study, number) for number in range(3)] == [0, 1, 1]
 
 
 def named(*overrides: str, space: dict[str, str] | None = None, sampler: Any = None) -> str:
@@ -168,6 +195,10 @@ def test_searches_that_differ_in_what_only_some_trials_read_are_two() -> None:
     assistants = "method.assistants=[resnet14]", "method.assistants=[resnet26]"
     assert len({named(f"+{each}", space=options) for each in assistants}) == 2
     assert named("runtime.threads=1", space=options) == named("runtime.threads=2", space=options)
+    chosen = {"method.assistants": "choice([resnet14],[resnet20])"}
+    own = "+init.resnet20=pretrained", "freeze=[resnet20]"
+    assert len({named(*each, space=chosen) for each in ((), own[:1], own[1:])}) == 3
+    assert named(own[0]) == named()
     assert named("seed=0") != named("seed=${replicates}")
     assert named("seed=0") == named()
 
@@ -250,6 +281,13 @@ def test_what_only_some_trials_read_is_in_the_name(job: Job, capsys: pytest.Capt
         job("sweep=tpe", *searched, f"train.milestones={milestones}", "dry_run=true", multirun=True)
         names |= {line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("study ")}
     assert len(names) == 2
+
+
+def test_the_networks_of_a_library_may_be_searched(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job("sweep=tpe", "model=torchvision", "model.arch=resnet18,resnet34", "dry_run=true", multirun=True)
+    told = capsys.readouterr().out
+    assert "model.arch: resnet18,resnet34\n" in told
+    assert "torchvision/resnet18" in told
 
 
 def test_what_a_search_decides_itself_is_said(

@@ -68,6 +68,7 @@ def grid(overrides: Sequence[str]) -> Path:
         _save(folder, {"multirun": first})
         if "hydra.sweep.subdir" in by_key(words):
             print("hydra.sweep.subdir has no effect: kd.sweep names the folders of jobs by their numbers", flush=True)
+        multirun.Multirun.start = multirun.start_of(first)
         multirun.Multirun.begin(folder, len(combinations))
         try:
             for number, combination in enumerate(combinations):
@@ -151,6 +152,7 @@ def _called(name: str) -> Iterator[None]:
     before = GlobalHydra.instance().hydra, own.cfg, version.version_base
     GlobalHydra.instance().clear()
     try:
+        jobs.say_once.cache_clear()  # another call may do its jobs in the same folder
         with processors_kept():
             register()
             with settings_kept(), initialize_config_dir(str(CONF), version_base="1.3"):

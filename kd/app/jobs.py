@@ -130,13 +130,13 @@ def perform(cfg: DictConfig, folder: Path) -> RunResult | Pruned | None:
 
         own = hydra.job.config_name, as_typed(hydra.overrides.hydra)
         for line in reasons(cfg, config, students[0], typed(), *own):
-            _say(line, whole)
+            say_once(line, whole)
         if not config.dry_run:
             return None
     alone = plan_alone(config, dataset, students)
     given = given_keys(cfg, typed()) | by_key(as_typed(hydra.overrides.hydra))
     for line in remarks(config, dataset, students[0], given, multirun=multirun):
-        _say(line, whole)
+        say_once(line, whole)
     if config.runtime.threads is None and runtime.processes not in (None, 1):
         print(f"runtime.processes={runtime.processes}: runtime.threads={runtime.threads} in each", flush=True)
     store = Store(config.store_root)
@@ -185,7 +185,7 @@ def _show_plan(config: Config, students: Sequence[Stage], alone: Sequence[Stage]
 
 
 @cache
-def _say(line: str, folder: str | Path) -> None:
+def say_once(line: str, folder: str | Path) -> None:
     """Print a line once for all jobs that this process does of a multirun. `folder` is the multirun's, or the run's."""
     print(line, flush=True)
 

@@ -67,7 +67,7 @@ class Multirun(Callback):
             _check_slurm(config)
             _check_direction(config)
             _check_numbers(config)
-            Multirun.start = _start_of(config)
+            Multirun.start = start_of(config)
             searches = config.hydra.sweeper.get("custom_search_space") == SEARCH
             (_begin_search if searches else _begin_grid)(config, kwargs["config_name"])
             _show_table(config)
@@ -79,7 +79,7 @@ class Multirun(Callback):
             sys.exit(1)
 
 
-def _start_of(config: DictConfig) -> list[str]:
+def start_of(config: DictConfig) -> list[str]:
     """Words of a command besides the overrides of jobs: the primary configuration and the folders of options.
 
     A grid's file of one's own is among them, because it may fix keys. A search's is not: a single run refuses searches.

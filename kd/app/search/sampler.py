@@ -13,6 +13,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 LOST = "lost"  # a trial's attribute: its process ended before the trial did
+AGAIN = "again"  # the value of LOST since a retry has its trial's ordinal, as its own attribute of this name
 WANTED = "n_trials"  # a study's attribute: the number of trials in all
 NO_BEST = "every trial has failed, so there is no best one"
 
@@ -61,6 +62,9 @@ class ByTrial(BaseSampler):
 
 
 def ordinal(study: Study, number: int) -> int:
-    """The trial's number in the search. Lost trials do not count, because they are started again."""
-    trials = study.get_trials(deepcopy=False)
-    return number - len([trial for trial in trials if trial.number < number and trial.user_attrs.get(LOST, False)])
+    """The trial's number in the search. A lost trial is started again: the retry has its number, and does not count."""
+    before = [trial.user_attrs for trial in study.get_trials(deepcopy=False) if trial.number <= number]
+    if AGAIN in before[number]:
+        return int(before[number][AGAIN])
+    # In a study of an earlier version the lost trials do not count, and their retries do.
+    return number - len([attrs for attrs in before[:number] if AGAIN in attrs or attrs.get(LOST) is True])

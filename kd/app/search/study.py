@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from optuna.exceptions import ExperimentalWarning
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
 from kd.app.config import Config, plan, plan_alone
 from kd.app.parallel import fixed_of, tell
 from kd.app.parsing import as_typed, by_key, parse
 from kd.app.search.processes import Locks
-from kd.app.search.sampler import LOST, NO_BEST, WANTED, ordinal
+from kd.app.search.sampler import AGAIN, LOST, NO_BEST, WANTED, ordinal
 from kd.app.search.space import as_overrides
 from kd.core import files
 from kd.core.spec import KnownError
@@ -40,7 +40,11 @@ from kd.store import Store
 ORDINAL = "runtime.trial"  # the parameter that tells a job its trial
 _SEEDS = ("seed", "teacher.seed", "method.assistant.seed", "dataset.split_seed")
 # Settings that other settings of a trial may not read: milestones without a step schedule, T without an assistant.
-_SOMETIMES = re.compile(r"\+*(method\.assistant\..*|(.*\.)?(milestones|gamma|momentum|nesterov|weights|views))=")
+_SOMETIMES = re.compile(
+    r"\+*(method\.assistant\..*|(.*\.)?(milestones|gamma|momentum|nesterov|weights|views)|init(\..*)?|freeze)="
+)
+_NEEDED = ("model.arch", "teacher.arch", "dataset.root")  # keys without a default, where they are read
+_NETWORKS = {"method.assistants", "method.teachers"}  # names of networks that may be searched
 _NO_RESULT = ("runtime.", "tracking", "hydra", "sweep", "dry_run")  # overrides that decide nothing of a trial's result
 _PROCESS = "process"  # a trial's attribute: the process that runs it
 
@@ -92,7 +96,11 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
     # The default has the time in it. Then the study's own folder is used, so that the same command goes on with it.
     told = "hydra.sweep.dir" in given or "${now:" not in str(config.hydra.sweep._get_node("dir")._value())
     place = base.store_root / "search" / name
-    folder = Path(config.hydra.sweep.dir).absolute() if told else _folder(place, name)
+    known = _known(place)
+    folder = Path(config.hydra.sweep.dir).absolute() if told else known or Path("multirun", name).absolute()
+    if base.sweep.join and known and folder != known:
+        print(f"hydra.sweep.dir has no effect: sweep.join=true joins the search in {known}", flush=True)
+        folder = known
     for key in {"hydra.sweeper.study_name", "hydra.sweep.subdir"} & {*given}:
         print(f"{key} has no effect: a search names its study by what is searched, and its folders by their trials")
     if base.dry_run:
@@ -141,10 +149,6 @@ def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]
         composed: DictConfig = loader.load_configuration(config_name, words, run_mode=RunMode.RUN)
         return composed
 
-    composed = compose()
-    with open_dict(composed):
-        del composed["hydra"]
-    base = parse(composed, fixed)
     swept = [each for each in overrides if each.is_sweep_override()]
     typed = [*(config.hydra.sweeper.params or {}).items(), *(str(each.input_line).split("=", 1) for each in swept)]
     given = {each.get_key_element().lstrip("+") for each in overrides if not each.is_sweep_override()}
@@ -153,10 +157,22 @@ def _read(config: DictConfig, config_name: str) -> tuple[Config, dict[str, str]]
         named = ", ".join(_bare(name) for name, _ in typed)
         why = f"nothing is left to search, because each has one value: {named}" if named else "nothing is searched"
         raise KnownError(f"sweep: {why}; what to search is typed: 'method.T=interval(1,20)'")
+    base = _base(compose, space, fixed)
     _check_seed(space, base)
     names = as_overrides(space, {_bare(name) for name, _ in typed if str(name).startswith("+")}, compose)
     _rename(config, overrides, names)
     return base, space
+
+
+def _base(compose: Callable[..., DictConfig], space: Mapping[str, str], fixed: Sequence[str]) -> Config:
+    """The configuration without what is searched. A searched key that no run is without has its first value."""
+    parser = OverridesParser.create()
+    needed = [parser.parse_override(f"{name}={space[name]}") for name in _NEEDED if name in space]
+    first = [f"{each.key_or_group}={next(each.sweep_string_iterator())}" for each in needed if each.is_discrete_sweep()]
+    composed = compose(*first)
+    with open_dict(composed):
+        del composed["hydra"]
+    return parse(composed, fixed)
 
 
 def _bare(name: Any) -> str:
@@ -189,11 +205,11 @@ def _open(name: str, storage: str, direction: str) -> Study:
         raise KnownError(f"hydra.sweeper.storage: {storage} cannot be opened ({said})") from error
 
 
-def _folder(place: Path, name: str) -> Path:
-    """The folder of the study's trials: the one of its first start, or a new one below the working directory."""
+def _known(place: Path) -> Path | None:
+    """The folder of the study's trials at its last start; None if there is none."""
     told = place / "folder.txt"
     known = Path(told.read_text(encoding="utf-8")) if told.exists() else Path()
-    return known if known.is_absolute() and known.is_dir() else Path("multirun", name).absolute()
+    return known if known.is_absolute() and known.is_dir() else None
 
 
 def study_name(
@@ -228,6 +244,8 @@ def _switched(override: str, space: Mapping[str, str]) -> bool:
     name = override.lstrip("+").partition("=")[0]
     if name.startswith("method.assistant."):
         return "method.assistants" in space
+    if name == "freeze" or name.partition(".")[0] == "init":
+        return bool(_NETWORKS & space.keys())
     reader = {"milestones": "schedule", "gamma": "schedule", "weights": "teachers", "views": "augment"}
     return any(key.endswith(f".{reader.get(name.rpartition('.')[2], 'optimizer')}") for key in space)
 
@@ -248,6 +266,15 @@ def _running(study: Study, locks: Locks) -> list[FrozenTrial]:
     return [trial for trial in states if locks.alive(trial.user_attrs.get(_PROCESS))]
 
 
+def _try_again(study: Study, trial: FrozenTrial) -> None:
+    """Queue the parameters of a trial, with its ordinal: enqueue_trial() of optuna 2 takes no attributes."""
+    params = {name: value for name, value in trial.params.items() if name != ORDINAL}
+    attrs = {AGAIN: ordinal(study, trial.number)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # of create_trial and add_trial in optuna 2
+        study.add_trial(create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": params}, user_attrs=attrs))
+
+
 def _missing(study: Study, locks: Locks, n_trials: int) -> int:
     """The number of missing trials. Trials of processes that have ended are queued again with their parameters.
 
@@ -258,11 +285,9 @@ def _missing(study: Study, locks: Locks, n_trials: int) -> int:
     done = failed = 0
     for trial in study.get_trials():
         if trial.state == TrialState.RUNNING and trial.number not in alive:
-            study._storage.set_trial_user_attr(trial._trial_id, LOST, True)
+            study._storage.set_trial_user_attr(trial._trial_id, LOST, AGAIN)
             study.tell(trial.number, state=TrialState.FAIL)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)  # enqueue_trial warns in optuna 2
-                study.enqueue_trial({name: value for name, value in trial.params.items() if name != ORDINAL})
+            _try_again(study, trial)
         elif trial.state.is_finished() and not trial.user_attrs.get(LOST, False):
             done += 1
             failed += trial.state == TrialState.FAIL
