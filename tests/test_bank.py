@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,8 @@ def test_what_exceeds_the_budget_is_not_cached(data: Data, tmp_path: Path, capsy
     assert open_bank(tmp_path, KEY, "w", data, "bf16", "cpu", budget=2 * size) is not None
     assert open_bank(tmp_path, KEY, "w", data, "bf16", "cpu", budget=1) is not None  # it is there already
     assert open_bank(tmp_path, KEY, "other", data, "bf16", "cpu", budget=2 * size) is None  # both may be filled
+    few = replace(data, spec=data.spec.model_copy(update={"views": 8}))  # of 162, and only these are written
+    assert open_bank(tmp_path / "few", KEY, "w", few, "bf16", "cpu", budget=size / 4) is not None
 
 
 @pytest.mark.parametrize("features", [None, 512])

@@ -58,6 +58,10 @@ def test_a_run_draws_what_it_trains_and_nothing_else(
     assert "its guide" not in teacher_accuracy[1]
     assert no_guide[1] == {}
     assert len(share[1]) == 2  # a line for each of the two students
+    job("method=kd", "replicates=2", "vary=chain", "seed=5", folder="chains")
+    rows = [json.loads(line) for line in (tmp_path / "chains" / "metrics.jsonl").read_text().splitlines()]
+    assert {(row["role"], row["model"]) for row in rows} == {("teacher", "plane4"), ("student", "plane2")}
+    assert [label for label, _ in drawn()][::3] == ["student plane2", "teacher plane4"]  # of seed 5, then the others
     job("method=kd", "replicates=2")  # all from the store
     assert not picture.exists()
     job("method=kd", "method.T=2")  # with the teacher from the store

@@ -12,7 +12,7 @@ from pydantic import ValidationError, create_model
 
 from kd.core.settings import TrainOverrides, TrainSpec, descriptions
 from kd.core.spec import Frozen, Neutral
-from kd.core.stage import DatasetSpec, Given, Normalization, Stage
+from kd.core.stage import DatasetSpec, Given, Normalization, Stage, joined
 from kd.losses import CrossEntropy, Distill, TeachableTeacher
 from kd.store.stages import parse_source
 
@@ -126,6 +126,26 @@ def test_a_stage_survives_json(one: Stage) -> None:
     again = parse_source(json.loads(json.dumps(one.dump())))
     assert again == one
     assert again.key == one.key
+
+
+def test_a_chain_in_words() -> None:
+    teacher, other = stage(model="resnet20"), stage(model="vgg8")
+    student = distilled(guide=teacher)
+    assert joined(student.chain) == f"resnet20 → {student.model}"
+    both = distilled(guide=teacher, others=(other,), weights=(0.5, 0.5))
+    assert joined(both.chain) == f"vgg8 + resnet20 → {both.model}"
+    assert joined(both.chain, student_first=True) == f"{both.model} ← resnet20 + vgg8"
+
+
+def test_the_views_that_are_drawn() -> None:
+    def shown(augment: str, views: int | None) -> int | None:
+        return DatasetSpec.model_validate(
+            {**stage().dataset.model_dump(), "augment": augment, "views": views}
+        ).shown_views
+
+    assert [shown("crop_flip", views) for views in (None, 8)] == [162, 8]
+    assert [shown("resized_crop_flip", views) for views in (None, 8)] == [None, 8]
+    assert shown("none", None) == 1
 
 
 def test_lambda_has_its_own_name_in_records() -> None:

@@ -1,7 +1,7 @@
 """A stage: one network that is trained once. Its key is a hash of everything that decides its weights."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -87,8 +87,13 @@ class DatasetSpec(Frozen):
 
     @property
     def view_count(self) -> int | None:
-        """The number of different views of a sample; None if there is no limit."""
+        """The numbers of a sample's views end below this; None if there is no limit."""
         return self.views if self.augment == "resized_crop_flip" else VIEWS[self.augment]
+
+    @property
+    def shown_views(self) -> int | None:
+        """How many views of a sample are drawn, by dataset.views; None if there is no limit."""
+        return None if self.view_count is None else min(self.views or self.view_count, self.view_count)
 
     @property
     def train_images(self) -> int | None:
@@ -362,6 +367,17 @@ class Given(Frozen):
 
 
 Source = Stage | Given  # a network of a chain: trained here, or given
+
+
+def joined(chain: Sequence[Source], *, student_first: bool = False) -> str:
+    """The networks of a chain in the order of training: "resnet20 → resnet8"; "resnet20 + vgg8 → resnet8" if both teach
+    the student. With `student_first` from the student on: "resnet8 ← resnet20".
+    """
+    guided = [isinstance(source, Stage) and bool(source.guides) for source in chain]
+    marks, names = [" → " if each else " + " for each in guided[1:]], [source.model for source in chain]
+    if student_first:
+        marks, names = [mark.replace("→", "←") for mark in marks[::-1]], names[::-1]
+    return names[0] + "".join(mark + name for mark, name in zip(marks, names[1:], strict=True))
 
 
 def split_problem(train: TrainSpec, validated: bool) -> str | None:

@@ -367,7 +367,7 @@ class StageProgress(Watch):
 
     def _new_views(self, first: int, last: int) -> float:
         """Views of a sample that are new in epochs [first, last). An expectation, because views are drawn at random."""
-        views = self._stage.dataset.view_count
+        views = self._stage.dataset.shown_views
         if views is None:
             return last - first
         drawn_before = 1 - 1 / views

@@ -11,7 +11,16 @@ from warnings import catch_warnings, filterwarnings
 from kd.reporting.results import RunResult
 
 _ACCURACIES = {"val_acc": "validation", "train_acc": "training views", "guide_acc": "its guide", "test_acc": "test"}
-_NO_PARTS = {"role", "key", "epoch", "lr", "guide_share", "alarms", *_ACCURACIES}  # all else is a part of the loss
+_NO_PARTS = {
+    "role",
+    "model",
+    "key",
+    "epoch",
+    "lr",
+    "guide_share",
+    "alarms",
+    *_ACCURACIES,
+}  # all else is a part of the loss
 _HEIGHT, _HEAD, _MOST = 2.4, 0.5, 8  # inches of a network's row and of the rest; rows
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl, an epoch each
@@ -62,7 +71,7 @@ def _networks(rows: Rows, result: RunResult) -> dict[str, list[Rows]]:
         stages.setdefault(row["key"], []).append(row)
     found: dict[str, list[Rows]] = {}
     for key, own in stages.items():
-        model = models.get(key, result.chain[-1].model)  # the students of other seeds are not in the chain
+        model = own[0].get("model") or models.get(key, result.chain[-1].model)  # earlier versions did not write it
         found.setdefault(f"{own[0]['role']} {model}", []).append(own)
     if not any(len(own) > 1 for own in stages.values()):
         return {}

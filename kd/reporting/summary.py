@@ -197,9 +197,12 @@ class Setting:
 
 def _chain(result: RunResult) -> str:
     """The networks of a run and the settings of their losses: "resnet20 → resnet8 (T=4 lambda=0.5)"."""
-    settings = [outcome.loss.shown if outcome.loss else "" for outcome in result.chain]
-    named = zip(result.chain, settings, strict=True)
-    return " → ".join(f"{outcome.model} ({each})" if each else outcome.model for outcome, each in named)
+    text = ""
+    for outcome in result.chain:
+        settings = f" ({outcome.loss.shown})" if outcome.loss and outcome.loss.shown else ""
+        mark = " → " if outcome.loss and outcome.loss.guided else " + "
+        text += f"{mark if text else ''}{outcome.model}{settings}"
+    return text
 
 
 def settings(jobs: Sequence[Job]) -> list[Setting]:

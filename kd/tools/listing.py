@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from kd.core.files import size_of
 from kd.core.spec import KnownError
-from kd.core.stage import Stage
+from kd.core.stage import Stage, joined
 from kd.reporting.console import console, in_bytes
 from kd.store import Store
 from kd.store.housekeeping import dependents
@@ -46,7 +47,7 @@ def row(store: Store, key: str) -> StageRow:
         model=source.model,
         dataset=source.dataset.name,
         guides=tuple(guide.key for guide in below[1:]),
-        chain=" ← ".join(each.model for each in below),
+        chain=joined(source.chain, student_first=True),
         val_acc=result.val_acc,
         test_acc=result.test_acc,
         epochs=result.epochs,
@@ -61,12 +62,17 @@ def print_list(store: Store, as_json: bool) -> None:
     for key in store:
         try:
             rows.append(row(store, key))
+        except FileNotFoundError:  # it has just been removed
+            continue
         except KnownError as error:
             damaged.append(str(error))
     damaged += [f"{path} is a damaged stage that was moved there" for path in _folders(store, "damaged")]
     # Without a checkpoint there is nothing to go on with: an aborted training has left the id of its W&B run, at most.
     checkpoints = {path.name: [*path.rglob("state")] for path in _folders(store, "partial")}
-    unfinished = {key: time.time() - found[0].stat().st_mtime for key, found in checkpoints.items() if found}
+    unfinished = dict[str, float]()
+    for key, found in checkpoints.items():
+        with suppress(FileNotFoundError, IndexError):  # its stage has just been finished; or it has no checkpoint
+            unfinished[key] = time.time() - found[0].stat().st_mtime
     if as_json:
         told = {"finished": [vars(each) for each in rows], "unfinished": list(unfinished), "damaged": damaged}
         print(json.dumps(told, indent=2, ensure_ascii=False))

@@ -58,18 +58,19 @@ class Bank:
         dtype: str,
         file: str = "logits.bin",
         budget: float = float("inf"),
+        shown: int | None = None,
     ) -> Bank:
         """The bank of this name and header below `place`; a new one if there is none.
 
-        Raises OSError if it cannot be written, if the disk is too full for a new one, or if all banks could then have
-        more than `budget` bytes.
+        `shown` of its views will be filled, by default all of them. Raises OSError if it cannot be written, if the
+        disk is too full for a new one, or if all banks could then have more than `budget` bytes.
         """
         described = {**header, "shape": list(shape), "dtype": dtype}
         text = json.dumps(described, indent=2, sort_keys=True)
         folder = place / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         bank = cls(folder, shape, np.dtype(dtype), file)
         if not (folder / "header.json").exists():
-            bank._make(text, budget)
+            bank._make(text, budget, shown or shape[1])
         rows = shape[0] * shape[1]
         for name, size in ((file, rows * shape[2] * bank.dtype.itemsize), ("filled.bin", rows)):
             with (folder / name).open("r+b") as opened:  # raises if it cannot be written
@@ -106,19 +107,20 @@ class Bank:
                 file.seek(row)
                 file.write(b"\x01")
 
-    def _make(self, header: str, budget: float) -> None:
+    def _make(self, header: str, budget: float, shown: int) -> None:
         """Write the files under a temporary name first. If two processes make a bank, both use the first one's."""
         samples, views, width = self.shape
         marks = samples * views
-        size = marks * width * self.dtype.itemsize
+        size = marks * width * self.dtype.itemsize  # of the sparse file
+        most = samples * shown * width * self.dtype.itemsize  # that will be on the disk
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(self.folder.parent).free < size + _SPARE:
-            raise OSError(f"the disk has no room for {size / 1e9:.2f} GB and 1 GB to spare")
+        if shutil.disk_usage(self.folder.parent).free < most + _SPARE:
+            raise OSError(f"the disk has no room for {most / 1e9:.2f} GB and 1 GB to spare")
         # Not the blocks on the disk: banks are sparse, and those there may still be filled.
         held = sum(path.lstat().st_size for path in self.folder.parent.rglob("*.bin"))
-        if held + size + marks > budget:
+        if held + most + marks > budget:
             raise OSError(
-                f"{in_bytes(size)} more than the {in_bytes(held)} of other caches exceed runtime.bank_budget "
+                f"{in_bytes(most)} more than the {in_bytes(held)} of other caches exceed runtime.bank_budget "
                 f"({in_bytes(budget)}); python -m kd.store gc --banks removes all caches"
             )
         partial = files.temporary(self.folder)
@@ -134,9 +136,9 @@ class Bank:
             if not (self.folder / "header.json").exists():
                 raise
         else:
-            if size > _LARGE:
+            if most > _LARGE:
                 what = SAID[self.file.removesuffix(".bin")]
-                print(f"caches the guide's {what}: up to {in_bytes(size)} in {tilde(str(self.folder))}", flush=True)
+                print(f"caches the guide's {what}: up to {in_bytes(most)} in {tilde(str(self.folder))}", flush=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -184,7 +186,7 @@ def open_bank(
     dtype = str(rounded_type(precision)).removeprefix("torch.")
     called = f"{key}-{precision}-{kind}-{spec.augment}" + ("" if features is None else "-pooled")
     try:
-        return Bank.open(place, called, header, shape, dtype, f"{name}.bin", budget)
+        return Bank.open(place, called, header, shape, dtype, f"{name}.bin", budget, spec.shown_views)
     except OSError as error:
         print(f"the guide's {SAID[name]} are not cached: {error}", flush=True)
         return None

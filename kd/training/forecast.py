@@ -137,7 +137,7 @@ def _seconds(stage: Stage, device: str, seen: set[tuple[str, str]]) -> float:
     """Seconds of a stage. `seen`: guides and backbones, by key and precision, whose views are cached by then."""
     images, spec = stage.dataset.train_images or 0, stage.dataset
     total = float(images * stage.train.epochs)
-    shown = total if spec.view_count is None else min(total, float(images * spec.view_count))
+    shown = total if spec.shown_views is None else min(total, float(images * spec.shown_views))
 
     def passes(source: Source) -> float:
         """Seconds of forward passes over the views that are new to a network."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import ValidationInfo, field_validator
 
 from kd.core.spec import Frozen, Text
-from kd.core.stage import Source, Stage
+from kd.core.stage import Source, Stage, joined
 from kd.reporting.status import StatusFile
 from kd.store import Metrics, Store, alarms_in
 
@@ -76,6 +76,9 @@ class Page:
     def log(self, axis: str, step: int, metrics: Metrics) -> None:
         """Log an epoch of the stage named `axis`; `step` counts the epochs of all stages of the run."""
 
+    def add_axis(self, axis: str) -> None:
+        """Expect epochs of a name that `Opening.axes` does not have."""
+
     def summarize(self, values: dict[str, Any]) -> None:
         """Record results of the run. Later values replace earlier ones with the same name."""
 
@@ -92,7 +95,7 @@ def run_name(students: Sequence[Stage]) -> str:
     `resnet8 ← resnet20 ← resnet110 · T5 λ0.5 · s31`; w is the weight of a trained teacher's divergence.
     """
     student = students[0]
-    networks = " ← ".join(source.model for source in reversed(student.chain))
+    networks = joined(student.chain, student_first=True)
     teachers = [source for source in student.chain if isinstance(source, Stage) and source.role == "teacher"]
     settings = [student.loss.label, *(teacher.loss.label for teacher in teachers)]
     seeds = f"s{student.seed}" + (f"–{students[-1].seed}" if len(students) > 1 else "")
@@ -139,6 +142,7 @@ class Tracker:
         self.status = StatusFile(folder)
         self._axes = axes(sources, alone)
         self._alone = {student.key for student in alone} - {source.key for source in sources}
+        self._curves = dict[str, str]()  # the names of the curves of stages that were trained again, by key
         self._alarms: dict[str, tuple[str, ...]] = {}  # so far, by key
         self._before: dict[str, int] = {}  # number of epochs of all earlier stages, by key
         epochs = 0
@@ -151,21 +155,22 @@ class Tracker:
         """Record an epoch of a stage. A page has the numbers as curves, and the alarms in its summary."""
         with self._file.open("a", encoding="utf-8") as file:
             role = BASELINE if stage.key in self._alone else stage.role
-            file.write(json.dumps({"role": role, "key": stage.key, **metrics}) + "\n")
+            file.write(json.dumps({"role": role, "model": stage.model, "key": stage.key, **metrics}) + "\n")
         step = self._before[stage.key] + int(metrics["epoch"] or 0)
-        self._page.log(
-            self._axes[stage.key], step, {name: value for name, value in metrics.items() if name != "alarms"}
-        )
+        axis = self._curves.get(stage.key, self._axes[stage.key])
+        self._page.log(axis, step, {name: value for name, value in metrics.items() if name != "alarms"})
         if new := alarms_in([metrics]):
             self._alarms[stage.key] = (*self._alarms.get(stage.key, ()), *new)
             self.finished(stage, {"alarms": "; ".join(self._alarms[stage.key])})
 
     def begin_again(self, stage: Stage) -> None:
-        """Forget the epochs of a stage that is trained again. A page has their curves, too, and takes no step twice."""
+        """Forget the epochs of a stage that is trained again. A page has new curves for it, and takes no step twice."""
         rows = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [row for row in rows if json.loads(row)["key"] != stage.key]
         self._file.write_text("".join(kept), encoding="utf-8")
         self._alarms.pop(stage.key, None)
+        self._curves[stage.key] = f"{self._axes[stage.key]}-again"
+        self._page.add_axis(self._curves[stage.key])
         order = [*self._before]
         for key in order[order.index(stage.key) :]:
             self._before[key] += len(rows) - len(kept)

@@ -101,7 +101,7 @@ class WandbPage(Page):
         if reason:
             self._tell(opening, reason)
         for axis in opening.axes:
-            self._run.define_metric(f"{axis}/*", step_metric=f"{axis}/epoch")
+            self.add_axis(axis)
 
     def _tell(self, opening: Opening, reason: str) -> None:
         """Say that a run is offline. Of a multirun it is said once: by the process that writes the summary."""
@@ -125,6 +125,9 @@ class WandbPage(Page):
         if step >= self._run.starting_step:
             row = {f"{axis}/{name}": value for name, value in metrics.items() if value is not None}
             self._run.log(row, step=step)
+
+    def add_axis(self, axis: str) -> None:
+        self._run.define_metric(f"{axis}/*", step_metric=f"{axis}/epoch")
 
     def summarize(self, values: dict[str, Any]) -> None:
         self._run.summary.update(values)

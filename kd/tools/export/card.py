@@ -101,7 +101,7 @@ def _origin(chain: Sequence[Member], made_with: Mapping[str, Any]) -> str:
 Data: {data.name}{content}, augmentation {data.augment}, normalisation {source.normalize};
 {_held_out(data)}.
 
-The chain, in the order of training; each network was the guide of the next:
+The networks that led to it, in the order of training:
 
 {_table(_HEADINGS, map(_cells, chain))}
 
@@ -125,7 +125,7 @@ def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *lines))
 
 
-_HEADINGS = "role", "network", "stage", "loss", "seed", "parameters", "weights", "val %", "test %"
+_HEADINGS = "role", "network", "learned from", "stage", "loss", "seed", "parameters", "weights", "val %", "test %"
 
 
 def _cells(member: Member) -> tuple[str, ...]:
@@ -137,7 +137,8 @@ def _cells(member: Member) -> tuple[str, ...]:
     size = "–" if member.size is None else in_bytes(member.size)
     accuracies = (percent(result.val_acc), percent(result.test_acc)) if result else ("–", "–")
     params = f"{result.params:,}" if result else "–"
-    return source.role, source.model, f"`{source.key}`", loss, seed, params, size, *accuracies
+    guides = " and ".join(guide.model for guide in source.guides) if isinstance(source, Stage) else ""
+    return source.role, source.model, guides or "–", f"`{source.key}`", loss, seed, params, size, *accuracies
 
 
 def _trained(source: Source) -> str:

@@ -50,6 +50,8 @@ def forward_flops(model: str, num_classes: int, image_size: int) -> int:
 
 def count_images(spec: DatasetSpec, data_root: Path) -> tuple[int, int]:
     """How many images a data set has, for training and for testing. Known data sets are not downloaded for it."""
+    if spec.images is not None:
+        return spec.images
     entry = DATASETS[spec.name]
     if entry.facts is not None and entry.facts.images is not None:
         return entry.facts.images
@@ -92,7 +94,8 @@ class Estimator:
         costs = []
         for stage in stages:
             training, testing = self._images(stage.dataset)
-            samples, epochs = training * (1 - stage.dataset.val_fraction), stage.train.epochs
+            held = stage.dataset.val_images + stage.dataset.val_fraction * training
+            samples, epochs = training - held, stage.train.epochs
             guided = {guide.key: samples * epochs for guide in stage.guides}
             if self._place.runtime.bank and not stage.loss.live:
                 for guide in stage.guides:  # logits and pooled features have a cache each

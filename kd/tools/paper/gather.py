@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from kd.core import hardware
 from kd.core.files import commit
-from kd.core.stage import Source, Stage
+from kd.core.stage import Source, Stage, joined
 from kd.core.statistics import paired
 from kd.reporting.console import training
 from kd.reporting.results import what_varied
@@ -119,7 +119,7 @@ class _Reader:
             label=planned.cell.label,
             axis=planned.cell.axis,
             at=planned.cell.at,
-            chain=" → ".join(source.model for source in next(iter(jobs.values())).chain),
+            chain=joined(next(iter(jobs.values())).chain),
             command=planned.command,
             published=published,
             roles=tuple(source.role for source in next(iter(jobs.values())).chain),
