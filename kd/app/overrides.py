@@ -27,14 +27,17 @@ NEEDED = {  # groups that no run is without, with what may be meant by deleting 
 
 
 def is_range(override: Override) -> bool:
+    """Whether the value is a range(start, stop, step)."""
     return isinstance(override.value(), RangeSweep)
 
 
 def value_of(override: Override) -> str:
+    """The text of the value."""
     return str(override.input_line).partition("=")[2].strip()
 
 
 def unreadable(word: str) -> str:
+    """A line about a word that Hydra's grammar does not take, with quotes that may help."""
     name, equal, value = word.partition("=")
     if not equal or not name.strip("+~ "):
         return f"{word}: should be key=value"
@@ -45,6 +48,7 @@ def unreadable(word: str) -> str:
 def option_problems(
     key: str, options: Sequence[str], values: Sequence[Any], sweep: Callable[[str], str]
 ) -> Iterator[str]:
+    """Lines about the values of a group: no options, or several in a list. `sweep` gives the command for each of them."""
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
     if any(isinstance(value, list) and len(value) != 1 for value in values):
         hint = f"; a run for each: {sweep(f'{key}=' + ','.join(map(str, names)))}" if names else ""
@@ -73,6 +77,7 @@ def _instead(key: str, name: str) -> str | None:
 
 
 def group_problems(override: Override, groups: dict[str, Any]) -> Iterator[str]:
+    """A line about a group that does not exist, or has a + that it must not have."""
     key = override.get_key_element().lstrip("+~")
     if override.is_add() and key in groups:
         yield f"{key}: is chosen without a +"
