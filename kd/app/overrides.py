@@ -48,7 +48,7 @@ def unreadable(word: str) -> str:
 def option_problems(
     key: str, options: Sequence[str], values: Sequence[Any], sweep: Callable[[str], str]
 ) -> Iterator[str]:
-    """Lines about the values of a group: no options, or several in a list. `sweep` gives the command for each of them."""
+    """Lines about values of a group that are no options, or a list; `sweep` gives the command for each of them."""
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
     if any(isinstance(value, list) and len(value) != 1 for value in values):
         hint = f"; a run for each: {sweep(f'{key}=' + ','.join(map(str, names)))}" if names else ""
