@@ -213,7 +213,9 @@ def test_what_exceeds_the_budget_is_not_cached(data: Data, tmp_path: Path, capsy
     assert open_bank(tmp_path, KEY, "w", data, "bf16", "cpu", budget=1) is not None  # it is there already
     assert open_bank(tmp_path, KEY, "other", data, "bf16", "cpu", budget=2 * size) is None  # both may be filled
     few = replace(data, spec=data.spec.model_copy(update={"views": 8}))  # of 162, and only these are written
-    assert open_bank(tmp_path / "few", KEY, "w", few, "bf16", "cpu", budget=size / 4) is not None
+    for weights, room in (("w", size / 4), ("other", size / 8), ("other", size / 4)):  # two take a tenth of `size`
+        there = open_bank(tmp_path / "few", KEY, weights, few, "bf16", "cpu", budget=room) is not None
+        assert there == (room == size / 4)
 
 
 @pytest.mark.parametrize("features", [None, 512])

@@ -486,6 +486,7 @@ def test_a_shell_hands_the_commands_over(shell: str) -> None:
         ("teacher=timm/vit_tiny", "there is no such option; teacher=timm teacher.arch=vit_tiny"),
         ("loss=mylab.losses.Mine", "there is no such option; a dotted path is loss.name=mylab.losses.Mine"),
         ("train.learning_rate=.1", "train.learning_rate: unknown key; did you mean train.lr, "),
+        ("method.alpha=3", "method.alpha: unknown key; did you mean method.lambda"),
         ("method.temperature=3", "method.temperature: unknown key; did you mean method.T?"),
         ("foo", "foo: should be key=value"),
         ("=3", "=3: should be key=value"),

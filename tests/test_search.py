@@ -429,6 +429,8 @@ def test_what_a_search_needs(job: Job, capsys: pytest.CaptureFixture[str]) -> No
     for dry in ((), ("dry_run=true",)):
         job("sweep=tpe", *dry, code=2)
         assert "sweep: a search needs -m: python run.py -m sweep=" in capsys.readouterr().err
+    job("sweep=tpe", "why=method.T", multirun=True, code=2)
+    assert "why: does not go with a search; without -m it says" in capsys.readouterr().err
     job("sweep=tpe", "hydra.sweeper.storage=sqlite:////nowhere/at/all.db", multirun=True, code=2)
     assert "hydra.sweeper.storage: sqlite:////nowhere/at/all.db cannot be opened" in capsys.readouterr().err
 

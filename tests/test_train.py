@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import signal
 from collections.abc import Iterator
+from io import BytesIO
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -271,6 +273,13 @@ def test_a_checkpoint_that_does_not_fit_is_not_used(
     guided = Checkpoint(tmp_path, stage, {"threads": 1}, every=1, guides="0123456789abcdef")
     assert guided.load() is None  # as after its teacher was trained again
     assert "was written with other weights of the guide" in capsys.readouterr().out
+    new = Checkpoint(tmp_path / "new", stage, {"processor": "AVX512, amx_bf16"}, every=1, guides="0123456789abcdef")
+    content = BytesIO()
+    state = {"begun": {"steps": 0}, "history": []}
+    torch.save({"stage": {"key": stage.key}, "runtime": {"processor": "AVX512"}, "state": state}, content)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "state").write_bytes(hashlib.sha256(content.getvalue()).digest() + content.getvalue())
+    assert new.load() is not None  # of an earlier version, which wrote less
     whole = (tmp_path / "state").read_bytes()
     for torn in (b"", b"half of a", whole[:-1], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
         (tmp_path / "state").write_bytes(torn)

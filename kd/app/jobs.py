@@ -170,7 +170,7 @@ def _check_search(cfg: DictConfig) -> None:
         if is_dry(cfg):  # of the search itself
             return
         raise KnownError("sweep: a grid cannot have a search as one of its values; one command for each search")
-    if "sweep" in by_key(typed()):
+    if "sweep" in by_key(typed()) and not OmegaConf.select(cfg, "why"):
         raise KnownError("sweep: a search needs -m: python run.py -m sweep=…")
     print("the search of this configuration is left out: without -m this is one run", flush=True)
 

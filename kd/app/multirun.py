@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import sys
 import time
@@ -15,11 +14,12 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from kd.app.jobs import SEARCH, is_dry
-from kd.app.overrides import exact
+from kd.app.overrides import exact, is_range, length_of
 from kd.app.parallel import choose_number, fixed_of, jobs_of, searched_of
 from kd.app.parsing import SECTIONS, as_typed, option_has
 from kd.core import files
@@ -119,17 +119,23 @@ def _read_grid(config: DictConfig) -> None:
         return f"++{word}" if swept and option_has(key) else word
 
     if params:
-        named = {forced(str(name)): _exact(f"{name}={values}") for name, values in params.items()}
+        read = _exact if config.hydra.sweeper._target_.endswith(".BasicSweeper") else str
+        named = {forced(str(name)): read(f"{name}={values}").partition("=")[2] for name, values in params.items()}
         OmegaConf.update(config, "hydra.sweeper.params", named, merge=False)
         config.hydra.overrides.task = [*map(forced, as_typed(config.hydra.overrides.task))]
 
 
 def _exact(word: str) -> str:
-    """The values of an override: of a range, by decimal arithmetic."""
-    values = word.partition("=")[2]
-    if not re.match(r"\s*range\(", values):
-        return values
-    return exact(OverridesParser.create().parse_override(word)).partition("=")[2]
+    """An override; if its value is a range, with the range's values by decimal arithmetic. Raises KnownError."""
+    if "range(" not in word:
+        return word
+    try:
+        override = OverridesParser.create().parse_override(word.strip())
+    except HydraException as error:
+        raise KnownError(f"hydra.sweeper.params: {word} cannot be read") from error
+    if is_range(override) and not length_of(override.value()):  # type: ignore[arg-type]
+        raise KnownError(f"hydra.sweeper.params: there is no value in {word}")
+    return exact(override) if is_range(override) else word
 
 
 def _begin_search(config: DictConfig, config_name: str) -> None:

@@ -230,10 +230,10 @@ def nearest(name: str, names: Sequence[str], listed: Sequence[str] = ()) -> str:
 def nearest_keys(key: str, keys: Sequence[str]) -> str:
     """A question with the keys that end alike, or else with those of the nearest names."""
     parent, _, last = key.rpartition(".")
-    last = _ELSEWHERE.get(last, last)
-    alike = sorted((each for each in keys if each.rpartition(".")[2] == last), key=lambda each: each.count("."))
-    if alike:
-        return f"did you mean {', '.join(alike[:3])}?"
+    for name in (last, _ELSEWHERE.get(last)):
+        alike = sorted((each for each in keys if each.rpartition(".")[2] == name), key=lambda each: each.count("."))
+        if alike:
+            return f"did you mean {', '.join(alike[:3])}?"
     return nearest(key, keys, [each for each in keys if each.rpartition(".")[0] == parent])
 
 

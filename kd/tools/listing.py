@@ -62,10 +62,9 @@ def print_list(store: Store, as_json: bool) -> None:
     for key in store:
         try:
             rows.append(row(store, key))
-        except FileNotFoundError:  # it has just been removed
-            continue
-        except KnownError as error:
-            damaged.append(str(error))
+        except (KnownError, FileNotFoundError) as error:
+            if store.has(key):  # otherwise it has just been removed
+                damaged.append(str(error))
     damaged += [f"{path} is a damaged stage that was moved there" for path in _folders(store, "damaged")]
     # Without a checkpoint there is nothing to go on with: an aborted training has left the id of its W&B run, at most.
     checkpoints = {path.name: [*path.rglob("state")] for path in _folders(store, "partial")}

@@ -28,6 +28,7 @@ from kd.reporting.console import in_bytes
 CHUNK = 128
 _LARGE_CHUNK = 32  # of photographs: a third faster than 128, in a quarter of the memory
 _SPARE = 1 << 30  # bytes that a new bank leaves free on the disk
+_MOST = "bytes.txt"  # a file of a bank
 _LARGE = 100_000_000  # bytes; a new bank that may become larger is announced
 SAID = {"logits": "logits", "pooled": "pooled features"}
 
@@ -116,8 +117,7 @@ class Bank:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder.parent).free < most + _SPARE:
             raise OSError(f"the disk has no room for {most / 1e9:.2f} GB and 1 GB to spare")
-        # Not the blocks on the disk: banks are sparse, and those there may still be filled.
-        held = sum(path.lstat().st_size for path in self.folder.parent.rglob("*.bin"))
+        held = sum(_most_of(folder) for folder in self.folder.parent.iterdir())
         if held + most + marks > budget:
             raise OSError(
                 f"{in_bytes(most)} more than the {in_bytes(held)} of other caches exceed runtime.bank_budget "
@@ -130,6 +130,7 @@ class Bank:
             for name, length in ((self.file, size), ("filled.bin", marks)):
                 with (partial / name).open("wb") as file:
                     file.truncate(length)  # sparse: blocks are allocated when rows are written
+            (partial / _MOST).write_text(str(most + marks), encoding="utf-8")
             (partial / "header.json").write_text(header, encoding="utf-8")
             files.publish(partial, self.folder)
         except OSError:
@@ -190,6 +191,14 @@ def open_bank(
     except OSError as error:
         print(f"the guide's {SAID[name]} are not cached: {error}", flush=True)
         return None
+
+
+def _most_of(folder: Path) -> int:
+    """How many bytes a bank may have on the disk. Not its blocks: they may still be filled."""
+    try:
+        return int((folder / _MOST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of an earlier version, or no bank
+        return sum(path.lstat().st_size for path in folder.glob("*.bin"))
 
 
 def chunk_of(image_size: int) -> int:

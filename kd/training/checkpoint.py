@@ -108,11 +108,11 @@ def _handled(number: int) -> bool:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The file `folder`/state. It is used only with the spec and the runtime of the training that wrote it.
+    """The file `folder`/state. It is used only with the key and the runtime of the training that wrote it.
 
     It is written every `every` epochs, and at the next step after one of the `signals` asks for an end. `runtime` is
-    the kind of device, threads, compiled or not, and torch's version. They change the last bits of a result, so the
-    checkpoint of another runtime is not used. Nor is one after a guide was trained again: `guides` is
+    the kind of device, the processor, threads, compiled or not, and torch's version. They change the last bits of a
+    result, so the checkpoint of another runtime is not used. Nor is one after a guide was trained again: `guides` is
     Store.weights_of_guides().
     """
 
@@ -149,12 +149,16 @@ class Checkpoint:
         record = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
         if record["stage"]["key"] != self.stage.key:  # a stage is the same one as a teacher and as a student
             raise ValueError("belongs to another stage")
-        if record["runtime"] != self.runtime:
+        if record["runtime"] != (self.runtime if "guides" in record else self._runtime_of_earlier_versions()):
             raise ValueError("was written with another processor, number of threads, runtime.compile or torch")
-        if record.get("guides", self.guides) != self.guides:  # an older version did not write them
+        if record.get("guides", self.guides) != self.guides:
             raise ValueError("was written with other weights of the guide")
         state: dict[str, Any] = record["state"]
         return state
+
+    def _runtime_of_earlier_versions(self) -> dict[str, Any]:
+        """They had the first of the processor's instruction sets alone, and did not write the guides."""
+        return {name: value.split(", ")[0] if name == "processor" else value for name, value in self.runtime.items()}
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint. At every moment there is a complete one on disk."""

@@ -80,6 +80,7 @@ class Pipeline(Workplace):
     team: Team = ALONE  # the processes that train each stage together
     prune: Callable[[Metrics], None] | None = None  # called after each epoch of a student; may raise Pruned
     _done: set[str] = field(default_factory=set)  # the keys of the stages that this run has made
+    _checked: set[str] = field(default_factory=set)  # and of those whose guides it has looked at
     _unread: set[str] = field(default_factory=set)  # those of them whose epochs are not in the records yet
 
     def run_chain(self, last: Stage) -> list[Outcome]:
@@ -146,7 +147,7 @@ class Pipeline(Workplace):
             raise KnownError(
                 f"stage {source.key} was trained in fp32 after {retried}; train.on_nan=retry_fp32 accepts it"
             )
-        if isinstance(source, Stage) and source.guides and source.key not in self._done:
+        if isinstance(source, Stage) and source.guides and source.key not in self._done | self._checked:
             self._check_guides(source)
         alarms = self._alarms(source, result)
         reached = {"val_acc": result.val_acc, "test_acc": result.test_acc}
@@ -168,13 +169,16 @@ class Pipeline(Workplace):
         )
 
     def _check_guides(self, stage: Stage) -> None:
-        """Say if a finished stage was taught by other weights of its guides than those that are in the store now."""
+        """Say, once, if a finished stage was taught by other weights of a guide than those in the store."""
+        self._checked.add(stage.key)
         before = self.store.record(stage.key)["made_with"].get(TAUGHT_BY)
-        if before not in (None, self.store.weights_of_guides(stage)):
-            guides = " and ".join(guide.model for guide in stage.guides)
+        if before is None:  # of an earlier version
+            return
+        both = zip(stage.guides, before.split(), self.store.weights_of_guides(stage).split(), strict=True)
+        for guide in (guide for guide, then, now in both if then != now):
             print(
-                f"{stage.role} {stage.model} was taught by earlier weights of {guides}, which was trained again later; "
-                f"python -m kd.store rm {stage.key}, and it is trained again too",
+                f"{stage.role} {stage.model} ({stage.key}) was taught by earlier weights of {guide.model}, which was "
+                "trained again later; python -m kd.store rm removes it, and then it is trained again too",
                 flush=True,
             )
 

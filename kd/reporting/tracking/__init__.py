@@ -168,7 +168,8 @@ class Tracker:
         rows = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [row for row in rows if json.loads(row)["key"] != stage.key]
         self._file.write_text("".join(kept), encoding="utf-8")
-        self._alarms.pop(stage.key, None)
+        if self._alarms.pop(stage.key, None):
+            self.finished(stage, {"alarms": ""})
         self._curves[stage.key] = f"{self._axes[stage.key]}-again"
         self._page.add_axis(self._curves[stage.key])
         order = [*self._before]
