@@ -175,6 +175,7 @@ def test_the_profile_finds_each_kind(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert all(kind in printed for kind in ("convolutions, backward", "BatchNorm, both ways", "optimiser", "views"))
 
 
+@pytest.mark.slow
 def test_one_run_crosses_at_most_46_files(tmp_path: Path) -> None:
     """The promise of docs/design.md, by the command that counts."""
     command = [sys.executable, "-m", "bench.structure", "--follow", *QUICK, "train.epochs=1"]

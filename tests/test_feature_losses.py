@@ -566,7 +566,7 @@ def train_some(world: World, loss: Any, steps: int = 3) -> None:
 
 
 @pytest.mark.parametrize("pair", [("resnet8", "wrn_16_2"), ("mobilenetv2", "resnet8"), ("vgg8", "mobilenetv2_half")])
-@pytest.mark.parametrize("ce", [0.0, 1.0])
+@pytest.mark.parametrize("ce", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_simkd_puts_the_guides_classifier_behind_the_projector(pair: tuple[str, str], ce: float) -> None:
     world = World(*pair)
     names, head = [*world.net.state_dict()], world.net.get_submodule(world.net.head)

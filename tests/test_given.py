@@ -28,7 +28,7 @@ from kd.datasets import digits, resolve
 from kd.models import build
 from kd.store.foreign import fingerprint, initial_weights, load_network
 from kd.store.weights_file import allowed_globals
-from tests.conftest import QUICK, composed, run_py
+from tests.conftest import composed
 from tests.test_stage import DATASET
 
 Job = Callable[..., Any]
@@ -434,11 +434,13 @@ def test_a_malicious_pickle_runs_nothing(tmp_path: Path, kind: str) -> None:
     assert not trace.exists()
 
 
-def test_a_run_refuses_a_malicious_pickle_in_one_line(tmp_path: Path) -> None:
+def test_a_run_refuses_a_malicious_pickle_in_one_line(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, trace = tmp_path / "evil.pth", tmp_path / "pwned"
     file.write_bytes(pickle.dumps({"model": network_of().state_dict(), "epoch": Evil(f"touch {trace}")}))
-    done = run_py(*QUICK, "teacher=resnet8", f"teacher.checkpoint={file}", "hydra.run.dir=out", cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    job("teacher=resnet8", f"teacher.checkpoint={file}", code=2)
+    assert capsys.readouterr().err.count("\n") == 1
     assert not trace.exists()
 
 
@@ -773,8 +775,9 @@ def test_a_bad_teacher_teaches_nobody(
         (("model=plane2", "teacher=plane6"), "is not a plane6 of 10 classes for 16×16 images; it is a plane4"),
     ],
 )
-def test_what_a_given_teacher_excludes(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
+def test_what_a_given_teacher_excludes(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], message: str
+) -> None:
     file, _ = saved(tmp_path)
-    done = run_py(*QUICK, f"teacher.checkpoint={file}", *overrides, "hydra.run.dir=out", cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
+    job(f"teacher.checkpoint={file}", *overrides, code=2)
+    assert message in capsys.readouterr().err

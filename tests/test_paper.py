@@ -370,7 +370,11 @@ def test_a_grids_problems_are_lines(change: dict[str, Any], said: str) -> None:
             "seed: for tables it is --seeds\nreplicates: for tables it is --seeds",
         ),
         ({"overrides": ("method.assistants=[plane8]",)}, "method.assistants: for tables it is another row"),
-        ({"overrides": ("method.tau=1",)}, "method.tau=1: there is no such key in any cell's method"),
+        pytest.param(
+            {"overrides": ("method.tau=1",)},
+            "method.tau=1: there is no such key in any cell's method",
+            marks=pytest.mark.slow,  # all cells are planned first
+        ),
         ({"overrides": ("train.epoch=1",)}, "train.epoch"),
         ({"overrides": ("train.epochs=0",)}, "train.epochs: should be at least 1 (got 0)"),
     ],

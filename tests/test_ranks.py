@@ -182,6 +182,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_rows_are_gathered_from_ranks_with_different_numbers_of_them(tmp_path: Path) -> None:
     (tmp_path / "gathered.py").write_text(GATHERED)
     command, told = [*TORCHRUN, str(tmp_path / "gathered.py")], {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -84,7 +84,8 @@ def start(home: Path) -> Callable[..., bytes]:
 GIVEN = "teacher.checkpoint=${oc.env:HOME}/plane4.pt"
 
 
-@pytest.mark.parametrize("page", ["wandb", pytest.param("tensorboard", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["wandb", "tensorboard"])
 def test_a_run_tells_no_secret(start: Callable[..., bytes], home: Path, page: str) -> None:
     printed = start(f"tracking={page}", "tracking.mode=offline", GIVEN, "runtime.data=${oc.env:HOME}/data")
     assert not told(b"\n".join(line for line in printed.splitlines() if b"[HYDRA]" not in line))  # what was typed

@@ -137,6 +137,7 @@ def test_the_command(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ElementTree.fromstring(written["surface"]["surface.svg"])
 
 
+@pytest.mark.slow
 def test_each_stage_sees_squares_of_its_own_size(job: Job, root: Path, tmp_path: Path) -> None:
     run = [*photographs(root, "stream"), "method=scratch", "model=plane2", "train.epochs=1"]
     sizes = [job(*run, f"dataset.image_size={size}", folder=f"{size}")["chain"][0]["key"] for size in (24, 40)]

@@ -93,14 +93,8 @@ def ready_study(config: DictConfig, config_name: str) -> Search:
     students = plan(base, dataset)
     name = study_name(base, students, space, OmegaConf.to_container(sweeper.sampler), fixed_of(config))
     given = by_key(as_typed(config.hydra.overrides.hydra))
-    # The default has the time in it. Then the study's own folder is used, so that the same command goes on with it.
-    told = "hydra.sweep.dir" in given or "${now:" not in str(config.hydra.sweep._get_node("dir")._value())
     place = base.store_root / "search" / name
-    known = _known(place)
-    folder = Path(config.hydra.sweep.dir).absolute() if told else known or Path("multirun", name).absolute()
-    if base.sweep.join and known and folder != known:
-        print(f"hydra.sweep.dir has no effect: sweep.join=true joins the search in {known}", flush=True)
-        folder = known
+    folder = _folder(config, place, name, join=base.sweep.join)
     for key in {"hydra.sweeper.study_name", "hydra.sweep.subdir"} & {*given}:
         print(f"{key} has no effect: a search names its study by what is searched, and its folders by their trials")
     if base.dry_run:
@@ -205,11 +199,19 @@ def _open(name: str, storage: str, direction: str) -> Study:
         raise KnownError(f"hydra.sweeper.storage: {storage} cannot be opened ({said})") from error
 
 
-def _known(place: Path) -> Path | None:
-    """The folder of the study's trials at its last start; None if there is none."""
-    told = place / "folder.txt"
-    known = Path(told.read_text(encoding="utf-8")) if told.exists() else Path()
-    return known if known.is_absolute() and known.is_dir() else None
+def _folder(config: DictConfig, place: Path, name: str, *, join: bool) -> Path:
+    """The folder of the study's trials: the typed one, or that of its last start, or a new one where kd was started."""
+    text = (place / "folder.txt").read_text(encoding="utf-8") if (place / "folder.txt").exists() else ""
+    last = Path(text) if text and Path(text).is_absolute() and Path(text).is_dir() else None
+    # The default has the time in it. Then the study's own folder is used, so that the same command goes on with it.
+    default = "${now:" in str(config.hydra.sweep._get_node("dir")._value())
+    if "hydra.sweep.dir" not in by_key(as_typed(config.hydra.overrides.hydra)) and default:
+        return last or Path("multirun", name).absolute()
+    typed = Path(config.hydra.sweep.dir).absolute()
+    if join and last and typed != last:
+        print(f"hydra.sweep.dir has no effect: sweep.join=true joins the search in {last}", flush=True)
+        return last
+    return typed
 
 
 def study_name(
