@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import runpy
@@ -48,12 +47,6 @@ QUICK = (
     "runtime.processes=1",  # in this process, where a test can change what it does
     "tracking=none",
 )
-
-
-def pytest_collection_finish() -> None:
-    """What was imported is never garbage: a collection needs not look at it again."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

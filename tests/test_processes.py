@@ -217,7 +217,7 @@ def test_without_a_number_of_threads_each_has_a_part(
     assert [each["threads"] for each in records] == [1, 1]
 
 
-LONG = (*PAIR, "method=scratch", FORCED, "runtime.checkpoint_every=1", "train.epochs=5")
+LONG = (*PAIR, "method=scratch", FORCED, "runtime.checkpoint_every=1", "train.epochs=25")
 
 
 def begun(folder: Path) -> Callable[[], bool]:
