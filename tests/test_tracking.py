@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import wandb
@@ -21,9 +21,9 @@ from pydantic import ValidationError
 
 from kd.core.spec import KnownError, explain
 from kd.losses import TeachableTeacher
-from kd.reporting.tracking import TrackingSpec, axes, group_of, run_name, track, track_sweep
+from kd.reporting.tracking import Page, Tracker, TrackingSpec, axes, group_of, run_name, track, track_sweep
 from kd.reporting.tracking.wandb import RunId, WandbPage
-from kd.store import Store
+from kd.store import Metrics, Store
 from tests.conftest import QUICK, ROOT, run_py
 from tests.test_stage import TEACHER, distilled, stage
 from tests.wandb_server import Server
@@ -51,6 +51,38 @@ def test_the_local_record(job: Job, tmp_path: Path) -> None:
     assert (tmp_path / "again" / "metrics.jsonl").read_text() == ""  # a reused stage's lines are not replayed
     kept = (tmp_path / "store" / chain[1]["key"] / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in kept] == [r["loss"] for r in rows if r["role"] == "student"]
+
+
+def test_a_stage_that_is_trained_again_has_new_curves_and_later_steps(tmp_path: Path) -> None:
+    class Recorded(Page):
+        logged: ClassVar[list[tuple[str, int]]] = []
+        added: ClassVar[list[str]] = []
+        final: ClassVar[dict[str, Any]] = {}
+
+        def log(self, axis: str, step: int, metrics: Metrics) -> None:
+            self.logged.append((axis, step))
+
+        def add_axis(self, axis: str) -> None:
+            self.added.append(axis)
+
+        def summarize(self, values: dict[str, Any]) -> None:
+            self.final.update(values)
+
+    teacher = stage(seed=1)
+    student = distilled(guide=teacher)
+    tracker = Tracker(tmp_path, [teacher, student], Recorded())
+    for epoch in (1, 2):
+        tracker.log(teacher, {"epoch": epoch, **({"alarms": ["it looks wrong"]} if epoch == 2 else {})})
+    tracker.begin_again(teacher)
+    tracker.log(teacher, {"epoch": 1})
+    tracker.log(student, {"epoch": 1})
+    (first, one), (_, two), (again, three), (other, four) = Recorded.logged
+    assert Recorded.added == [again] == [f"{first}-again"]
+    assert one < two < three < four
+    assert other not in (first, again)
+    assert Recorded.final == {f"{first}/alarms": ""}
+    rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["model"], row["epoch"]) for row in rows] == [(teacher.model, 1), (student.model, 1)]
 
 
 def inspect(folder: Path, *flags: str) -> str:

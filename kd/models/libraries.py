@@ -172,7 +172,7 @@ class Torchvision(Library):
 
     name = "torchvision"
     reserved = frozenset(
-        {"num_classes", "weights", "weights_backbone", "progress", "name"} | {"pretrained", "pretrained_backbone"}
+        {"num_classes", "progress", "name", "weights", "weights_backbone", "pretrained", "pretrained_backbone"}
     )
 
     def names(self) -> list[str]:

@@ -11,16 +11,8 @@ from warnings import catch_warnings, filterwarnings
 from kd.reporting.results import RunResult
 
 _ACCURACIES = {"val_acc": "validation", "train_acc": "training views", "guide_acc": "its guide", "test_acc": "test"}
-_NO_PARTS = {
-    "role",
-    "model",
-    "key",
-    "epoch",
-    "lr",
-    "guide_share",
-    "alarms",
-    *_ACCURACIES,
-}  # all else is a part of the loss
+# All other metrics of an epoch are parts of the loss.
+_NO_PARTS = {"role", "model", "key", "epoch", "lr", "guide_share", "alarms", *_ACCURACIES}
 _HEIGHT, _HEAD, _MOST = 2.4, 0.5, 8  # inches of a network's row and of the rest; rows
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl, an epoch each
