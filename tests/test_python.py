@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from kd.app.command_line import read_command
 from kd.app.options import register
 from kd.core import hardware
 from kd.core.spec import KnownError
-from tests.conftest import QUICK, ROOT
+from tests.conftest import QUICK, ROOT, own_option
 from tests.test_hardware import HERE
 
 FAST = [*QUICK, "method=scratch", "train.epochs=1"]
@@ -93,6 +94,16 @@ def test_a_sweep_gives_a_row_a_student(capsys: pytest.CaptureFixture[str]) -> No
     assert (folder / "summary.md").exists()
     (alone,) = kd.results(folder)[:1]
     assert kd.results(folder / "0")[0]["student"] == alone["student"]
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_the_best_command_of_a_sweep_finds_ones_own_options(tmp_path: Path) -> None:
+    own_option(tmp_path / "own", "experiment/mine", "seed: 4\n")
+    kd.sweep(
+        [*FAST, "method=scratch", f"hydra.searchpath=[file://{tmp_path}/own]", "experiment=mine", "train.lr=0.1,0.05"]
+    )
+    (best,) = tmp_path.glob("multirun/*/*/best.sh")
+    assert re.search(rf"'hydra\.searchpath=\[file\\?://{tmp_path}/own\]' .*experiment=mine", best.read_text())
 
 
 @pytest.mark.usefixtures("unchanged")
