@@ -10,12 +10,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.defaults_list import DefaultsList, Overrides
+from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from kd.app.options import register
@@ -36,6 +43,42 @@ def _load_once(file: Any) -> Any:
 
 
 OmegaConf.load = staticmethod(_load_once)  # type: ignore[method-assign,assignment]
+
+# Hydra composes the same options three times in a command, and a command is what most tests run. They took a third of
+# the suite's time. Here each choice of options is composed once; the values of a command line are set each time.
+_LISTED: dict[str, DefaultsList] = {}  # which files and tables Hydra chose for the same options
+_MERGED: dict[str, DictConfig] = {}  # and what it made of them
+_list = config_loader_impl.create_defaults_list
+_merge = ConfigLoaderImpl._compose_config_from_defaults_list
+
+
+def _is_ours(repo: IConfigRepository) -> bool:
+    """Whether there are no options but the repository's, which no test changes."""
+    return [source.path for source in repo.get_sources() if source.scheme() == "file"] == [str(ROOT / "conf")]
+
+
+def _list_once(
+    repo: IConfigRepository, config_name: str | None, overrides_list: list[Override], **how: bool
+) -> DefaultsList:
+    if not _is_ours(repo):
+        return _list(repo, config_name, overrides_list, **how)
+    typed = Overrides(repo, overrides_list)  # tells options from values
+    key = repr((config_name, typed.override_choices, typed.append_group_defaults, typed.deletions, how))
+    if key not in _LISTED:
+        _LISTED[key] = _list(repo, config_name, overrides_list, **how)
+    return replace(_LISTED[key], config_overrides=typed.config_overrides)
+
+
+def _merge_once(self: ConfigLoaderImpl, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+    if not _is_ours(repo):
+        return _merge(self, defaults, repo)
+    if (key := repr(defaults)) not in _MERGED:
+        _MERGED[key] = _merge(self, defaults, repo)
+    return deepcopy(_MERGED[key])
+
+
+config_loader_impl.create_defaults_list = _list_once  # type: ignore[attr-defined]
+ConfigLoaderImpl._compose_config_from_defaults_list = _merge_once  # type: ignore[method-assign]
 
 # A job of about a second: tiny networks, two epochs, fp32 so that no key depends on the CPU.
 QUICK = (

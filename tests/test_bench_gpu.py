@@ -137,7 +137,14 @@ def test_one_packed_student_has_the_bits_of_a_step(student: str, teacher: str | 
         assert torch.equal({**packed.parameters, **packed.buffers}[name][0], value), name
 
 
-@pytest.mark.parametrize(("student", "teacher"), [("resnet8", "plane10"), ("plane2", None)])
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ("plane2", "plane4"),
+        pytest.param("plane2", None, marks=pytest.mark.slow),
+        pytest.param("resnet8", "plane10", marks=pytest.mark.slow),
+    ],
+)
 def test_packed_students_learn_what_each_learns_alone(student: str, teacher: str | None) -> None:
     """In fp64, where only the order of sums differs; each student has its own seed and its own batch."""
     stage = stage_of(student, teacher, "train.precision=fp64")

@@ -406,12 +406,17 @@ def test_commas_sweep_over_texts() -> None:
     assert read("dataset.root=${oc.env:HOME,/tmp}/a=b") == ["dataset.root='${oc.env:HOME,/tmp}/a=b'"]
 
 
-def test_a_checkpoint_and_photographs_are_found_as_they_are_typed(tmp_path: Path) -> None:
-    """In a process of its own, with a home folder."""
-    done = run_py("teacher.checkpoint=runs/epoch=9-step=100.ckpt", "dry_run=true", "hydra.run.dir=out", cwd=tmp_path)
-    assert done.stderr == "teacher.checkpoint: runs/epoch=9-step=100.ckpt cannot be read (No such file or directory)\n"
-    done = run_py("dataset=folder", "dataset.root=~/pets", "hydra.run.dir=out", cwd=tmp_path, HOME=str(tmp_path))
-    assert done.stderr.startswith("dataset.root: ~/pets does not exist")
+def test_a_checkpoint_and_photographs_are_found_as_they_are_typed(
+    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder of its own, which is the home folder too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command("teacher.checkpoint=runs/epoch=9-step=100.ckpt", "dry_run=true", "hydra.run.dir=out") == 2
+    told = capfd.readouterr().err
+    assert told == "teacher.checkpoint: runs/epoch=9-step=100.ckpt cannot be read (No such file or directory)\n"
+    assert command("dataset=folder", "dataset.root=~/pets", "hydra.run.dir=out") == 2
+    assert capfd.readouterr().err.startswith("dataset.root: ~/pets does not exist")
 
 
 def shell_lines() -> list[str]:
@@ -506,11 +511,15 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert [line.partition(":")[0] for line in found] == ["seed", "model=resnet9", "method=kdd", "mehtod"]
 
 
-def test_a_mistake_ends_run_py_with_2_and_no_traceback(tmp_path: Path) -> None:
-    done = run_py("model=resnet9", "--cfg", "job", cwd=tmp_path, HYDRA_FULL_ERROR="0")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("model=resnet9: there is no such option; did you mean resnet8")
-    assert done.stderr.count("\n") == 1
+def test_a_mistake_ends_run_py_with_2_and_no_traceback(
+    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    assert command("model=resnet9", "--cfg", "job") == 2
+    out, told = capfd.readouterr()
+    assert out == ""
+    assert told.startswith("model=resnet9: there is no such option; did you mean resnet8")
+    assert told.count("\n") == 1
 
 
 def test_keys_that_a_user_names_need_no_plus() -> None:
@@ -523,10 +532,13 @@ def test_keys_that_a_user_names_need_no_plus() -> None:
 # --help ---------------------------------------------------------------------------------------------------------------
 
 
-def test_help_lists_the_groups_that_can_be_chosen(tmp_path: Path) -> None:
+def test_help_lists_the_groups_that_can_be_chosen(
+    command: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
     """Not the folders of conf/ that are none. Networks and published rows are not listed twice."""
-    done = run_py("--help", cwd=tmp_path)
-    groups = dict(re.findall(r"^(\w+): (.+)$", done.stdout.partition("Set any key")[0], re.MULTILINE))
+    assert command("--help") == 0
+    printed = capfd.readouterr().out
+    groups = dict(re.findall(r"^(\w+): (.+)$", printed.partition("Set any key")[0], re.MULTILINE))
     assert {"dataset", "experiment", "loss", "method", "mode", "model", "runtime", "sweep", "teacher"} <= groups.keys()
     assert not {"paper", "hydra"} & groups.keys()
     assert re.fullmatch(r"\d+ rows of tables: docs/experiments.md", groups["experiment"])

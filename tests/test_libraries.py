@@ -372,7 +372,8 @@ def test_maps_and_pooled_features(name: str) -> None:
     assert gradients[0].any()
 
 
-@pytest.mark.parametrize("size", [224, 384])  # of 384 pixels, the first maps have as many channels as rows
+# Of 384 pixels, the first maps have as many channels as rows.
+@pytest.mark.parametrize("size", [pytest.param(224, marks=pytest.mark.slow), 384])
 def test_maps_with_their_channels_last_are_turned(size: int) -> None:
     name = f"timm/swin_tiny_patch4_window7_224?img_size={size}"
     assert [each.channels_last for each in stage_ends(name)] == [True] * 4
@@ -469,8 +470,7 @@ MORE += ["convnext_atto", "repvgg_a0", "mobileone_s0", "lcnet_050", "resnet18"]
 @pytest.mark.parametrize("name", [*FOLDED, *(pytest.param(f"timm/{arch}", marks=pytest.mark.slow) for arch in MORE)])
 def test_folding_changes_no_logits_of_a_librarys_network(name: str) -> None:
     torch.manual_seed(0)
-    how = preprocessing_of(name)
-    size = how.size if how and how.size else 64
+    size = 224 if name.startswith("timm/vit") else 64
     network = build(name, num_classes=5, image_size=size).double()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -496,9 +496,9 @@ def test_folding_changes_no_logits_of_a_librarys_network(name: str) -> None:
 
 
 def test_a_network_that_cannot_be_traced_is_copied() -> None:
-    for name, size in (("timm/mobilevitv2_050", 64), ("timm/swin_tiny_patch4_window7_224", 224)):
-        network = build(name, num_classes=5, image_size=size).eval()
-        images = torch.randn(1, 3, size, size)
+    for name in ("timm/mobilevitv2_050", "timm/swin_tiny_patch4_window7_224?img_size=64"):
+        network = build(name, num_classes=5, image_size=64).eval()
+        images = torch.randn(1, 3, 64, 64)
         folded = fold(network, images)
         assert type(folded) is type(network)
         assert folded is not network

@@ -131,13 +131,13 @@ def test_the_plans_of_a_sweep_name_their_jobs(job: Job, capsys: pytest.CaptureFi
 
 def test_a_sweep_trains_what_jobs_share_once(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = ("method=kd,ta", "seed=0,1", "method.T=1,5", "model=plane2", "teacher=plane2", "train.epochs=1")
-    results = job(*jobs, multirun=True)
+    results = job(*jobs, "method.assistants=[plane4]", multirun=True)
     assert len(results) == 8
     trained = [s["key"] for r in results for s in r["chain"] if not s["reused"]]
     assert len(trained) == len(set(trained)) == 1 + 1 + 8  # one teacher, one assistant, eight students
     assert {(s["role"], s["model"]) for r in results for s in r["chain"]} == {
         ("teacher", "plane2"),
-        ("assistant", "resnet14"),
+        ("assistant", "plane4"),
         ("student", "plane2"),
     }
 

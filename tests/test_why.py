@@ -16,7 +16,7 @@ from kd.app.provenance import reasons
 from kd.core.hardware import cpu_count
 from kd.core.spec import KnownError
 from kd.datasets import resolve
-from tests.conftest import ROOT, run_py
+from tests.conftest import ROOT
 
 
 def told(*overrides: str) -> list[str]:
@@ -82,13 +82,16 @@ def test_a_misspelt_key_gets_the_nearest_names(key: str, near: str) -> None:
         told(f"why={key}")
 
 
-def test_on_the_command_line_it_trains_nothing(tmp_path: Path) -> None:
-    done = run_py("why=[method.T,nothing.at.all]", "hydra.run.dir=out", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("why: there is no key nothing.at.all; there are ")
-    assert done.stderr.endswith(" in all; --help lists them)\n")
-    done = run_py("--why", "method.T", "method.T=2", "hydra.run.dir=out", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "method.T=2: the command line (method.T=2)\n")
+def test_on_the_command_line_it_trains_nothing(
+    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("why=[method.T,nothing.at.all]", "hydra.run.dir=out") == 2
+    told = capfd.readouterr().err
+    assert told.startswith("why: there is no key nothing.at.all; there are ")
+    assert told.endswith(" in all; --help lists them)\n")
+    assert command("--why", "method.T", "method.T=2", "hydra.run.dir=out") == 0
+    assert capfd.readouterr().out == "method.T=2: the command line (method.T=2)\n"
     assert not (tmp_path / "out" / "result.json").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -276,20 +277,26 @@ def _is_sized(state: State, published: int | None) -> bool:
 
 def _recognize(state: State, wanted: _Wanted) -> str:
     """The network that the weights fit: the wanted one, or another of the table; "" if there is none."""
-    import torch
 
     def names(of: State) -> set[str]:
         return {name for name in of if not name.endswith("num_batches_tracked")}
 
     for name in dict.fromkeys([wanted.model, *MODELS]):
         try:
-            with torch.device("meta"):
-                own = build(name, num_classes=2, image_size=wanted.image_size)
+            own = _without_weights(name, 2, wanted.image_size)
         except KnownError:  # it needs larger images
             continue
         if names(own.state_dict()) == names(state) and (classes := class_count(state, own)):
-            with torch.device("meta"):
-                same = build(name, num_classes=classes, image_size=wanted.image_size)
+            same = _without_weights(name, classes, wanted.image_size)
             if not any(mismatches(state, same.state_dict())):
                 return f"{name} of {classes} classes"
     return ""
+
+
+@cache
+def _without_weights(model: str, classes: int, image_size: int) -> nn.Module:
+    """A network that has names and shapes only; kept, since all networks of the table together take two seconds."""
+    import torch
+
+    with torch.device("meta"):
+        return build(model, num_classes=classes, image_size=image_size)
