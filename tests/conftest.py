@@ -53,8 +53,9 @@ _merge = ConfigLoaderImpl._compose_config_from_defaults_list
 
 
 def _is_ours(repo: IConfigRepository) -> bool:
-    """Whether there are no options but the repository's, which no test changes."""
-    return [source.path for source in repo.get_sources() if source.scheme() == "file"] == [str(ROOT / "conf")]
+    """Whether there are no options but the repository's and Hydra's, which no test changes."""
+    own = [source.path for source in repo.get_sources() if source.provider not in ("hydra", "schema")]
+    return own == [str(ROOT / "conf")]
 
 
 def _list_once(

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,19 @@ def test_collecting(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gc"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("leftovers: 0, 0 B, removed from")
     assert next(collect(store, 0, dry=True)).path == stays[0]
+
+
+def test_a_stage_that_is_finished_meanwhile_is_passed_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run removes the checkpoint between gc's look at the folder and its turn."""
+    place = old(store.partial(STUDENT.key))
+
+    @contextmanager
+    def claimed(*_: Any) -> Iterator[bool]:
+        shutil.rmtree(place, ignore_errors=True)
+        yield True
+
+    monkeypatch.setattr("kd.store.housekeeping._claim", claimed)
+    assert main(["gc"]) == 0
 
 
 def test_caches_stay_with_their_guides_and_go_on_request(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -388,6 +388,7 @@ def test_what_names_no_network(study: Study, tmp_path: Path, monkeypatch: pytest
         key[:6]: f"{key[:6]} is the beginning of a stage's key, and a path too: write ./{key[:6]} for the path",
         f"./{key[:6]}": "has neither model.onnx nor model.safetensors",
         "xyz": "should be the key of one finished stage",
+        "": "an empty text: should be the key of one finished stage",
         "none/model.onnx": "does not exist: it should be a stage's key, or the path of an export",
         "model.onnx": "does not exist: it should be a stage's key, or the path of an export",
         "two": "has model.onnx and model.safetensors: name one of them",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import kd
 from kd.core.spec import KnownError
@@ -100,6 +101,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
+def test_two_names_may_share_one_tensor(tmp_path: Path) -> None:
+    """As in a network whose layers are tied; safetensors refuses to write it."""
+    shared = torch.arange(3.0)
+    Store(tmp_path).save(stage(), TrainedStage({"a": shared, "b": shared}, [], RESULT), {})
+    written = load_file(tmp_path / stage().key / "model.safetensors")
+    assert torch.equal(written["a"], shared)
+    assert torch.equal(written["b"], shared)
+
+
 def test_two_processes_train_each_stage_once(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WORKER, str(tmp_path)]

@@ -200,6 +200,17 @@ def test_a_sweep_that_was_killed_is_over(sweep: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.splitlines()[-1] == told
 
 
+def test_a_sweep_that_was_killed_before_a_job_trained_is_told_by_one_look(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(tmp_path, 0, "method=kd")
+    (tmp_path / PROCESS).write_text(Process(pid=2**22 - 7, host=platform.node()).model_dump_json())
+    assert main(["watch", str(tmp_path), "--once", "--every", "3"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "--every has no effect: --once looks once"
+    assert said[-1] == f"{tmp_path}: the sweep's process has ended before its last job, and no job runs"
+
+
 def test_a_grid_that_lacks_a_result_failed_and_a_search_may_go_on_elsewhere(tmp_path: Path) -> None:
     begin(tmp_path, 0, "method=kd")
     (tmp_path / "summary.md").write_text("the end\\n")
@@ -215,7 +226,9 @@ def test_a_sweep_names_its_process(job: Callable[..., Any], tmp_path: Path) -> N
     assert (process.pid, process.has_ended) == (os.getpid(), False)
 
 
-def test_what_cannot_be_watched_is_one_line(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_what_cannot_be_watched_is_one_line(
+    sweep: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
     pictures = tmp_path_factory.mktemp("pictures")
     with pytest.raises(KnownError, match=r"has no sweep: neither multirun\.yaml nor jobs"):
         main(["watch", str(pictures)])
@@ -225,6 +238,14 @@ def test_what_cannot_be_watched_is_one_line(sweep: Path, tmp_path_factory: pytes
     for every in ("0", "-1", "inf", "x"):
         with pytest.raises(SystemExit):
             main(["watch", str(sweep), "--every", every])
+        assert f"argument --every: should be a number of seconds above 0 (got {every})" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_has_no_end_to_wait_for(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KnownError, match=r"has runs, but no sweep: --once tells what they do$"):
+        main(["watch", str(sweep / "0")])
+    assert main(["watch", str(sweep / "0"), "--once"]) == 0
+    assert "1 running" in " ".join(capsys.readouterr().out.split())
 
 
 def test_overrides_that_are_not_utf8_are_unknown(sweep: Path) -> None:

@@ -258,7 +258,8 @@ class Store:
         record = {"format": FORMAT, "key": source.key, "stage": source.dump(), "made_with": made_with}
         contents = {
             "stage.json": json.dumps(record, indent=2).encode(),
-            "model.safetensors": save({name: tensor.contiguous() for name, tensor in trained.state.items()}),
+            # Copies, since two names may share one tensor, which a file may not.
+            "model.safetensors": save({name: tensor.clone().contiguous() for name, tensor in trained.state.items()}),
             "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in trained.metrics).encode(),
             "result.json": trained.result.model_dump_json(indent=2).encode(),
         }

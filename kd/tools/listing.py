@@ -70,8 +70,8 @@ def print_list(store: Store, as_json: bool) -> None:
     checkpoints = {path.name: [*path.rglob("state")] for path in _folders(store, "partial")}
     unfinished = dict[str, float]()
     for key, found in checkpoints.items():
-        with suppress(FileNotFoundError, IndexError):  # its stage has just been finished; or it has no checkpoint
-            unfinished[key] = time.time() - found[0].stat().st_mtime
+        with suppress(FileNotFoundError, ValueError):  # its stage has just been finished; or it has no checkpoint
+            unfinished[key] = time.time() - max(path.stat().st_mtime for path in found)
     if as_json:
         told = {"finished": [vars(each) for each in rows], "unfinished": list(unfinished), "damaged": damaged}
         print(json.dumps(told, indent=2, ensure_ascii=False))

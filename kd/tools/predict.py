@@ -99,7 +99,7 @@ def predictions(contract: Contract, run: Run, files: Sequence[Path], top: int) -
 def _network(name: str, store: Store) -> tuple[Contract, Run]:
     """The network that a key or a path names. Raises KnownError if it is neither, or could be both."""
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         if os.sep not in name and any(key.startswith(name) for key in store):
             raise KnownError(f"{name} is the beginning of a stage's key, and a path too: write ./{name} for the path")
         return open_export(path)

@@ -47,9 +47,12 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
     if not 0 < value < inf:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"should be a number of seconds above 0 (got {text})")
     return value
 
 
@@ -60,10 +63,16 @@ def main(given: Sequence[str]) -> int:
     if not folder.is_dir():
         raise KnownError(f"{folder} is not a folder; a sweep's is multirun/<date>/<time>")
     sweep, out = _sweep(folder), Console()
-    if not any((folder / name).exists() for name in (_CONFIGURATION, PROCESS)) and not Overview(folder).lines():
-        raise KnownError(
-            f"{folder} has no sweep: neither {_CONFIGURATION} nor jobs; a sweep's is multirun/<date>/<time>"
-        )
+    if not any((folder / name).exists() for name in (_CONFIGURATION, PROCESS, "summary.md")):
+        runs = bool(Overview(folder).lines())
+        if runs and not arguments.once:  # nothing would tell that the last of them has ended
+            raise KnownError(f"{folder} has runs, but no sweep: --once tells what they do")
+        if not runs:
+            raise KnownError(
+                f"{folder} has no sweep: neither {_CONFIGURATION} nor jobs; a sweep's is multirun/<date>/<time>"
+            )
+    if arguments.once and arguments.every:
+        print("--every has no effect: --once looks once")
     if arguments.once:
         lines = Overview(folder).lines()
         out.print(headline_of(folder, lines, sweep.expected), style="bold", highlight=False, markup=False)
@@ -73,7 +82,7 @@ def main(given: Sequence[str]) -> int:
     else:
         lines = _plain_lines(sweep, arguments.every or 10)
     ended = has_ended(folder, lines)
-    if not arguments.once and not ended:
+    if not ended and (not arguments.once or was_killed(folder, lines)):
         print(f"{folder}: the sweep's process has ended before its last job, and no job runs", flush=True)
         return 1
     # A search may be another process's, too, which goes on. Of a grid, nothing runs after its summary.

@@ -48,7 +48,9 @@ with torch.inference_mode():
             "dtype": str(network.mean.dtype).removeprefix("torch."),
         }
         return {
-            self.weights: save({name: tensor.contiguous() for name, tensor in network.network.state_dict().items()}),
+            self.weights: save(
+                {name: tensor.clone().contiguous() for name, tensor in network.network.state_dict().items()}
+            ),
             "model.json": (json.dumps(told, indent=2) + "\n").encode(),
         }
 
