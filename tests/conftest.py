@@ -44,8 +44,8 @@ def _load_once(file: Any) -> Any:
 
 OmegaConf.load = staticmethod(_load_once)  # type: ignore[method-assign,assignment]
 
-# Hydra composes the same options three times in a command, and a command is what most tests run. They took a third of
-# the suite's time. Here each choice of options is composed once; the values of a command line are set each time.
+# Hydra composes the same options three times in a command, and most tests run a command. This took 27 of the 43 seconds
+# of tests/test_search.py. Here each choice of options is composed once. The values of a command line are set each time.
 _LISTED: dict[str, DefaultsList] = {}  # which files and tables Hydra chose for the same options
 _MERGED: dict[str, DictConfig] = {}  # and what it made of them
 _list = config_loader_impl.create_defaults_list

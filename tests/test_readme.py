@@ -55,7 +55,7 @@ def test_there_are_commands() -> None:
 
 # Sweeps of many jobs, of which each prints its plan, are among the slow tests.
 @pytest.mark.parametrize(
-    "typed", [pytest.param(typed, marks=pytest.mark.slow if typed.count(",") > 2 else ()) for typed in COMMANDS]
+    "typed", [pytest.param(typed, marks=pytest.mark.slow if typed.count(",") > 3 else ()) for typed in COMMANDS]
 )
 def test_command(
     typed: str,

@@ -100,7 +100,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.slow
 def test_two_names_may_share_one_tensor(tmp_path: Path) -> None:
     """As in a network whose layers are tied; safetensors refuses to write it."""
     shared = torch.arange(3.0)
@@ -110,6 +109,7 @@ def test_two_names_may_share_one_tensor(tmp_path: Path) -> None:
     assert torch.equal(written["b"], shared)
 
 
+@pytest.mark.slow
 def test_two_processes_train_each_stage_once(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WORKER, str(tmp_path)]

@@ -24,7 +24,7 @@ from kd.store.fit import (
     mismatches,
     with_classifier,
 )
-from kd.store.weights_file import State, WeightsFile, some
+from kd.store.weights_file import State, WeightsFile, packed, some
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,7 +116,6 @@ def fetched(name: str, data_root: Path, key: str = "init") -> Path:
 
     Raises KnownError, which begins with `key`, if there are none, or if they cannot be downloaded.
     """
-    from safetensors.torch import save
 
     if not isinstance(MODELS[name], LibraryEntry):
         raise KnownError(f"{key}: {name} has no published weights: only networks of timm and torchvision have some")
@@ -133,7 +132,7 @@ def fetched(name: str, data_root: Path, key: str = "init") -> Path:
         raise KnownError(f"{key}: {error}; where you have the weights in a file, {key}=<file> takes them") from error
     place.parent.mkdir(parents=True, exist_ok=True)
     with replacing(place) as opened:
-        opened.write(save({each: tensor.detach().clone().contiguous() for each, tensor in state.items()}))
+        opened.write(packed(state))
     return place
 
 
@@ -245,8 +244,6 @@ def _library_of(state: State, file: WeightsFile) -> tuple[str, str, int] | None:
 
     Only networks of the same size are built, or else the one with the longest name with which the file's name begins.
     """
-    import torch
-
     stem = re.sub(r"\W", "_", file.path.stem)
     for library in sorted(LIBRARIES.values(), key=lambda each: each.name != "torchvision"):
         if find_spec(library.name) is None:
@@ -254,8 +251,7 @@ def _library_of(state: State, file: WeightsFile) -> tuple[str, str, int] | None:
         begun = sorted((name for name in library.names() if stem.startswith(name)), key=len)[-1:]
         for name in [*begun, *(each for each in library.names() if _is_sized(state, library.published_size(each)))]:
             try:
-                with torch.device("meta"):
-                    network = build(f"{library.name}/{name}", num_classes=2, image_size=224)
+                network = _without_weights(f"{library.name}/{name}", 2, 224)
             except KnownError:  # it has more outputs than logits
                 continue
             if not any(mismatches(with_classifier(state, network), network.state_dict())):
@@ -295,7 +291,7 @@ def _recognize(state: State, wanted: _Wanted) -> str:
 
 @cache
 def _without_weights(model: str, classes: int, image_size: int) -> nn.Module:
-    """A network that has names and shapes only; kept, since all networks of the table together take two seconds."""
+    """A network that has names and shapes only. It is kept, since building all networks of the table takes seconds."""
     import torch
 
     with torch.device("meta"):

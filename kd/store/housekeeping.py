@@ -104,7 +104,7 @@ def _of_stages(store: Store, days: float, dry: bool) -> Iterator[Leftover]:
                 wanted = path.suffix == ".old" and not store.has(key) and damage_in(path, key) is None
                 if files.abandoned(path) and not wanted:  # the next run restores what is wanted
                     yield _take(path, _GONE, dry)
-            if not store.partial(key).is_dir():  # its training has ended meanwhile
+            if not store.partial(key).is_dir():  # there was none, or its training has ended meanwhile
                 continue
             if store.whole(key):
                 yield _take(store.partial(key), "checkpoint of a finished stage", dry)

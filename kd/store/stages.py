@@ -22,6 +22,7 @@ from kd.core.files import ROOT
 from kd.core.spec import Frozen, KnownError
 from kd.core.stage import FORMAT, Source, Stage
 from kd.losses import LOSSES
+from kd.store.weights_file import packed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -253,13 +254,10 @@ class Store:
         `made_with` records what is not in the key but may change the last bits. Raises KnownError if the store cannot
         be written.
         """
-        from safetensors.torch import save
-
         record = {"format": FORMAT, "key": source.key, "stage": source.dump(), "made_with": made_with}
         contents = {
             "stage.json": json.dumps(record, indent=2).encode(),
-            # Copies, since two names may share one tensor, which a file may not.
-            "model.safetensors": save({name: tensor.clone().contiguous() for name, tensor in trained.state.items()}),
+            "model.safetensors": packed(trained.state),
             "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in trained.metrics).encode(),
             "result.json": trained.result.model_dump_json(indent=2).encode(),
         }

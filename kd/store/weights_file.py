@@ -6,7 +6,7 @@ import hashlib
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +34,13 @@ _OTHERS = (
     (b"\x89PNG", "is a picture"),
     (b"\xff\xd8\xff", "is a picture"),
 )
+
+
+def packed(state: Mapping[str, Tensor]) -> bytes:
+    """The content of a safetensors file. Tensors are copied, since two names may share one, which the file may not."""
+    from safetensors.torch import save
+
+    return save({name: tensor.detach().clone().contiguous() for name, tensor in state.items()})
 
 
 class WeightsFile(NamedTuple):

@@ -63,17 +63,16 @@ def main(given: Sequence[str]) -> int:
     if not folder.is_dir():
         raise KnownError(f"{folder} is not a folder; a sweep's is multirun/<date>/<time>")
     sweep, out = _sweep(folder), Console()
-    if not any((folder / name).exists() for name in (_CONFIGURATION, PROCESS, "summary.md")):
-        runs = bool(Overview(folder).lines())
-        if runs and not arguments.once:  # nothing would tell that the last of them has ended
-            raise KnownError(f"{folder} has runs, but no sweep: --once tells what they do")
-        if not runs:
-            raise KnownError(
-                f"{folder} has no sweep: neither {_CONFIGURATION} nor jobs; a sweep's is multirun/<date>/<time>"
-            )
-    if arguments.once and arguments.every:
-        print("--every has no effect: --once looks once")
+    is_sweep = any((folder / name).exists() for name in (_CONFIGURATION, PROCESS, "summary.md"))
+    if not is_sweep and not Overview(folder).lines():
+        raise KnownError(
+            f"{folder} has no sweep: neither {_CONFIGURATION} nor jobs; a sweep's is multirun/<date>/<time>"
+        )
+    if not is_sweep and not arguments.once:  # nothing would tell that the last of its runs has ended
+        raise KnownError(f"{folder} has runs, but no sweep: --once tells what they do")
     if arguments.once:
+        if arguments.every:
+            print("--every has no effect: --once looks once")
         lines = Overview(folder).lines()
         out.print(headline_of(folder, lines, sweep.expected), style="bold", highlight=False, markup=False)
         out.print(board(lines, shared_by(lines, sweep.fixed)))

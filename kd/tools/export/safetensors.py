@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from kd.core.stage import Source
 from kd.models import build
 from kd.models.normalization import Normalized
+from kd.store.weights_file import packed
 from kd.tools.export.contract import Contract
 from kd.tools.export.formats import Format, Run, run_of
 
@@ -48,9 +49,7 @@ with torch.inference_mode():
             "dtype": str(network.mean.dtype).removeprefix("torch."),
         }
         return {
-            self.weights: save(
-                {name: tensor.clone().contiguous() for name, tensor in network.network.state_dict().items()}
-            ),
+            self.weights: packed(network.network.state_dict()),
             "model.json": (json.dumps(told, indent=2) + "\n").encode(),
         }
 
